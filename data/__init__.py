@@ -1,0 +1,1 @@
+"""Recipes that turn raw files, or a seed, into a vault and requests; see README.md."""

@@ -1,0 +1,124 @@
+"""The whole configuration of a run: the parts' configs, each defined beside the part, put together."""
+
+import dataclasses
+import json
+import os
+from typing import Any
+
+from flax import nnx
+
+from laser_jax.features import FeatureConfig, table_of
+from laser_jax.models.base import EncoderConfig, HeadConfig, Ranker, TokenLayout
+from laser_jax.optim import OptimConfig
+from laser_jax.pipeline import DataConfig
+from laser_jax.sharding import MeshConfig
+
+
+@dataclasses.dataclass
+class TrainConfig:
+    """The loop.
+
+    Attributes:
+      seed: of the initial parameters.
+      eval_every, save_every: in steps; an evaluation also saves.
+      log_every: steps a line.
+      length_edges: lower bounds of the history lengths that figures are also reported by.
+      gate_maps: users drawn in the report.
+    """
+
+    seed: int = 0
+    eval_every: int = 200
+    save_every: int = 200
+    log_every: int = 20
+    length_edges: tuple[int, ...] = (0, 50, 200, 500, 1000)
+    gate_maps: int = 3
+
+
+@dataclasses.dataclass
+class Config:
+    """A run. `encoder` is one of laser_jax.models; `width` is d."""
+
+    data: DataConfig
+    features: FeatureConfig
+    encoder: EncoderConfig
+    name: str = ""
+    width: int = 64
+    head: HeadConfig = dataclasses.field(default_factory=HeadConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+
+    def build_model(self, rngs: nnx.Rngs) -> Ranker:
+        """The ranker this config describes."""
+
+        def entries(fields):
+            return tuple((field.name, table_of(field), field.width) for field in fields)
+
+        features = self.features
+        layout = TokenLayout(
+            history=entries((*features.item, *features.event)),
+            candidate=entries(features.item),
+            context=entries(features.context),
+        )
+        return Ranker(
+            layout,
+            self.encoder,
+            self.head,
+            width=self.width,
+            history_length=self.data.history_length,
+            age_width=features.age_width,
+            age_buckets=features.age_buckets,
+            rngs=rngs,
+        )
+
+
+def to_dict(config: Any) -> Any:
+    """Nested dataclasses as plain values, each with its class, so that two kinds of encoder differ."""
+    if dataclasses.is_dataclass(config):
+        return {"class": type(config).__name__} | {
+            field.name: to_dict(getattr(config, field.name)) for field in dataclasses.fields(config)
+        }
+    if isinstance(config, (tuple, list)):
+        return [to_dict(value) for value in config]
+    if isinstance(config, dict):
+        return {key: to_dict(value) for key, value in config.items()}
+    return config
+
+
+# What may change between a run and its continuation: none of it changes what is learned.
+FREE_TO_CHANGE = ("train.log_every", "train.gate_maps", "data.path", "data.threads", "data.prefetch", "data.cache_bytes")
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        return {k: v for key, part in value.items() for k, v in _flatten(part, f"{prefix}{key}.").items()}
+    return {prefix[:-1]: value}
+
+
+def remember(config: Config, workdir: str) -> None:
+    """Writes workdir/config.json, or checks it when the run is being continued.
+
+    Raises:
+      ValueError: the run in `workdir` was started with another config; names every field that differs.
+    """
+    path = os.path.join(workdir, "config.json")
+    now = json.loads(json.dumps(to_dict(config)))
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            before = _flatten(json.load(file))
+        after = _flatten(now)
+        changed = [
+            f"{key}: {before.get(key, 'absent')!r} -> {after.get(key, 'absent')!r}"
+            for key in sorted(before.keys() | after.keys())
+            if before.get(key) != after.get(key) and key not in FREE_TO_CHANGE
+        ]
+        if changed:
+            raise ValueError(
+                f"{workdir} holds a run of another config ({'; '.join(changed)}): give another --workdir, or the old values"
+            )
+        return
+    os.makedirs(workdir, exist_ok=True)
+    temporary = f"{path}.{os.getpid()}"
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(now, file, indent=1)
+    os.replace(temporary, path)

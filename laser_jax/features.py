@@ -1,0 +1,132 @@
+"""From what the logs hold to embedding rows: which columns are used, and how an id becomes a row.
+
+Knows no jax: the same functions run in the training pipeline and, later, in the ranking server.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from laser_jax.vault.users import splitmix64
+
+ID_MAPS = ("code", "vocab", "hash", "log")
+
+
+@dataclasses.dataclass
+class FieldConfig:
+    """One column and its embedding.
+
+    Attributes:
+      name: the column in the vault and, for candidates and context, in the requests.
+      width: of the embedding.
+      rows: of the table. Row 0 stands for what is missing or was never seen.
+      ids: how a value becomes a row:
+        "code": small integers and dictionary codes, row = 1 + value; beyond the table: row 0;
+        "vocab": ids known at ingestion (DIR/vocab/<name>), row = 1 + position; else row 0;
+        "hash": any int64, row = 1 + hash mod (rows - 1);
+        "log": a quantity >= 0 in half powers of two, clipped to the table.
+      table: several fields may share one table; empty: a table of its own, called like the field.
+    """
+
+    name: str
+    width: int
+    rows: int
+    ids: str = "code"
+    table: str = ""
+
+
+@dataclasses.dataclass
+class FeatureConfig:
+    """Fields by the side they describe.
+
+    Attributes:
+      item: fields of events and of candidates (item, category, ...).
+      event: fields of events only (action, scene, ...).
+      context: fields of the request.
+      age_width, age_buckets: the log-spaced age embedding of every event.
+    """
+
+    item: tuple[FieldConfig, ...] = ()
+    event: tuple[FieldConfig, ...] = ()
+    context: tuple[FieldConfig, ...] = ()
+    age_width: int = 8
+    age_buckets: int = 32
+
+    def tables(self) -> dict[str, tuple[int, int]]:
+        """Table name -> (rows, width).
+
+        Raises:
+          ValueError: no item field, an unknown id map, a table too small, or fields that disagree about a table.
+        """
+        if not self.item:
+            raise ValueError("features.item is empty: candidates need at least one field to be told apart")
+        tables: dict[str, tuple[int, int]] = {}
+        for field in (*self.item, *self.event, *self.context):
+            if field.ids not in ID_MAPS:
+                raise ValueError(f"field {field.name!r}: ids={field.ids!r} is not one of {ID_MAPS}")
+            if field.rows < 2 or field.width < 1:
+                raise ValueError(f"field {field.name!r}: rows={field.rows} (at least 2), width={field.width}")
+            size = (field.rows, field.width)
+            if tables.setdefault(table_of(field), size) != size:
+                raise ValueError(
+                    f"field {field.name!r} wants table {table_of(field)!r} as {size}, another field as "
+                    f"{tables[table_of(field)]}"
+                )
+        return tables
+
+
+def table_of(field: FieldConfig) -> str:
+    """The table a field looks up."""
+    return field.table or field.name
+
+
+def rows_of(field: FieldConfig, values: np.ndarray, vocabulary: np.ndarray | None) -> np.ndarray:
+    """Embedding rows of a column's values.
+
+    Args:
+      values: [N], any integer type, bool, or float for ids="log".
+      vocabulary: sorted int64 ids, for ids="vocab".
+
+    Returns:
+      int32 [N], each in [0, field.rows).
+    """
+    if field.ids == "code":
+        rows = values.astype(np.int64) + 1
+        return np.where((rows < 1) | (rows >= field.rows), 0, rows).astype(np.int32)
+    if field.ids == "vocab":
+        rows = np.searchsorted(vocabulary, values)
+        known = vocabulary[np.minimum(rows, len(vocabulary) - 1)] == values
+        return np.where(known & (rows + 1 < field.rows), rows + 1, 0).astype(np.int32)
+    if field.ids == "hash":
+        hashed = splitmix64(values.astype(np.int64))
+        return (1 + hashed % np.uint64(field.rows - 1)).astype(np.int32)
+    steps = 1 + 2 * np.log2(1 + np.maximum(values.astype(np.float64), 0))
+    return np.minimum(steps, field.rows - 1).astype(np.int32)
+
+
+def unique_rows(parts: list[np.ndarray], num_rows: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The distinct rows of several columns that share a table, and each column as positions among them.
+
+    A flag a row instead of a sort: for the tables of one host this is several times faster than np.unique.
+
+    Args:
+      parts: int32 arrays of rows in [0, num_rows).
+
+    Returns:
+      unique: int32 [U], ascending; positions: int32 arrays shaped like parts, unique[positions[i]] == parts[i].
+    """
+    met = np.zeros(num_rows, np.bool_)
+    for part in parts:
+        met[part] = True
+    unique = np.flatnonzero(met).astype(np.int32)
+    place = np.empty(num_rows, np.int32)
+    place[unique] = np.arange(len(unique), dtype=np.int32)
+    return unique, [place[part] for part in parts]
+
+
+def padded_size(count: int, num_rows: int) -> int:
+    """A static size for `count` unique rows: few different ones (1.5 times apart), so that few shapes are compiled."""
+    size = 1024
+    while size < count:
+        size = size * 3 // 2
+    return min(size, num_rows)

@@ -1,0 +1,1 @@
+"""Building blocks: attention over histories, recency, the RankMixer head, embedding tables."""

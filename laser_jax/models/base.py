@@ -1,0 +1,215 @@
+"""What every model of the zoo shares: token sources, the encoder's contract, and the ranker around an encoder.
+
+The embeddings, the projection to tokens, the head and the loss are the same for all models; only the encoder differs.
+"""
+
+import dataclasses
+import math
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from laser_jax.layers.mlp import weight
+from laser_jax.layers.rankmixer import RankMixer
+from laser_jax.layers.recency import age_bucket
+from laser_jax.shapes import (
+    CandidateTokens,
+    EncoderTokens,
+    HistoryAge,
+    HistoryFeatures,
+    HistoryMask,
+    HistoryTokens,
+    Logits,
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenSource:
+    """A history (or candidates) before it becomes tokens: rows of tables, indices into them, and the projection.
+
+    `dense()` is [B, L, d]; an encoder that folds reads `features()` [B, L, f] and `w_in` [f, d] instead, so that the
+    d-wide tokens never exist. Unit RMS is taken over the concatenated embeddings, before w_in: a scalar a token folds,
+    1/rms(w_in x) would not.
+    """
+
+    rows: tuple[jax.Array, ...]  # one [U, D] a field
+    indices: tuple[jax.Array, ...]  # one int32 [B, L] a field, into its rows
+    w_in: jax.Array  # [f, d], f = sum of D
+
+    def features(self) -> HistoryFeatures:
+        """Concatenated embeddings at unit RMS."""
+        x = jnp.concatenate([rows[index] for rows, index in zip(self.rows, self.indices, strict=True)], axis=-1)
+        return unit_rms(x)
+
+    def dense(self) -> HistoryTokens:
+        return self.features() @ self.w_in
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SeqOut:
+    """What an encoder says of each candidate.
+
+    Attributes:
+      tokens: [B, C, P, d], input of the head.
+      aux_losses: scalars, added to the loss.
+      diag: per-candidate diagnostics; `loudness` [B, C, S] is how loud each segment is.
+    """
+
+    tokens: EncoderTokens
+    aux_losses: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    diag: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+
+
+class SequenceEncoder(nnx.Module):
+    """Base of all encoders: a request's history work once, then the work per candidate."""
+
+    num_tokens: int  # P
+
+    def precompute(self, history: TokenSource, mask: HistoryMask, age: HistoryAge) -> Any:
+        """Work that does not depend on candidates, once a request; a pytree with leading axis B."""
+        raise NotImplementedError(f"{type(self).__name__} must define precompute")
+
+    def score(self, ctx: Any, q: CandidateTokens, side: dict[str, jax.Array]) -> SeqOut:
+        """Work per candidate. `side` holds candidate-side columns some models need (category for hard search)."""
+        raise NotImplementedError(f"{type(self).__name__} must define score")
+
+    def macs(self, candidates: int, length: int) -> tuple[int, int]:
+        """Multiply-accumulates (once a request, per candidate), forward, without softmax, LayerNorm and biases."""
+        raise NotImplementedError(f"{type(self).__name__} must define macs")
+
+    def __call__(self, history: TokenSource, mask, age, q, side) -> SeqOut:
+        return self.score(self.precompute(history, mask, age), q, side)
+
+
+class EncoderConfig(Protocol):
+    """A model's config knows how to build its encoder."""
+
+    def build(self, *, width_in: int, width: int, history_length: int, rngs: nnx.Rngs) -> SequenceEncoder: ...
+
+
+@dataclasses.dataclass
+class HeadConfig:
+    """The RankMixer head and its inputs, the same for every encoder.
+
+    Attributes:
+      tokens: T; width: D, a multiple of T; expansion: hidden width of a token's feed-forward over D; blocks: how many.
+      products: whether the head also sees encoder token * candidate token.
+    """
+
+    tokens: int = 8
+    width: int = 64
+    expansion: int = 2
+    blocks: int = 2
+    products: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLayout:
+    """Where each field's embedding comes from: (field, table, width) per side, in order of concatenation.
+
+    Candidate fields must be a leading run of the history fields, so that both share the rows of w_in.
+    """
+
+    history: tuple[tuple[str, str, int], ...]
+    candidate: tuple[tuple[str, str, int], ...]
+    context: tuple[tuple[str, str, int], ...]
+
+    def __post_init__(self):
+        if self.history[: len(self.candidate)] != self.candidate:
+            raise ValueError(
+                f"candidate fields {[c[0] for c in self.candidate]} must come first among the history fields "
+                f"{[h[0] for h in self.history]}, in the same order"
+            )
+
+
+class Ranker(nnx.Module):
+    """Embedding rows of one batch -> a logit for every candidate.
+
+    Args:
+      width: d, of tokens.
+      age_width, age_buckets: the log-spaced age embedding that is concatenated to every event.
+    """
+
+    def __init__(
+        self,
+        layout: TokenLayout,
+        encoder: EncoderConfig,
+        head: HeadConfig,
+        *,
+        width: int,
+        history_length: int,
+        age_width: int,
+        age_buckets: int,
+        rngs: nnx.Rngs,
+    ):
+        self.layout = layout
+        self.products = head.products
+        self.age_buckets = age_buckets
+        self.candidate_width = sum(size for _, _, size in layout.candidate)
+        width_in = sum(size for _, _, size in layout.history) + age_width
+        self.age_rows = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (age_buckets, age_width)))
+        self.w_in = weight(rngs, (width_in, width))
+        self.encoder = encoder.build(width_in=width_in, width=width, history_length=history_length, rngs=rngs)
+        context_width = sum(size for _, _, size in layout.context)
+        parts = 1 + self.encoder.num_tokens * (2 if head.products else 1)
+        self.head = RankMixer(
+            parts * width + context_width,
+            tokens=head.tokens,
+            width=head.width,
+            expansion=head.expansion,
+            num_blocks=head.blocks,
+            rngs=rngs,
+        )
+
+    def __call__(self, rows: dict[str, jax.Array], batch: dict[str, Any]) -> tuple[Logits, SeqOut]:
+        """Scores a batch of requests.
+
+        Args:
+          rows: unique rows [U, D] of every table, those the batch meets.
+          batch: `history`, `candidates`, `context` (field -> int32 indices into the unique rows, [B, L], [B, C], [B]),
+            `length` [B] (real events, at the right end), `age` [B, L] int32 seconds.
+        """
+        age = batch["age"]
+        length = age.shape[1]
+        mask = jnp.arange(length) >= length - batch["length"][:, None]
+        fields = self.layout.history
+        history = TokenSource(
+            rows=(*(rows[table] for _, table, _ in fields), self.age_rows[...]),
+            indices=(*(batch["history"][name] for name, _, _ in fields), age_bucket(age, self.age_buckets)),
+            w_in=self.w_in[...],
+        )
+        fields = self.layout.candidate
+        candidates = TokenSource(
+            rows=tuple(rows[table] for _, table, _ in fields),
+            indices=tuple(batch["candidates"][name] for name, _, _ in fields),
+            w_in=self.w_in[...][: self.candidate_width],
+        )
+        q = candidates.dense()
+        out = self.encoder(history, mask, age, q, batch["candidates"])
+        tokens = [q, *(out.tokens[:, :, p] for p in range(out.tokens.shape[2]))]
+        if self.products:
+            tokens += [token * q for token in tokens[1:]]
+        for name, table, _ in self.layout.context:
+            context = rows[table][batch["context"][name]]
+            tokens.append(jnp.broadcast_to(context[:, None], (*q.shape[:2], context.shape[-1])))
+        return self.head(jnp.concatenate(tokens, axis=-1)), out
+
+    def macs(self, candidates: int) -> dict[str, int]:
+        """Multiply-accumulates of encoder and head: once a request and per candidate."""
+        length = getattr(self.encoder, "history_length", 0)
+        once, each = self.encoder.macs(candidates, length)
+        return {"encoder_request": once, "encoder_candidate": each, "head_candidate": self.head.macs()}
+
+
+def unit_rms(x: jax.Array) -> jax.Array:
+    """x over its root mean square along the last axis; zeros stay zeros."""
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
+
+
+def residual_scale(num_layers: int) -> float:
+    """Scale of the output matrices of residual branches at init (BASELINES 0)."""
+    return 1.0 / math.sqrt(2 * num_layers)

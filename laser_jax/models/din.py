@@ -1,0 +1,64 @@
+"""Deep Interest Network: an MLP weighs every event for every candidate (arXiv 1706.06978; BASELINES 2)."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from laser_jax.layers.mlp import weight
+from laser_jax.layers.target_attention import masked_softmax
+from laser_jax.models.base import SeqOut, SequenceEncoder, TokenSource
+
+
+@dataclasses.dataclass
+class DinConfig:
+    """hidden: width of the attention MLP's one hidden layer. softmax: normalise the weights (the paper does not)."""
+
+    hidden: int = 64
+    softmax: bool = False
+
+    def build(self, *, width_in: int, width: int, history_length: int, rngs: nnx.Rngs) -> "DinEncoder":
+        return DinEncoder(self, width_in, width, rngs=rngs)
+
+
+class DinEncoder(SequenceEncoder):
+    """z_c = sum_i mask_i a_ci h_i with a = MLP([q; h; q - h; q * h]). Order-free.
+
+    The first layer is split: x W1 = q (Wa + Wc) + h ((Wb - Wc) + diag(q) Wd), so that the concatenation is never built.
+    """
+
+    num_tokens = 1
+
+    def __init__(self, config: DinConfig, width_in: int, width: int, *, rngs: nnx.Rngs):
+        self.width_in = width_in
+        self.softmax = config.softmax
+        self.w1 = weight(rngs, (4 * width, config.hidden))
+        self.b1 = nnx.Param(jnp.zeros((config.hidden,)))
+        self.w2 = weight(rngs, (config.hidden, 1))
+        self.b2 = nnx.Param(jnp.zeros(()))
+
+    def precompute(self, history: TokenSource, mask, age):
+        return history.dense(), mask
+
+    def score(self, ctx, q, side) -> SeqOut:
+        h, mask = ctx
+        wa, wb, wc, wd = jnp.split(self.w1[...], 4)
+        b1, w2, b2 = self.b1[...], self.w2[...], self.b2[...]
+
+        # One candidate at a time and recomputed for the gradient: [B, C, L, hidden] would not fit.
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def one(q_c):  # [B, d]
+            per_request = (wb - wc) + q_c[:, :, None] * wd
+            hidden = jax.nn.relu(jnp.einsum("bld,bdk->blk", h, per_request) + (q_c @ (wa + wc) + b1)[:, None])
+            a = (hidden @ w2)[..., 0] + b2
+            a = masked_softmax(a, mask) if self.softmax else jnp.where(mask, a, 0.0)
+            return jnp.einsum("bl,bld->bd", a, h)
+
+        z = jax.lax.map(one, jnp.moveaxis(q, 1, 0))
+        return SeqOut(tokens=jnp.moveaxis(z, 0, 1)[:, :, None])
+
+    def macs(self, candidates: int, length: int) -> tuple[int, int]:
+        d, hidden = self.w1.shape[0] // 4, self.w1.shape[1]
+        return length * self.width_in * d, length * d * hidden + length * hidden + length * d + 2 * d * hidden

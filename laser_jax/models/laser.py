@@ -1,0 +1,196 @@
+"""LASER: segmented target attention, global segmented target attention, multi-resolution fusion (PAPER 4 to 6).
+
+`laser()` is the paper's form as far as it is known; `laser_plus()` is the form we found better on the same data. Both
+are configs of one module, and every point the paper leaves open is a field.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from laser_jax.layers import segment_attention as sta
+from laser_jax.layers.mlp import FeedForward, weight
+from laser_jax.layers.recency import SegmentRecency
+from laser_jax.layers.target_attention import TargetAttention, masked_softmax
+from laser_jax.models.base import SeqOut, SequenceEncoder, TokenSource, residual_scale
+
+
+@dataclasses.dataclass
+class LaserConfig:
+    """Sizes and the open points of PAPER 6.
+
+    Attributes:
+      segment: w, events a segment. heads: H of STA and GSTA. key_width: d_q of a head in STA.
+      layers: M, GSTA layers. segment_ffn: hidden width of the segment feed-forward over d (0: none).
+      gsta_ffn: the same for the target's feed-forward in GSTA.
+      gate: "sigmoid" (may stay silent) or "softmax" inside a segment.
+      gate_bias: added to every gate's score; None is -ln(w - 1), so that a segment's gates sum to about 1 at init.
+      mass_logit: whether a segment's log gate mass is added to its GSTA score; with softmax gates the model then
+        contains exact target attention over all events.
+      norm: "post" (the paper: LN after every residual) or "pre".
+      recency: "age", "position", "both" or "none", added to segment tokens. age_buckets: log-spaced buckets.
+      recent: r, newest segment tokens handed to the head. pool: whether the max over segment tokens is.
+      tied: Wk := Wq and value projections := I at init (FACTS 6: without it one pass does not align gates and values).
+    """
+
+    segment: int = 10
+    heads: int = 2
+    key_width: int = 16
+    layers: int = 2
+    segment_ffn: int = 4
+    gsta_ffn: int = 1
+    gate: str = "sigmoid"
+    gate_bias: float | None = None
+    mass_logit: bool = False
+    norm: str = "post"
+    recency: str = "both"
+    age_buckets: int = 32
+    recent: int = 3
+    pool: bool = True
+    tied: bool = True
+
+    def build(self, *, width_in: int, width: int, history_length: int, rngs: nnx.Rngs) -> "LaserEncoder":
+        return LaserEncoder(self, width_in, width, history_length, rngs=rngs)
+
+
+def laser(**overrides) -> LaserConfig:
+    """The faithful form: sigmoid gates, 4x segment feed-forward, post-LN, recency on segment tokens."""
+    return LaserConfig(**overrides)
+
+
+def laser_plus(**overrides) -> LaserConfig:
+    """Hierarchical softmax: softmax gates in a segment, its log-sum-exp in the GSTA score, pre-LN, 1x feed-forward."""
+    settings = dict(
+        gate="softmax", gate_bias=0.0, mass_logit=True, norm="pre", heads=4, segment_ffn=1, recency="age", recent=1
+    )
+    return LaserConfig(**{**settings, **overrides})
+
+
+class LaserEncoder(SequenceEncoder):
+    """History -> segment tokens per candidate (STA) -> refined target (GSTA) -> [global, loudest, recent] tokens."""
+
+    def __init__(self, config: LaserConfig, width_in: int, width: int, history_length: int, *, rngs: nnx.Rngs):
+        if config.gate not in sta.GATES:
+            raise ValueError(f"gate={config.gate!r} is not one of {sta.GATES}")
+        if config.norm not in ("pre", "post"):
+            raise ValueError(f"norm={config.norm!r} is not 'pre' or 'post'")
+        if width % config.heads:
+            raise ValueError(f"width={width} is not a multiple of heads={config.heads}")
+        self.config, self.width_in = config, width_in
+        self.num_segments = -(-history_length // config.segment)
+        if not 0 <= config.recent <= self.num_segments:
+            raise ValueError(f"recent={config.recent} is not within the {self.num_segments} segments of the history")
+        self.num_tokens = 1 + int(config.pool) + config.recent
+        shape = (width, config.heads, config.key_width)
+        self.wq = weight(rngs, shape)
+        self.wk = nnx.Param(self.wq[...]) if config.tied else weight(rngs, shape)
+        values = (width, config.heads, width // config.heads)
+        self.wv = nnx.Param(jnp.eye(width).reshape(values)) if config.tied else weight(rngs, values)
+        bias = -math.log(max(config.segment - 1, 1)) if config.gate_bias is None else config.gate_bias
+        self.gate_bias = nnx.Param(jnp.full((config.heads,), bias))
+        scale = residual_scale(1) if config.norm == "pre" else 1.0
+        self.ffn = (
+            FeedForward(width, config.segment_ffn * width, rngs=rngs, out_scale=scale) if config.segment_ffn else None
+        )
+        self.norm = nnx.LayerNorm(width, rngs=rngs)
+        self.recency = (
+            None
+            if config.recency == "none"
+            else SegmentRecency(config.recency, self.num_segments, width, config.age_buckets, rngs=rngs)
+        )
+        self.gsta = nnx.List([GlobalLayer(config, width, rngs=rngs) for _ in range(config.layers)])
+
+    def precompute(self, history: TokenSource, mask, age):
+        config = self.config
+        segment_mask = sta.cut_segments(mask, config.segment)
+        newest_age = sta.cut_segments(age, config.segment)[:, :, -1]
+        recency = None if self.recency is None else self.recency(newest_age)
+        return history.features(), history.w_in, mask, segment_mask.any(axis=-1), recency
+
+    def score(self, ctx, q, side) -> SeqOut:
+        x, w_in, mask, alive, recency = ctx
+        config = self.config
+        wk = jnp.einsum("fd,dhk->fhk", w_in, self.wk[...])
+        wv = jnp.einsum("fd,dhv->fhv", w_in, self.wv[...])
+        attend = sta.segment_attention_folded if self._fold(q.shape[1]) else sta.segment_attention_reference
+        s, log_mass = attend(
+            q, x, mask, self.wq[...], wk, wv, self.gate_bias[...], width=config.segment, gate=config.gate
+        )
+        if self.ffn is not None:
+            s = s + self.ffn(self.norm(s) if config.norm == "pre" else s)
+        if config.norm == "post":
+            s = self.norm(s)
+        if recency is not None:
+            s = s + recency[:, None]
+        t = q
+        for layer in self.gsta:
+            t = layer(t, s, alive, log_mass if config.mass_logit else None)
+        tokens = [t - q if config.norm == "pre" else t]
+        real = alive[:, None, :, None]
+        if config.pool:
+            top = jnp.max(jnp.where(real, s, -jnp.inf), axis=2)
+            tokens.append(jnp.where(alive.any(axis=1)[:, None, None], top, 0.0))
+        s = jnp.where(real, s, 0.0)
+        tokens += [s[:, :, -1 - i] for i in range(config.recent)]
+        return SeqOut(tokens=jnp.stack(tokens, axis=2), diag={"loudness": self._loudness(log_mass, alive)})
+
+    def _loudness(self, log_mass, alive):
+        """[B, C, S]: mean sigmoid gate of a segment's events, or a segment's share of the softmax attention."""
+        if self.config.gate == "sigmoid":
+            loudness = jnp.mean(jnp.exp(log_mass), axis=2) / self.config.segment
+            return jnp.where(alive[:, None], loudness, 0.0)
+        return jnp.mean(masked_softmax(log_mass, alive[:, None, None]), axis=2)
+
+    def _fold(self, candidates: int) -> bool:
+        _, heads, key = self.wk.shape
+        return sta.use_fold(candidates, self.width_in, heads, key, self.wv.shape[2], self.config.segment)
+
+    def macs(self, candidates: int, length: int) -> tuple[int, int]:
+        config = self.config
+        d, heads, key = self.wk.shape
+        segments = -(-length // config.segment)
+        if self._fold(candidates):
+            once = 0
+            each = d * heads * key + self.width_in * heads * (key + 2 * length) + segments * self.width_in * d
+        else:
+            once = length * self.width_in * (heads * key + d)
+            each = d * heads * key + length * (heads * key + d)
+        each += segments * FeedForward.macs(d, config.segment_ffn * d)
+        each += sum(layer.macs(segments) for layer in self.gsta)
+        return once, each
+
+
+class GlobalLayer(nnx.Module):
+    """One GSTA layer: the target attends over the segment tokens; only the target is updated."""
+
+    def __init__(self, config: LaserConfig, width: int, *, rngs: nnx.Rngs):
+        self.pre = config.norm == "pre"
+        self.attention = TargetAttention(width, config.heads, tied=config.tied, rngs=rngs)
+        scale = residual_scale(config.layers) if self.pre else 1.0
+        self.ffn = FeedForward(width, config.gsta_ffn * width, rngs=rngs, out_scale=scale) if config.gsta_ffn else None
+        self.norm_attention = nnx.LayerNorm(width, rngs=rngs)
+        self.norm_ffn = nnx.LayerNorm(width, rngs=rngs)
+
+    def __call__(self, t, s, alive, log_mass):
+        """t [B, C, d], s [B, C, S, d], alive [B, S], log_mass [B, C, H, S] or None -> [B, C, d]."""
+        b, c, segments, d = s.shape
+        # Segment tokens differ by candidate, so every (request, candidate) pair is a request of one candidate here.
+        query = (self.norm_attention(t) if self.pre else t).reshape(b * c, 1, d)
+        mask = jnp.repeat(alive, c, axis=0)
+        offset = None if log_mass is None else log_mass.reshape(b * c, 1, -1, segments)
+        out = self.attention(query, s.reshape(b * c, segments, d), mask, offset=offset).reshape(b, c, d)
+        t = t + out
+        if not self.pre:
+            t = self.norm_attention(t)
+        if self.ffn is not None:
+            t = t + self.ffn(self.norm_ffn(t) if self.pre else t)
+            t = t if self.pre else self.norm_ffn(t)
+        return t
+
+    def macs(self, segments: int) -> int:
+        d = self.attention.wq.shape[0]
+        ffn = 0 if self.ffn is None else FeedForward.macs(d, self.ffn.w1.shape[1])
+        return sum(self.attention.macs(1, segments, d)) + ffn

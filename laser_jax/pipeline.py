@@ -1,0 +1,283 @@
+"""From a data set on disk to batches: one element of the stream is one whole batch.
+
+Batch k is a function of k alone, so the position in the data is the number of batches taken; nothing else needs saving
+to go on exactly where a run stopped.
+"""
+
+import dataclasses
+import json
+import os
+from typing import Any, Protocol
+
+import grain
+import numpy as np
+
+from laser_jax import vault as seqvault
+from laser_jax.features import FeatureConfig, FieldConfig, padded_size, rows_of, table_of, unique_rows
+from laser_jax.requests import Requests, read_vocabulary
+
+SPLITS = ("train", "valid", "test")
+
+
+class Recipe(Protocol):
+    """What turns raw logs into a data set directory; the modules of data/ hold them."""
+
+    def prepare(self, path: str, progress: bool = True) -> str: ...
+
+
+@dataclasses.dataclass
+class DataConfig:
+    """Which data, and how it is cut into batches.
+
+    Attributes:
+      path: data set directory (DIR/vault, DIR/requests/{train,valid,test}).
+      recipe: builds `path` when it does not exist yet; None: it must exist.
+      history_length: L, the newest events of a user strictly before the request.
+      batch_size: B, requests a training batch. candidates: C, candidates a row of a training batch at most; a request
+        with more is spread over several rows, nothing is cut off.
+      eval_batch_size, eval_candidates: the same for validation and test.
+      epochs: passes over the training requests.
+      shuffle_block: requests that stay neighbours on disk are shuffled in blocks of this size, then inside a window of
+        64 blocks. cache_bytes: of decoded vault pages. threads, prefetch: of the input pipeline.
+      seed: of the shuffle.
+    """
+
+    path: str = ""
+    recipe: Recipe | None = None
+    history_length: int = 1000
+    batch_size: int = 32
+    candidates: int = 10
+    eval_batch_size: int = 32
+    eval_candidates: int = 32
+    epochs: int = 1
+    shuffle_block: int = 256
+    cache_bytes: int = 1 << 28
+    threads: int = 2
+    prefetch: int = 4
+    seed: int = 0
+
+
+WINDOW_BLOCKS = 64
+
+
+def epoch_order(num: int, seed: int, epoch: int, block: int) -> np.ndarray:
+    """A shuffled order of 0 .. num-1: blocks are permuted, then rows inside windows of 64 blocks.
+
+    Neighbours on disk stay near each other, and every epoch has an order of its own.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    blocks = rng.permutation(-(-num // block))
+    order = (blocks[:, None] * block + np.arange(block)).ravel()
+    order = order[order < num]
+    window = WINDOW_BLOCKS * block
+    for start in range(0, num, window):
+        order[start : start + window] = rng.permutation(order[start : start + window])
+    return order
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """One batch on the host.
+
+    Attributes:
+      step: what the model's step takes: `unique` (table -> int32 [U]), `history` (field -> int32 [B, L]), `candidates`
+        (field -> int32 [B, C]), `context` (field -> int32 [B]), `length` [B], `age` [B, L], `label` and `mask` [B, C].
+      users: the user of each real row. references: name -> float32 [B, C] scores stored beside the labels.
+      lengths: events before the request, of each real row, at most L.
+    """
+
+    step: dict[str, Any]
+    users: np.ndarray
+    lengths: np.ndarray
+    references: dict[str, np.ndarray]
+
+    @property
+    def num_events(self) -> int:
+        return int(self.lengths.sum())
+
+    @property
+    def num_candidates(self) -> int:
+        return int(self.step["mask"].sum())
+
+
+class BatchSource:
+    """Random access to the batches of one split. Pickles to its arguments; safe for threads."""
+
+    def __init__(self, data: DataConfig, features: FeatureConfig, split: str):
+        if split not in SPLITS:
+            raise ValueError(f"split {split!r} is not one of {SPLITS}")
+        self._args = (data, features, split)
+        self.data, self.features = data, features
+        self.training = split == "train"
+        self.batch_size = data.batch_size if self.training else data.eval_batch_size
+        self.num_columns = data.candidates if self.training else data.eval_candidates
+        self.vault = seqvault.open(os.path.join(data.path, "vault"), cache_bytes=data.cache_bytes)
+        self.requests = Requests.open(os.path.join(data.path, "requests", split))
+        self._seconds = 1000 if self.vault.schema.time_unit == "ms" else 1
+        self._tables = features.tables()
+        self._check_columns()
+        self._vocabularies = {
+            field.name: read_vocabulary(os.path.join(data.path, "vocab", field.name))
+            for field in features.item + features.event + features.context
+            if field.ids == "vocab"
+        }
+        counts = self.requests.counts()
+        pieces = np.maximum(-(-counts // self.num_columns), 1)
+        self._row_request = np.repeat(np.arange(len(counts)), pieces)
+        first = np.cumsum(pieces) - pieces
+        self._row_start = (np.arange(len(self._row_request)) - first[self._row_request]) * self.num_columns
+        self._row_count = np.minimum(counts[self._row_request] - self._row_start, self.num_columns)
+
+    def _check_columns(self) -> None:
+        known = {field.name: field for field in self.vault.schema.fields}
+        for field in (*self.features.item, *self.features.event):
+            if field.name not in known:
+                raise seqvault.UnknownFieldError(
+                    f"{self.vault.path}: features name the event field {field.name!r}; the vault has {', '.join(known)}"
+                )
+            if known[field.name].size is not None:
+                raise ValueError(f"{self.vault.path}: field {field.name!r} is a vector, which no id map can take")
+        for fields, columns, what in (
+            (self.features.item, self.requests.columns, "candidate"),
+            (self.features.context, self.requests.context_columns, "context"),
+        ):
+            for field in fields:
+                if field.name not in columns:
+                    raise ValueError(
+                        f"{self.requests.path}: features name the {what} column {field.name!r}; there is "
+                        f"{', '.join(columns) or 'none'}"
+                    )
+
+    def __reduce__(self):
+        return type(self), self._args
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return -(-len(self._row_request) // self.batch_size)
+
+    @property
+    def num_batches(self) -> int:
+        return self.batches_per_epoch * (self.data.epochs if self.training else 1)
+
+    def rows(self, k: int) -> np.ndarray:
+        """Rows (a request, or a piece of a wide one) of batch k; the last batch of an epoch may have fewer."""
+        epoch, k = divmod(k, self.batches_per_epoch)
+        low, high = k * self.batch_size, (k + 1) * self.batch_size
+        if not self.training:
+            return np.arange(low, min(high, len(self._row_request)))
+        return self._order(epoch)[low:high]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        cached = getattr(self, "_epoch_order", None)  # (epoch, order); replaced whole, so threads see one or the other
+        if cached is None or cached[0] != epoch:
+            order = epoch_order(len(self._row_request), self.data.seed, epoch, self.data.shuffle_block)
+            cached = self._epoch_order = (epoch, order)
+        return cached[1]
+
+    def batch(self, k: int) -> Batch:
+        """Reads, looks up, makes unique and pads batch k."""
+        rows = self.rows(k)
+        requests = self.requests.read(self._row_request[rows])
+        b, c, length = self.batch_size, self.num_columns, self.data.history_length
+        features = self.features
+        histories = self.vault.gather(
+            requests.user, requests.time, length, fields=[f.name for f in (*features.item, *features.event)]
+        )
+        sizes = np.diff(histories.offsets)
+        owner = np.repeat(np.arange(len(rows)), sizes)
+        place = np.arange(len(owner)) + (length - histories.offsets[1:])[owner]  # newest at L-1
+
+        def pad_events(values, dtype=np.int32):
+            out = np.zeros((b, length), dtype)
+            out[owner, place] = values
+            return out
+
+        # Candidates [rows, C] as positions in the requests' flat columns.
+        start, count = self._row_start[rows], self._row_count[rows]
+        real = np.arange(c) < count[:, None]
+        flat = np.where(real, requests.offsets[:-1, None] + start[:, None] + np.arange(c), 0)
+
+        def pad_candidates(values, dtype):
+            out = np.zeros((b, c), dtype)
+            out[: len(rows)] = np.where(real, values[flat], 0)
+            return out
+
+        age = (requests.time[owner] - histories.columns["time"]) // self._seconds
+        step: dict[str, Any] = {
+            "age": pad_events(np.minimum(age, np.iinfo(np.int32).max)),
+            "length": np.pad(sizes, (0, b - len(rows))).astype(np.int32),
+            "label": pad_candidates(requests.label, np.float32),
+            "mask": pad_candidates(np.ones(len(requests.label), np.bool_), np.bool_),
+        }
+        looked_up = {
+            "history": self._look_up((*features.item, *features.event), histories.columns),
+            "candidates": self._look_up(features.item, requests.candidates),
+            "context": self._look_up(features.context, requests.context),
+        }
+        step["unique"] = self._make_unique(looked_up)
+        step["history"] = {name: pad_events(rows) for name, (_, rows) in looked_up["history"].items()}
+        step["candidates"] = {
+            name: pad_candidates(rows, np.int32) for name, (_, rows) in looked_up["candidates"].items()
+        }
+        step["context"] = {
+            name: np.pad(rows, (0, b - len(rows))) for name, (_, rows) in looked_up["context"].items()
+        }
+        return Batch(
+            step=step,
+            users=np.asarray(requests.user),
+            lengths=sizes,
+            references={name: pad_candidates(v, np.float32) for name, v in requests.references.items()},
+        )
+
+    def _look_up(self, fields: tuple[FieldConfig, ...], columns: dict[str, np.ndarray]):
+        """Field name -> [table, embedding rows of its column]."""
+        return {f.name: [table_of(f), rows_of(f, columns[f.name], self._vocabularies.get(f.name))] for f in fields}
+
+    def _make_unique(self, looked_up: dict[str, dict[str, list]]) -> dict[str, np.ndarray]:
+        """Replaces rows by positions among each table's unique rows, in place; returns those, padded to a static size."""
+        unique = {}
+        for table, (num_rows, _) in self._tables.items():
+            entries = [entry for side in looked_up.values() for entry in side.values() if entry[0] == table]
+            met, positions = unique_rows([rows for _, rows in entries], num_rows)
+            for entry, position in zip(entries, positions, strict=True):
+                entry[1] = position
+            size = padded_size(len(met), num_rows)
+            # Padding continues upwards from the table's end: ascending and distinct, as the update requires.
+            unique[table] = np.concatenate([met, num_rows + np.arange(size - len(met), dtype=np.int32)])
+        return unique
+
+    def stream(self, start: int, stop: int):
+        """Iterates batches start .. stop-1, made ahead by threads."""
+        options = grain.ReadOptions(num_threads=self.data.threads, prefetch_buffer_size=self.data.prefetch)
+        return iter(grain.MapDataset.range(start, stop).map(self.batch).to_iter_dataset(options))
+
+    def describe(self) -> dict[str, Any]:
+        """What this split holds, for the log."""
+        return {
+            "requests": len(self.requests),
+            "candidates": self.requests.num_candidates,
+            "batches": self.num_batches,
+            "candidate_fill": round(float(self._row_count.sum()) / (len(self._row_count) * self.num_columns), 3),
+        }
+
+
+def prepare(data: DataConfig) -> None:
+    """Builds the data set if there is none yet.
+
+    Raises:
+      FileNotFoundError: there is none and no recipe to build it.
+    """
+    if not data.path:
+        raise ValueError("data.path is empty: give the directory of the data set, --config.data.path=DIR")
+    if data.recipe is not None:
+        data.recipe.prepare(data.path)
+    elif not os.path.exists(os.path.join(data.path, "dataset.json")):
+        raise FileNotFoundError(
+            f"{data.path} holds no data set (no dataset.json) and the config has no recipe to build one"
+        )
+
+
+def describe_dataset(path: str) -> dict[str, Any]:
+    """The data set's own record of how it was made."""
+    with open(os.path.join(path, "dataset.json"), encoding="utf-8") as file:
+        return json.load(file)

@@ -1,0 +1,185 @@
+"""workdir/report/: one page with pictures, for those who would rather look than read."""
+
+import dataclasses
+import html
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib
+import numpy as np
+from jax.sharding import Mesh
+from matplotlib.figure import Figure
+
+from laser_jax import metrics
+from laser_jax.evaluate import Predictions, table
+from laser_jax.pipeline import BatchSource
+from laser_jax.sharding import place_batch
+from laser_jax.state import TrainState
+
+matplotlib.use("Agg")
+
+
+@dataclasses.dataclass(frozen=True)
+class GateMap:
+    """How loud each segment of one user is for each candidate.
+
+    Attributes:
+      loudness: [C, S], segments oldest to newest. labels, logits: [C]. events: the user's events before the request.
+    """
+
+    user: Any
+    loudness: np.ndarray
+    labels: np.ndarray
+    logits: np.ndarray
+    events: int
+
+
+def gate_maps(eval_step: Callable, state: TrainState, source: BatchSource, mesh: Mesh, users: int) -> list[GateMap]:
+    """Gate maps of the users with the longest histories in the first batch; empty for encoders without segments."""
+    batch = source.batch(0)
+    logits, diag = eval_step(state, place_batch(batch.step, mesh))
+    if "loudness" not in diag:
+        return []
+    loudness, logits = np.asarray(diag["loudness"]), np.asarray(logits)
+    maps = []
+    for row in np.argsort(-batch.lengths, kind="stable")[:users]:
+        real = batch.step["mask"][row]
+        maps.append(
+            GateMap(
+                user=batch.users[row],
+                loudness=loudness[row][real],
+                labels=batch.step["label"][row][real],
+                logits=logits[row][real],
+                events=int(batch.lengths[row]),
+            )
+        )
+    return maps
+
+
+def _save(figure: Figure, folder: str, name: str) -> str:
+    figure.tight_layout()
+    figure.savefig(os.path.join(folder, name), dpi=110)
+    return name
+
+
+def _loss_curve(history: list[dict[str, Any]]) -> Figure:
+    figure = Figure(figsize=(9, 3.4))
+    left, right = figure.subplots(1, 2)
+    train = [e for e in history if "loss" in e]
+    valid = [e for e in history if "valid_auc" in e]
+    left.plot([e["step"] for e in train], [e["loss"] for e in train], label="train")
+    left.plot([e["step"] for e in valid], [e["valid_logloss"] for e in valid], "o-", label="valid")
+    left.set(xlabel="step", ylabel="logloss", title="Loss")
+    right.plot([e["step"] for e in train], [e["auc"] for e in train], label="train (histogram)")
+    right.plot([e["step"] for e in valid], [e["valid_auc"] for e in valid], "o-", label="valid (exact)")
+    right.set(xlabel="step", ylabel="AUC", title="AUC")
+    for axes in (left, right):
+        axes.legend()
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def _roc(name: str, predictions: Predictions) -> Figure:
+    figure = Figure(figsize=(4.4, 4.2))
+    axes = figure.subplots()
+    for label, scores in {name: predictions.logits, **predictions.references}.items():
+        order = np.argsort(-scores, kind="stable")
+        positive = predictions.labels[order] > 0.5
+        keep = np.linspace(0, len(order) - 1, min(len(order), 2000)).astype(int)
+        true_rate = np.cumsum(positive) / max(positive.sum(), 1)
+        false_rate = np.cumsum(~positive) / max((~positive).sum(), 1)
+        area = metrics.auc(predictions.labels, scores)
+        axes.plot(false_rate[keep], true_rate[keep], label=f"{label} ({area:.4f})")
+    axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
+    axes.set(xlabel="false positive rate", ylabel="true positive rate", title="ROC, test")
+    axes.legend(loc="lower right")
+    return figure
+
+
+def _calibration(predictions: Predictions) -> Figure:
+    figure = Figure(figsize=(4.4, 4.2))
+    axes = figure.subplots()
+    predicted, observed, _ = metrics.calibration_bins(predictions.labels, predictions.logits)
+    top = max(predicted.max(), observed.max()) * 1.05
+    axes.plot([0, top], [0, top], color="grey", linewidth=0.8)
+    axes.plot(predicted, observed, "o-")
+    axes.set(xlabel="mean prediction", ylabel="share of clicks", title="Calibration, 20 bins of equal mass")
+    return figure
+
+
+def _auc_by_length(lengths: dict[str, metrics.Scores]) -> Figure:
+    figure = Figure(figsize=(6, 3.4))
+    axes = figure.subplots()
+    names = list(lengths)
+    axes.bar(names, [lengths[n].auc for n in names], color="tab:blue")
+    for i, n in enumerate(names):
+        axes.text(i, lengths[n].auc, f"n={lengths[n].samples}", ha="center", va="bottom", fontsize=8)
+    low = min((lengths[n].auc for n in names if np.isfinite(lengths[n].auc)), default=0.5)
+    axes.set(xlabel="events before the request", ylabel="AUC", title="AUC by history length")
+    axes.set_ylim(bottom=max(0.0, min(0.5, low - 0.05)))
+    return figure
+
+
+def _gate_map(gate_map: GateMap) -> Figure:
+    order = np.argsort(-gate_map.logits, kind="stable")
+    figure = Figure(figsize=(9, 0.6 + 0.16 * len(order) + 1))
+    axes = figure.subplots()
+    picture = axes.imshow(gate_map.loudness[order], aspect="auto", cmap="magma", interpolation="nearest")
+    axes.set_yticks(
+        range(len(order)),
+        [f"{'clicked  ' if gate_map.labels[i] > 0.5 else ''}{gate_map.logits[i]:+.2f}" for i in order],
+        fontsize=6,
+    )
+    axes.set(
+        xlabel="segment, oldest to newest",
+        ylabel="candidate (logit)",
+        title=f"user {gate_map.user}, {gate_map.events} events",
+    )
+    figure.colorbar(picture, ax=axes, label="loudness")
+    return figure
+
+
+def write(
+    workdir: str,
+    config: Any,
+    predictions: Predictions,
+    lengths: dict[str, metrics.Scores],
+    history: list[dict[str, Any]],
+    maps: list[GateMap],
+) -> str:
+    """Writes workdir/report/index.html and its pictures; returns the page's path."""
+    folder = os.path.join(workdir, "report")
+    os.makedirs(folder, exist_ok=True)
+    name = config.name or type(config.encoder).__name__
+    rows = {name: predictions.figures(), **predictions.reference_figures()}
+    pictures = [
+        (_save(_loss_curve(history), folder, "loss.png"), "Loss and AUC while training"),
+        (_save(_roc(name, predictions), folder, "roc.png"), "ROC on the test split"),
+        (_save(_calibration(predictions), folder, "calibration.png"), "Calibration on the test split"),
+        (_save(_auc_by_length(lengths), folder, "auc_by_length.png"), "AUC by history length"),
+    ]
+    for i, gate_map in enumerate(maps):
+        caption = (
+            "How loud each segment is for each candidate, best-scored candidate on top. Rows that differ show gates that "
+            "look at content; equal rows show dead gates."
+        )
+        pictures.append((_save(_gate_map(gate_map), folder, f"gates_{i}.png"), caption))
+    figures = "\n".join(
+        f'<figure><img src="{file}" alt="{html.escape(text)}"><figcaption>{html.escape(text)}</figcaption></figure>'
+        for file, text in pictures
+    )
+    with open(os.path.join(workdir, "config.json"), encoding="utf-8") as file:
+        settings = json.dumps(json.load(file), indent=1)
+    page = os.path.join(folder, "index.html")
+    with open(page, "w", encoding="utf-8") as file:
+        file.write(
+            f"<!doctype html><meta charset='utf-8'><title>{html.escape(name)}</title>\n"
+            "<style>body{font:15px sans-serif;max-width:1000px;margin:2em auto}figure{margin:1em 0}"
+            "img{max-width:100%}pre{background:#f4f4f4;padding:1em;overflow:auto}</style>\n"
+            f"<h1>{html.escape(name)}</h1>\n<h2>Test</h2><pre>{html.escape(table(rows))}</pre>\n"
+            f"<h2>By history length</h2><pre>{html.escape(table(lengths))}</pre>\n{figures}\n"
+            f"<details><summary>Configuration</summary><pre>{html.escape(settings)}</pre></details>\n"
+        )
+    return page

@@ -1,0 +1,114 @@
+"""What a run says of itself: progress lines, TensorBoard files, and metrics.jsonl for the report."""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from tensorboardX import SummaryWriter
+
+from laser_jax.metrics import histogram_auc
+from laser_jax.pipeline import Batch
+
+logger = logging.getLogger(__name__)
+
+
+class RunLog:
+    """Sums up steps into a line every `log_every`; on resume, drops what was logged after the restored step.
+
+    Attributes:
+      history: every line of metrics.jsonl, oldest first.
+      contrast: of the newest line: spread of segment loudness over its mean, None for encoders without segments.
+      samples_per_second: of this process, from its second line on (the first holds the compilation).
+    """
+
+    def __init__(self, workdir: str, start: int, total: int, log_every: int):
+        self._path = os.path.join(workdir, "metrics.jsonl")
+        self.history: list[dict[str, Any]] = []
+        if os.path.exists(self._path):
+            with open(self._path, encoding="utf-8") as file:
+                # A killed run may leave a torn last line.
+                lines = [line for line in file if line.endswith("\n")]
+            self.history = [entry for entry in map(json.loads, lines) if entry["step"] <= start]
+        temporary = f"{self._path}.{os.getpid()}"
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in self.history)
+        os.replace(temporary, self._path)
+        self._board = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=start + 1)
+        self._total, self._log_every = total, log_every
+        self._pending: list[Any] = []
+        self._events = 0
+        self._waited = 0.0
+        self._since = time.monotonic()
+        self._timed_samples, self._timed_seconds = 0, 0.0
+        self._lines = 0
+        self.contrast: float | None = None
+
+    @property
+    def samples_per_second(self) -> float | None:
+        return self._timed_samples / self._timed_seconds if self._timed_seconds else None
+
+    @contextlib.contextmanager
+    def waiting(self):
+        """Counts the time inside as waiting for input."""
+        start = time.monotonic()
+        yield
+        self._waited += time.monotonic() - start
+
+    def stepped(self, step: int, counts: Any, batch: Batch) -> None:
+        """Takes in one step's Counts; fetches and tells them when a line is due."""
+        self._pending.append(counts)
+        self._events += batch.num_events
+        if step % self._log_every and step != self._total:
+            return
+        fetched = jax.device_get(self._pending)
+        seconds = time.monotonic() - self._since
+        samples = float(sum(c.samples for c in fetched))
+        loss = float(sum(c.loss for c in fetched)) / samples
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss became {loss} between step {step - len(fetched)} and step {step}")
+        contrast = float(sum(c.contrast for c in fetched)) / samples
+        self.contrast = None if math.isnan(contrast) else contrast
+        entry = {
+            "step": step,
+            "loss": loss,
+            "auc": histogram_auc(np.sum([c.histogram for c in fetched], axis=0, dtype=np.int64)),
+            "samples_per_second": samples / seconds,
+            "events_per_second": self._events / seconds,
+            "input_wait": self._waited / seconds,
+        }
+        if self.contrast is not None:
+            entry["gate_contrast"] = self.contrast
+        if self._lines:
+            self._timed_samples += int(samples)
+            self._timed_seconds += seconds
+        eta = (self._total - step) * seconds / len(fetched)
+        logger.info(
+            "step %d/%d  loss %.4f  auc %.4f  %.0f samples/s  %.0f events/s  input wait %.0f %%  ETA %.0f s",
+            step, self._total, loss, entry["auc"], entry["samples_per_second"], entry["events_per_second"],
+            100 * entry["input_wait"], eta,
+        )  # fmt: skip
+        self._write(entry, "train")
+        self._lines += 1
+        self._pending, self._events, self._waited, self._since = [], 0, 0.0, time.monotonic()
+
+    def evaluated(self, step: int, figures: dict[str, float]) -> None:
+        """Takes in the figures of a validation; the time it took counts for no line."""
+        self._write({"step": step} | {f"valid_{name}": value for name, value in figures.items()}, "valid")
+        logger.info("step %d/%d  valid AUC %.4f  logloss %.4f", step, self._total, figures["auc"], figures["logloss"])
+        if not self._pending:
+            self._since = time.monotonic()
+
+    def _write(self, entry: dict[str, Any], group: str) -> None:
+        self.history.append(entry)
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+        for name, value in entry.items():
+            if name != "step":
+                self._board.add_scalar(f"{group}/{name.removeprefix('valid_')}", value, entry["step"])
+        self._board.flush()

@@ -1,0 +1,80 @@
+"""SeqVault: every user's typed, time-ordered history on disk, read by one call in training and in serving.
+
+    with vault.create(path, schema) as writer:
+        writer.write({"user": ..., "time": ..., "item": ...})
+    opened = vault.open(path)
+    history = opened.get(user, n=1000, before=time)
+    batch = opened.gather(users, before=times, n=1000)
+
+Knows nothing of jax.
+"""
+
+import os
+
+from laser_jax.schema import Field, Schema
+from laser_jax.vault.errors import (
+    CorruptionError,
+    LockedError,
+    NotAVaultError,
+    SchemaError,
+    UnavailableError,
+    UnknownFieldError,
+    VaultError,
+    VaultExistsError,
+    VersionError,
+)
+from laser_jax.vault.history import Histories, History
+from laser_jax.vault.reader import CACHE_BYTES, Vault
+from laser_jax.vault.writer import BUFFER_EVENTS, VaultWriter
+
+__all__ = [
+    "CorruptionError",
+    "Field",
+    "Histories",
+    "History",
+    "LockedError",
+    "NotAVaultError",
+    "Schema",
+    "SchemaError",
+    "UnavailableError",
+    "UnknownFieldError",
+    "Vault",
+    "VaultError",
+    "VaultExistsError",
+    "VaultWriter",
+    "VersionError",
+    "create",
+    "open",
+]
+
+
+def create(path: str | os.PathLike, schema: Schema, buffer_events: int = BUFFER_EVENTS) -> VaultWriter:
+    """A writer of a new vault, to be used as a context manager.
+
+    Rows are buffered; every full buffer is sorted by user and time and becomes one part. On input grouped by
+    user, a user lives in one part. The vault appears when the `with` block ends without an error; otherwise
+    nothing is left.
+
+    Args:
+      path: a directory that does not exist, is empty, or holds what a killed writer left.
+      schema: of the events.
+      buffer_events: rows to buffer, about a hundred bytes of memory each for a usual schema.
+
+    Raises:
+      VaultExistsError: the directory is in use.
+      LockedError: another writer is creating a vault there (raised on entering the block).
+    """
+    return VaultWriter(os.fspath(path), schema, buffer_events)
+
+
+def open(path: str | os.PathLike, cache_bytes: int = CACHE_BYTES) -> Vault:
+    """Opens a vault for reading. The handle is safe to share among threads and pickles to its path.
+
+    Args:
+      path: directory of the vault.
+      cache_bytes: memory for decoded pages that `gather` may keep.
+
+    Raises:
+      NotAVaultError, VersionError, CorruptionError, UnavailableError: what is wrong with the directory.
+    """
+    return Vault(os.fspath(path), cache_bytes)

@@ -1,0 +1,207 @@
+"""Files of a vault: checksums, small zarr arrays, the manifest, and getting things durably onto the disk."""
+
+import concurrent.futures
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import google_crc32c
+import numpy as np
+
+from laser_jax.vault import format as vault_format
+from laser_jax.vault.errors import (
+    CorruptionError,
+    LockedError,
+    NotAVaultError,
+    UnavailableError,
+    VersionError,
+)
+
+
+def crc32c(data: bytes | memoryview) -> int:
+    """CRC-32C of some bytes, as zarr's crc32c codec computes it."""
+    return google_crc32c.value(bytes(data))
+
+
+def dump(value: Any) -> bytes:
+    """JSON in the one spelling that this package writes."""
+    return json.dumps(value, indent=1, sort_keys=True).encode() + b"\n"
+
+
+def write_file(path: str, data: bytes) -> None:
+    """Creates a file with its directories; it is durable after `sync_tree`."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "wb") as file:
+        file.write(data)
+
+
+def write_array(path: str, array: np.ndarray) -> None:
+    """Writes a 1-d array, at least one value long, as a zarr v3 array of one chunk."""
+    data = array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
+    write_file(os.path.join(path, "zarr.json"), dump(vault_format.plain_metadata(array)))
+    write_file(os.path.join(path, "c", "0"), data + crc32c(data).to_bytes(4, "little"))
+
+
+def write_strings(path: str, prefix: str, values: list[str]) -> None:
+    """Writes strings as arrays `bytes` (UTF-8, never empty, as zarr wants it) and `offsets` [values + 1]."""
+    encoded = [value.encode() for value in values]
+    offsets = np.zeros(len(values) + 1, np.int64)
+    np.cumsum([len(value) for value in encoded], out=offsets[1:])
+    joined = b"".join(encoded) or b"\0"
+    write_array(os.path.join(path, prefix + "bytes"), np.frombuffer(joined, np.uint8))
+    write_array(os.path.join(path, prefix + "offsets"), offsets)
+
+
+def inventory(path: str, shards: list[str]) -> dict[str, list[int]]:
+    """Sizes of the files below `path`, and checksums of all but the shards: these have one for every page."""
+    found: dict[str, list[int]] = {}
+    for folder, _, names in os.walk(path):
+        for name in sorted(names):
+            whole = os.path.join(folder, name)
+            relative = os.path.relpath(whole, path)
+            if relative in shards:
+                found[relative] = [os.path.getsize(whole)]
+                continue
+            with open(whole, "rb") as file:
+                data = file.read()
+            found[relative] = [len(data), crc32c(data)]
+    return found
+
+
+class Folder:
+    """A part or a dictionary piece, read by the manifest's inventory: returns what was written, or fails."""
+
+    def __init__(self, path: str, files: dict[str, list[int]]):
+        self.path = path
+        self.files = files
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a small file; CorruptionError unless size and checksum are as in the manifest."""
+        path = os.path.join(self.path, name)
+        if name not in self.files:
+            raise CorruptionError(f"{path}: the manifest lists no such file")
+        size, checksum = self.files[name]
+        data = read_file(path)
+        if len(data) != size or crc32c(data) != checksum:
+            raise CorruptionError(
+                f"{path}: {len(data)} bytes do not match the {size} bytes and crc32c in the manifest"
+            )
+        return data
+
+    def array(self, name: str, dtype: Any, length: int | None = None) -> np.ndarray:
+        """A plain array written by write_array; `length` is checked if given."""
+        self.read(f"{name}/zarr.json")  # other zarr readers go by it: damage there is damage
+        array = np.frombuffer(self.read(f"{name}/c/0")[:-4], np.dtype(dtype))
+        if length is not None and len(array) != length:
+            raise CorruptionError(f"{os.path.join(self.path, name)}: {len(array)} values instead of {length}")
+        return array
+
+    def check_size(self, name: str) -> int:
+        """Size of a shard file; CorruptionError if it is missing or of another size than written."""
+        path = os.path.join(self.path, name)
+        if name not in self.files:
+            raise CorruptionError(f"{path}: the manifest lists no such shard")
+        try:
+            size = os.stat(path).st_size
+        except FileNotFoundError as error:
+            raise CorruptionError(f"{path} is missing") from error
+        except OSError as error:
+            raise UnavailableError(f"{path} cannot be read: {error}") from error
+        if size != self.files[name][0]:
+            raise CorruptionError(f"{path}: {size} bytes instead of {self.files[name][0]}")
+        return size
+
+
+def read_file(path: str) -> bytes:
+    """All bytes of a file that the manifest promises."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except FileNotFoundError as error:
+        raise CorruptionError(f"{path} is missing") from error
+    except OSError as error:
+        raise UnavailableError(f"{path} cannot be read: {error}") from error
+
+
+def read_manifest(path: str) -> dict[str, Any]:
+    """The manifest of the vault at `path`; the error says what is wrong if it cannot be used."""
+    name = os.path.join(path, vault_format.MANIFEST)
+    if not os.path.isdir(path):
+        raise NotAVaultError(f"{path} is not a vault: no such directory")
+    try:
+        with open(name, "rb") as file:
+            data = file.read()
+    except FileNotFoundError as error:
+        raise NotAVaultError(f"{path} is not a vault: it has no {vault_format.MANIFEST}") from error
+    except OSError as error:
+        raise UnavailableError(f"{name} cannot be read: {error}") from error
+    try:
+        manifest = json.loads(data)
+    except ValueError as error:  # JSON and UTF-8 errors
+        raise CorruptionError(f"{name} is damaged: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != vault_format.FORMAT:
+        raise NotAVaultError(f"{path} is not a vault: {name} is not of format {vault_format.FORMAT!r}")
+    checksum = manifest.pop("checksum", None)
+    # Comparing the whole spelling finds every flipped bit, those in white space included. Every version keeps
+    # this rule.
+    if checksum != crc32c(dump(manifest)) or dump(manifest | {"checksum": checksum}) != data:
+        raise CorruptionError(f"{name} is damaged: its checksum does not match")
+    if manifest["version"] > vault_format.VERSION:
+        raise VersionError(
+            f"{path} is a vault of version {manifest['version']}, this code reads versions up to "
+            f"{vault_format.VERSION}: install a newer laser_jax"
+        )
+    return manifest
+
+
+def commit_manifest(path: str, manifest: dict[str, Any]) -> None:
+    """Makes `manifest` the state of the vault at `path`: all of it or, if the machine dies, nothing of it."""
+    name = os.path.join(path, vault_format.MANIFEST)
+    draft = name + ".draft"
+    with open(draft, "wb") as file:
+        file.write(dump(manifest | {"checksum": crc32c(dump(manifest))}))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, name)
+    sync_path(path)
+
+
+def sync_path(path: str) -> None:
+    """Flushes one file or directory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(path: str) -> None:
+    """Flushes every file and directory below `path`, and `path` itself, to the disk."""
+    files, folders = [], []
+    for folder, _, names in os.walk(path, topdown=False):
+        files.extend(os.path.join(folder, name) for name in names)
+        folders.append(folder)
+    # Together: a disk commits many waiting flushes at once.
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        list(pool.map(sync_path, files))
+        list(pool.map(sync_path, folders))
+
+
+@contextlib.contextmanager
+def writer_lock(path: str) -> Iterator[None]:
+    """Holds the lock of the vault at `path`, or LockedError. A dead writer's lock is free."""
+    name = os.path.join(path, vault_format.LOCK)
+    descriptor = os.open(name, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise LockedError(f"{path} is being written by another writer (it holds {name})") from error
+        if not os.path.exists(name) or not os.path.samestat(os.fstat(descriptor), os.stat(name)):
+            raise LockedError(f"{path} was removed by another writer at this moment: try again")
+        yield
+    finally:
+        os.close(descriptor)

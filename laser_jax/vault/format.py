@@ -1,0 +1,178 @@
+"""The format of a vault on disk: names, versions, zarr metadata and where a field lies inside a page.
+
+    manifest.json                  what belongs to the vault; the only file that is ever replaced (atomically)
+    writer.lock                    held by the one writer
+    dictionaries/FIELD-N-HEX/      values of a string field: plain zarr v3 arrays `bytes`, `offsets`
+    parts/part-N-HEX/              a zarr v3 group, written whole, never edited; a name is never used again
+      pages                        [pages, words, 256] uint32, sharded; a page = 256 events of one user
+      vectors/FIELD                [pages, 256, size], sharded, same page numbers
+      users | user_bytes, user_offsets, user_hashes      keys of the users, int64 | UTF-8
+      user_first_page              [users + 1] pages of user u: user_first_page[u] to user_first_page[u + 1]
+      page_count, page_first_time, page_last_time        [pages]
+
+A user's pages are adjacent and in order of time. Events fill a page from its end: only the oldest page of a
+user is partly filled, its unused leading slots are zero, so the events of adjacent pages are one unbroken
+run. Time is stored as the difference to the event before; the first event of a page holds its whole time, so
+times of a page are a running sum.
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from laser_jax.schema import Schema
+
+FORMAT = "laser_jax.vault"
+VERSION = 1
+MANIFEST = "manifest.json"
+LOCK = "writer.lock"
+PARTS = "parts"
+DICTIONARIES = "dictionaries"
+#: Events in a page, and pages in a shard file.
+PAGE = 256
+SHARD_PAGES = 4096
+#: A shard ends in an index of (offset, length) uint64 pairs and their crc32c; both 2^64 - 1 means "not
+#: stored".
+INDEX_ENTRY = 16
+CHECKSUM = 4
+MISSING = 2**64 - 1
+
+_WORD = np.dtype(np.uint32)
+_CRC = {"name": "crc32c"}
+_BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
+_SINGLE_BYTES = {"name": "bytes"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a field lies in a page: one word, two words (low, high), or some bits of one word."""
+
+    dtype: np.dtype
+    word: int
+    shift: int = 0
+
+    @property
+    def num_words(self) -> int:
+        """Words that the field touches."""
+        return 2 if self.dtype.itemsize == 8 else 1
+
+
+class PageLayout:
+    """The words of a page for one schema.
+
+    Time comes first (1 word in seconds, 2 in milliseconds), then the 8-byte fields as low and high word, the
+    4-byte fields, and the 2-byte and 1-byte fields packed together, from the low bits up.
+    """
+
+    def __init__(self, schema: Schema):
+        self.time_words = 1 if schema.time_unit == "s" else 2
+        self.places: dict[str, Place] = {}
+        word = self.time_words
+        for size in (8, 4):
+            for field in schema.scalars:
+                if field.dtype.itemsize == size:
+                    self.places[field.name] = Place(field.dtype, word)
+                    word += size // 4
+        byte = word * 4
+        for size in (2, 1):
+            for field in schema.scalars:
+                if field.dtype.itemsize == size:
+                    self.places[field.name] = Place(field.dtype, byte // 4, byte % 4 * 8)
+                    byte += size
+        self.num_words = -(-byte // 4)
+
+    def to_json(self) -> dict[str, Any]:
+        """The layout for readers that know nothing of this code: attributes of a part's group."""
+        places: dict[str, Any] = {"time": {"type": "delta", "word": 0, "words": self.time_words, "shift": 0}}
+        for name, place in self.places.items():
+            places[name] = {
+                "type": place.dtype.name,
+                "word": place.word,
+                "words": place.num_words,
+                "shift": place.shift,
+            }
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "page_events": PAGE,
+            "num_words": self.num_words,
+            "fields": places,
+        }
+
+
+def group_metadata(attributes: dict[str, Any]) -> dict[str, Any]:
+    """zarr.json of a group."""
+    return {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+
+
+def plain_metadata(array: np.ndarray) -> dict[str, Any]:
+    """zarr.json of a 1-d array stored as one checksummed chunk."""
+    codec = _SINGLE_BYTES if array.dtype.itemsize == 1 else _BYTES
+    return _array_metadata(array.shape, array.dtype, array.shape, [codec, _CRC])
+
+
+def pages_metadata(num_pages: int, num_words: int) -> dict[str, Any]:
+    """zarr.json of the pages array [num_pages, num_words, PAGE]."""
+    return _sharded_metadata((num_pages, num_words, PAGE), _WORD)
+
+
+def vector_metadata(num_pages: int, size: int, dtype: np.dtype) -> dict[str, Any]:
+    """zarr.json of a vector field's array [num_pages, PAGE, size]."""
+    return _sharded_metadata((num_pages, PAGE, size), dtype)
+
+
+def shard_pages(num_pages: int) -> int:
+    """Pages in a shard of an array of `num_pages`: a small part has one shard of its own size."""
+    return min(SHARD_PAGES, num_pages)
+
+
+def shard_path(array: str, shard: int) -> str:
+    """Path of a shard file inside the part."""
+    return f"{array}/c/{shard}/0/0"
+
+
+def vector_path(field: str) -> str:
+    """Path of a vector field's array inside the part."""
+    return f"vectors/{field}"
+
+
+def _sharded_metadata(shape: tuple[int, ...], dtype: np.dtype) -> dict[str, Any]:
+    single = dtype.itemsize == 1
+    blosc = {
+        "cname": "zstd",
+        "clevel": 1,
+        "shuffle": "noshuffle" if single else "shuffle",
+        "typesize": dtype.itemsize,
+        "blocksize": 0,
+    }
+    sharding = {
+        "name": "sharding_indexed",
+        "configuration": {
+            "chunk_shape": [1, *shape[1:]],
+            "codecs": [
+                _SINGLE_BYTES if single else _BYTES,
+                {"name": "blosc", "configuration": blosc},
+                _CRC,
+            ],
+            "index_codecs": [_BYTES, _CRC],
+            "index_location": "end",
+        },
+    }
+    return _array_metadata(shape, dtype, (shard_pages(shape[0]), *shape[1:]), [sharding])
+
+
+def _array_metadata(
+    shape: tuple[int, ...], dtype: np.dtype, chunk: tuple[int, ...], codecs: list[dict[str, Any]]
+) -> dict[str, Any]:
+    fill: Any = {"b": False, "f": 0.0}.get(dtype.kind, 0)
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": list(shape),
+        "data_type": dtype.name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunk)}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "fill_value": fill,
+        "codecs": codecs,
+    }

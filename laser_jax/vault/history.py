@@ -1,0 +1,71 @@
+"""What a read returns."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+
+class History:
+    """Events of one user, oldest first.
+
+    Attributes:
+      columns: `time` int64 [N] and the asked fields, [N] or [N, size]; a string field as int32 codes.
+    """
+
+    def __init__(self, columns: dict[str, np.ndarray], dictionary: Callable[[str], np.ndarray | None]):
+        """`dictionary` gives the values of a string field, None for other fields."""
+        self.columns = columns
+        self._dictionary = dictionary
+
+    def __len__(self) -> int:
+        return len(self.columns["time"])
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """Values of a column; strings are decoded."""
+        if name not in self.columns:
+            raise KeyError(f"{name!r} was not read; columns: {', '.join(self.columns)}")
+        values = self._dictionary(name)
+        return self.columns[name] if values is None else values[self.columns[name]]
+
+    def __repr__(self) -> str:
+        return f"History({len(self)} events, columns: {', '.join(self.columns)})"
+
+
+class Histories:
+    """Events of a batch of users, one user after the other, oldest first each.
+
+    Attributes:
+      columns: `time` int64 [N] and the asked fields, [N] or [N, size]; a string field as int32 codes.
+      offsets: int64 [B + 1]; user b has the rows offsets[b] to offsets[b + 1].
+    """
+
+    def __init__(
+        self,
+        columns: dict[str, np.ndarray],
+        offsets: np.ndarray,
+        dictionary: Callable[[str], np.ndarray | None],
+    ):
+        """`dictionary` gives the values of a string field, None for other fields."""
+        self.columns = columns
+        self.offsets = offsets
+        self._dictionary = dictionary
+
+    def __len__(self) -> int:
+        """Number of users B."""
+        return len(self.offsets) - 1
+
+    @property
+    def num_events(self) -> int:
+        """Number of events N of all users together."""
+        return int(self.offsets[-1])
+
+    def __getitem__(self, position: int) -> History:
+        """The history of the user at a position of the batch."""
+        if not -len(self) <= position < len(self):
+            raise IndexError(f"position {position} in a batch of {len(self)} users")
+        position %= len(self)
+        rows = slice(self.offsets[position], self.offsets[position + 1])
+        return History({name: column[rows] for name, column in self.columns.items()}, self._dictionary)
+
+    def __repr__(self) -> str:
+        return f"Histories({len(self)} users, {self.num_events} events, columns: {', '.join(self.columns)})"

@@ -84,14 +84,21 @@ class Recipe:
             return False
         held = read_dataset(path)
         wanted = self._identity()
-        different = [f"{key} {held.get(key)!r}, not {wanted[key]!r}" for key in ("recipe", "version")
-                     if held.get(key) != wanted[key]]
+        different = [
+            f"{key} {held.get(key)!r}, not {wanted[key]!r}"
+            for key in ("recipe", "version")
+            if held.get(key) != wanted[key]
+        ]
         arguments = held.get("arguments", {})
-        different += [f"{name}={arguments.get(name)!r}, not {value!r}"
-                      for name, value in wanted["arguments"].items() if arguments.get(name) != value]
+        different += [
+            f"{name}={arguments.get(name)!r}, not {value!r}"
+            for name, value in wanted["arguments"].items()
+            if arguments.get(name) != value
+        ]
         if different:
-            raise RecipeError(f"{path} holds another data set ({'; '.join(different)}): remove it, or choose "
-                              "another directory")
+            raise RecipeError(
+                f"{path} holds another data set ({'; '.join(different)}): remove it, or choose another directory"
+            )
         return True
 
 
@@ -102,8 +109,9 @@ def read_dataset(path):
         with open(place, encoding="utf-8") as f:
             return json.load(f)
     except (FileNotFoundError, NotADirectoryError):
-        raise RecipeError(f"{path} holds no finished data set ({DATASET} is missing): remove it, or choose "
-                          "another directory") from None
+        raise RecipeError(
+            f"{path} holds no finished data set ({DATASET} is missing): remove it, or choose another directory"
+        ) from None
     except json.JSONDecodeError as error:
         raise RecipeError(f"{place} is damaged ({error}): remove {path} and build it again") from error
 
@@ -131,13 +139,16 @@ class Progress:
 
 def run(recipe_class, arguments=None):
     """The command line `python -m data.NAME --out=DIR [--ARGUMENT=VALUE ...]`."""
-    parser = argparse.ArgumentParser(prog=f"python -m data.{recipe_class.NAME}",
-                                     description=sys.modules[recipe_class.__module__].__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog=f"python -m data.{recipe_class.NAME}",
+        description=sys.modules[recipe_class.__module__].__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--out", required=True, help="directory of the data set")
     for field in dataclasses.fields(recipe_class):
-        parser.add_argument(f"--{field.name}", type=_reader(field.default), default=field.default,
-                            help=f"default {field.default}")
+        parser.add_argument(
+            f"--{field.name}", type=_reader(field.default), default=field.default, help=f"default {field.default}"
+        )
     values = vars(parser.parse_args(arguments))
     out, begun = values.pop("out"), time.monotonic()
     try:
@@ -150,12 +161,14 @@ def run(recipe_class, arguments=None):
 
 def _reader(default):
     """How the command line reads a value like `default`: a number, numbers with commas, or none."""
+
     def read(text):
         if text.lower() == "none":
             return None
         if isinstance(default, tuple):
             return tuple(type(default[0])(part) for part in text.split(","))
         return type(default)(text)
+
     read.__name__ = "value"
     return read
 

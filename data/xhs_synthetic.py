@@ -21,9 +21,19 @@ from laser_jax import vault as seqvault
 from laser_jax.requests import RequestsWriter, write_vocabulary
 from laser_jax.schema import Field, Schema
 
-SCHEMA = Schema(user="int64", time_unit="s", fields=(
-    Field("item", "int64"), Field("category", "int32"), Field("author", "int64"), Field("scene", "uint8"),
-    Field("action", "uint8"), Field("dwell", "uint16"), Field("content", "float16", world.CONTENT_SIZE)))
+SCHEMA = Schema(
+    user="int64",
+    time_unit="s",
+    fields=(
+        Field("item", "int64"),
+        Field("category", "int32"),
+        Field("author", "int64"),
+        Field("scene", "uint8"),
+        Field("action", "uint8"),
+        Field("dwell", "uint16"),
+        Field("content", "float16", world.CONTENT_SIZE),
+    ),
+)
 CANDIDATE = {"item": "int64", "category": "int32", "author": "int64"}
 
 ORIGIN_S = 1_704_067_200  # 1 January 2024
@@ -85,9 +95,18 @@ class XhsSynthetic(Recipe):
         counts = {"users": self.users, "events": 0}
         with contextlib.ExitStack() as stack:
             vault = stack.enter_context(seqvault.create(os.path.join(directory, "vault"), SCHEMA))
-            writers = {split: stack.enter_context(RequestsWriter(
-                os.path.join(directory, "requests", split), user="int64", context={"scene": "uint8"},
-                candidates=CANDIDATE, references=("oracle", "popularity"))) for split in REQUEST_DAYS}
+            writers = {
+                split: stack.enter_context(
+                    RequestsWriter(
+                        os.path.join(directory, "requests", split),
+                        user="int64",
+                        context={"scene": "uint8"},
+                        candidates=CANDIDATE,
+                        references=("oracle", "popularity"),
+                    )
+                )
+                for split in REQUEST_DAYS
+            }
             for first in range(0, self.users, _CHUNK_USERS):
                 progress(first, self.users, "users")
                 events, item, requests = self.chunk(first)
@@ -100,8 +119,7 @@ class XhsSynthetic(Recipe):
                     writers[split].write(**columns)
             progress(self.users, self.users, "users")
         write_vocabulary(os.path.join(directory, "vocab", "item"), world.item_id(np.flatnonzero(seen_items)))
-        write_vocabulary(os.path.join(directory, "vocab", "author"),
-                         world.author_id(np.flatnonzero(seen_authors)))
+        write_vocabulary(os.path.join(directory, "vocab", "author"), world.author_id(np.flatnonzero(seen_authors)))
         for split in REQUEST_DAYS:
             counts[f"{split}_requests"] = getattr(self, f"{split}_requests")
             counts[f"{split}_candidates"] = counts[f"{split}_requests"] * self.candidates
@@ -139,10 +157,15 @@ def _draw_people(rng, count, mean_length, max_length):
     again = (np.triu(topic[:, :, None] == topic[:, None, :], k=1)).any(1)
     days = EXPOSURE_DAYS * np.exp(EXPOSURE_SPREAD * rng.standard_normal(shape))
     begin = rng.random(shape) * (HORIZON_DAYS + days) - days
-    return {"length": length, "topic": topic, "interest": rank < interests,
-            "exists": (rank < interests * (1 + OTHERS_AN_INTEREST)) & ~again,
-            "begin": begin, "end": begin + days,
-            "favourite": _pick(rng, world.AUTHOR_SHARE, (*shape, FAVOURITES))}
+    return {
+        "length": length,
+        "topic": topic,
+        "interest": rank < interests,
+        "exists": (rank < interests * (1 + OTHERS_AN_INTEREST)) & ~again,
+        "begin": begin,
+        "end": begin + days,
+        "favourite": _pick(rng, world.AUTHOR_SHARE, (*shape, FAVOURITES)),
+    }
 
 
 def _draw_events(rng, people):
@@ -153,8 +176,9 @@ def _draw_events(rng, people):
     begin = rng.random(len(owner)) * HORIZON_DAYS
     begin = begin[np.lexsort((begin, owner))]
     scene = _pick(rng, SCENE_SHARE, len(owner)).astype(np.uint8)
-    alive = people["exists"][owner] & (people["begin"][owner] <= begin[:, None]) & (
-        begin[:, None] < people["end"][owner])
+    alive = (
+        people["exists"][owner] & (people["begin"][owner] <= begin[:, None]) & (begin[:, None] < people["end"][owner])
+    )
     # The smallest of exponential waiting times: one exposure alive, drawn by frequency.
     frequency = np.where(people["interest"][owner], INTEREST_FREQUENCY, 1.0)
     waiting = np.where(alive, -np.log1p(-rng.random(alive.shape)) / frequency, np.inf)
@@ -180,9 +204,15 @@ def _draw_events(rng, people):
 
     order = np.lexsort((time, user))  # sessions may overlap; stable, as the vault's own order
     item = item[order]
-    columns = {"user": user, "time": time[order], **_describe(item), "scene": scene[session][order],
-               "action": action[order], "dwell": dwell.clip(1, 3600).astype(np.uint16)[order],
-               "content": (world.TOPIC_CONTENT[_topic(item)] + 0.5 * noise).astype(np.float16)}
+    columns = {
+        "user": user,
+        "time": time[order],
+        **_describe(item),
+        "scene": scene[session][order],
+        "action": action[order],
+        "dwell": dwell.clip(1, 3600).astype(np.uint16)[order],
+        "content": (world.TOPIC_CONTENT[_topic(item)] + 0.5 * noise).astype(np.float16),
+    }
     return columns, item
 
 
@@ -197,8 +227,12 @@ def _draw_requests(rng, people, counts, days, candidates):
     chosen = np.where(fitting, rng.random(fitting.shape), -1.0).argmax(2)
     chosen = np.where(fitting.any(2), chosen, -1)
     item = _draw_items(rng, people, user[:, None], chosen, CANDIDATE_BY_FAVOURITE)
-    return {"user": user, "time": ORIGIN_S + np.floor(day * world.DAY_S).astype(np.int64),
-            "scene": _pick(rng, SCENE_SHARE, len(user)).astype(np.uint8), "candidates": _describe(item)}
+    return {
+        "user": user,
+        "time": ORIGIN_S + np.floor(day * world.DAY_S).astype(np.int64),
+        "scene": _pick(rng, SCENE_SHARE, len(user)).astype(np.uint8),
+        "candidates": _describe(item),
+    }
 
 
 def _ask_teacher(rng, events, lengths, asked):
@@ -211,10 +245,15 @@ def _ask_teacher(rng, events, lengths, asked):
         history = {name: events[name][own] for name in (*CANDIDATE, "action", "scene", "time")}
         oracle[r] = teacher.logits(history, time, scene, {k: v[r] for k, v in asked["candidates"].items()})
     flat = {name: values.ravel() for name, values in asked["candidates"].items()}
-    return {"user": asked["user"], "time": asked["time"], "context": {"scene": asked["scene"]},
-            "counts": np.full(shape[0], shape[1]), "candidates": flat,
-            "label": (rng.random(shape) * (1 + np.exp(-oracle)) < 1).ravel(),
-            "references": {"oracle": oracle.ravel(), "popularity": world.popularity(flat["item"])}}
+    return {
+        "user": asked["user"],
+        "time": asked["time"],
+        "context": {"scene": asked["scene"]},
+        "counts": np.full(shape[0], shape[1]),
+        "candidates": flat,
+        "label": (rng.random(shape) * (1 + np.exp(-oracle)) < 1).ravel(),
+        "references": {"oracle": oracle.ravel(), "popularity": world.popularity(flat["item"])},
+    }
 
 
 def _draw_items(rng, people, user, exposure, by_favourite):
@@ -222,8 +261,9 @@ def _draw_items(rng, people, user, exposure, by_favourite):
     drawn = exposure >= 0
     topic = np.where(drawn, people["topic"][user, exposure], _pick(rng, world.TOPIC_SHARE, exposure.shape))
     favourite = people["favourite"][user, exposure, rng.integers(0, FAVOURITES, exposure.shape)]
-    author = np.where(drawn & (rng.random(exposure.shape) < by_favourite), favourite,
-                      _pick(rng, world.AUTHOR_SHARE, exposure.shape))
+    author = np.where(
+        drawn & (rng.random(exposure.shape) < by_favourite), favourite, _pick(rng, world.AUTHOR_SHARE, exposure.shape)
+    )
     rank = _pick(rng, world.ITEM_SHARE, exposure.shape)
     return (topic * world.AUTHORS_PER_TOPIC + author) * world.ITEMS_PER_AUTHOR + rank
 
@@ -234,8 +274,11 @@ def _topic(item):
 
 def _describe(item):
     """Columns of CANDIDATE of items by their indices."""
-    return {"item": world.item_id(item), "category": world.TOPIC_CATEGORY[_topic(item)],
-            "author": world.author_id(item // world.ITEMS_PER_AUTHOR)}
+    return {
+        "item": world.item_id(item),
+        "category": world.TOPIC_CATEGORY[_topic(item)],
+        "author": world.author_id(item // world.ITEMS_PER_AUTHOR),
+    }
 
 
 def _pick(rng, share, shape):

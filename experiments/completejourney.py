@@ -11,6 +11,8 @@ from data.completejourney import CompleteJourney
 from laser_jax.config import Config, TrainConfig
 from laser_jax.features import FeatureConfig, FieldConfig
 from laser_jax.models import encoder_config
+from laser_jax.models.base import HeadConfig
+from laser_jax.optim import OptimConfig
 from laser_jax.pipeline import DataConfig
 
 
@@ -38,5 +40,8 @@ def get_config(encoder: str = "laser_plus") -> Config:
         ),
         encoder=encoder_config(encoder),
         width=64,
+        head=HeadConfig(tokens=8, width=64),
+        # One pass is 875 steps: a second moment remembered over 10 000 of them would never forget the first ones.
+        optim=OptimConfig(learning_rate=1e-3, b1=0.9, b2=0.999),
         train=TrainConfig(eval_every=300, save_every=100),
     )

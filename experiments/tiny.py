@@ -1,6 +1,6 @@
 """experiments/xhs.py in seconds: the same model and data, small. For tests and for a first look.
 
-  python -m laser_jax.main --config=experiments/tiny.py --workdir=/tmp/tiny
+python -m laser_jax.main --config=experiments/tiny.py --workdir=/tmp/tiny
 """
 
 import dataclasses

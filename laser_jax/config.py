@@ -86,7 +86,14 @@ def to_dict(config: Any) -> Any:
 
 
 # What may change between a run and its continuation: none of it changes what is learned.
-FREE_TO_CHANGE = ("train.log_every", "train.gate_maps", "data.path", "data.threads", "data.prefetch", "data.cache_bytes")
+FREE_TO_CHANGE = (
+    "train.log_every",
+    "train.gate_maps",
+    "data.path",
+    "data.threads",
+    "data.prefetch",
+    "data.cache_bytes",
+)
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -95,8 +102,8 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix[:-1]: value}
 
 
-def remember(config: Config, workdir: str) -> None:
-    """Writes workdir/config.json, or checks it when the run is being continued.
+def check(config: Config, workdir: str) -> None:
+    """Whether a run in `workdir` may be started or continued with this config.
 
     Raises:
       ValueError: the run in `workdir` was started with another config; names every field that differs.
@@ -114,11 +121,19 @@ def remember(config: Config, workdir: str) -> None:
         ]
         if changed:
             raise ValueError(
-                f"{workdir} holds a run of another config ({'; '.join(changed)}): give another --workdir, or the old values"
+                f"{workdir} holds a run of another config ({'; '.join(changed)}): give another --workdir, or the "
+                "old values"
             )
+
+
+def remember(config: Config, workdir: str) -> None:
+    """Checks as `check` does, and writes workdir/config.json where there is none."""
+    check(config, workdir)
+    path = os.path.join(workdir, "config.json")
+    if os.path.exists(path):
         return
     os.makedirs(workdir, exist_ok=True)
     temporary = f"{path}.{os.getpid()}"
     with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(now, file, indent=1)
+        json.dump(to_dict(config), file, indent=1)
     os.replace(temporary, path)

@@ -17,6 +17,8 @@ from laser_jax.state import StateFactory, TrainState
 
 logger = logging.getLogger(__name__)
 
+ORACLE = "oracle"  # the reference whose scores are the true logits
+
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
@@ -47,8 +49,11 @@ class Predictions:
         return metrics.by_length(self.lengths, self.users, self.labels, self.logits, edges)
 
     def reference_figures(self) -> dict[str, metrics.Scores]:
+        """An oracle's scores are logits; all others only rank."""
         return {
-            name: metrics.score_table_row(self.users, self.labels, scores) for name, scores in self.references.items()
+            name: figures(self.users, self.labels, scores)
+            for name, scores in self.references.items()
+            for figures in (metrics.score_table_row if name == ORACLE else metrics.score_ranking,)
         }
 
 
@@ -95,6 +100,6 @@ def table(rows: dict[str, metrics.Scores]) -> str:
     names = [field.name for field in dataclasses.fields(metrics.Scores)]
     lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for label, scores in rows.items():
-        cells = [f"{v:d}" if isinstance(v, int) else f"{v:.4f}" for v in dataclasses.astuple(scores)]
+        cells = ["" if v is None else str(v) if isinstance(v, int) else f"{v:.4f}" for v in dataclasses.astuple(scores)]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -94,14 +94,17 @@ def rows_of(field: FieldConfig, values: np.ndarray, vocabulary: np.ndarray | Non
         rows = values.astype(np.int64) + 1
         return np.where((rows < 1) | (rows >= field.rows), 0, rows).astype(np.int32)
     if field.ids == "vocab":
+        if not len(vocabulary):
+            return np.zeros(len(values), np.int32)
         rows = np.searchsorted(vocabulary, values)
         known = vocabulary[np.minimum(rows, len(vocabulary) - 1)] == values
         return np.where(known & (rows + 1 < field.rows), rows + 1, 0).astype(np.int32)
     if field.ids == "hash":
         hashed = splitmix64(values.astype(np.int64))
         return (1 + hashed % np.uint64(field.rows - 1)).astype(np.int32)
-    steps = 1 + 2 * np.log2(1 + np.maximum(values.astype(np.float64), 0))
-    return np.minimum(steps, field.rows - 1).astype(np.int32)
+    values = values.astype(np.float64)
+    steps = np.minimum(1 + 2 * np.log2(1 + np.maximum(values, 0)), field.rows - 1)
+    return np.where(np.isnan(values), 0, steps).astype(np.int32)
 
 
 def unique_rows(parts: list[np.ndarray], num_rows: int) -> tuple[np.ndarray, list[np.ndarray]]:

@@ -21,6 +21,8 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     absl.logging.set_verbosity(absl.logging.WARNING)  # orbax tells much
+    # Saving between two evaluations is meant.
+    absl.logging.get_absl_logger().addFilter(lambda record: "did not provide metrics" not in record.getMessage())
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logger = logging.getLogger("laser_jax")

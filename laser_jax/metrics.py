@@ -86,7 +86,9 @@ def normalized_entropy(labels: np.ndarray, logits: np.ndarray) -> float:
     return logloss(labels, logits) / -(p * np.log(p) + (1 - p) * np.log(1 - p))
 
 
-def calibration_bins(labels: np.ndarray, logits: np.ndarray, bins: int = 20) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def calibration_bins(
+    labels: np.ndarray, logits: np.ndarray, bins: int = 20
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean prediction, mean label and share of samples in bins of equal mass, lowest predictions first."""
     p = 1 / (1 + np.exp(-np.asarray(logits, np.float64)))
     pieces = [piece for piece in np.array_split(np.argsort(p, kind="stable"), bins) if len(piece)]
@@ -100,15 +102,24 @@ def calibration_bins(labels: np.ndarray, logits: np.ndarray, bins: int = 20) -> 
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """The figures of one table row. calibration is mean prediction / mean label; ece is over 20 equal-mass bins."""
+    """The figures of one table row.
+
+    Attributes:
+      auc, gauc: of any scores. logloss, ne, calibration (mean prediction / mean label) and ece (20 bins of equal mass):
+        of logits; None for scores that only rank.
+    """
 
     auc: float
     gauc: float
-    logloss: float
-    ne: float
-    calibration: float
-    ece: float
+    logloss: float | None
+    ne: float | None
+    calibration: float | None
+    ece: float | None
     samples: int
+
+    def to_json(self) -> dict[str, float | int | None]:
+        """Plain values; what is undefined (an AUC of one class) is None."""
+        return {name: None if v != v else v for name, v in dataclasses.asdict(self).items()}
 
 
 def score_table_row(users: np.ndarray, labels: np.ndarray, logits: np.ndarray) -> Scores:
@@ -126,10 +137,22 @@ def score_table_row(users: np.ndarray, labels: np.ndarray, logits: np.ndarray) -
     )
 
 
+def score_ranking(users: np.ndarray, labels: np.ndarray, scores: np.ndarray) -> Scores:
+    """The figures of scores that are no logits, like a popularity."""
+    return Scores(auc(labels, scores), gauc(users, labels, scores), None, None, None, None, len(labels))
+
+
 def by_length(
     lengths: np.ndarray, users: np.ndarray, labels: np.ndarray, logits: np.ndarray, edges: tuple[int, ...]
 ) -> dict[str, Scores]:
-    """The same figures apart by history length; `edges` are the lower bounds of the buckets, ascending from 0."""
+    """The same figures apart by history length.
+
+    Args:
+      edges: lower bounds of the buckets, ascending from 0; those beyond the longest history make no bucket.
+    """
+    if edges[:1] != (0,) or list(edges) != sorted(set(edges)):
+        raise ValueError(f"edges={edges}: give ascending lower bounds that begin with 0")
+    edges = tuple(edge for edge in edges if edge == 0 or edge <= lengths.max(initial=0))
     rows = {}
     for low, high in zip(edges, (*edges[1:], None), strict=True):
         inside = (lengths >= low) & (lengths < high if high is not None else True)

@@ -22,7 +22,7 @@ class OptimConfig:
     b2: float = 0.9999
     warmup: int = 0
     clip: float = 0.0
-    table_learning_rate: float = 0.02
+    table_learning_rate: float = 0.4
     table_accumulator: float = 0.1
     table_std: float = 0.1
 
@@ -32,8 +32,6 @@ TABLE_EPS = 1e-7  # optax.adagrad's
 
 def dense_optimizer(config: OptimConfig) -> optax.GradientTransformation:
     """Adam, after clipping, with a linear warm-up."""
-    rate = (
-        optax.linear_schedule(0.0, config.learning_rate, config.warmup) if config.warmup else config.learning_rate
-    )
+    rate = optax.linear_schedule(0.0, config.learning_rate, config.warmup) if config.warmup else config.learning_rate
     clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
     return optax.chain(clip, optax.adam(rate, b1=config.b1, b2=config.b2))

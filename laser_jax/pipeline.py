@@ -83,21 +83,23 @@ class Batch:
       step: what the model's step takes: `unique` (table -> int32 [U]), `history` (field -> int32 [B, L]), `candidates`
         (field -> int32 [B, C]), `context` (field -> int32 [B]), `length` [B], `age` [B, L], `label` and `mask` [B, C].
       users: the user of each real row. references: name -> float32 [B, C] scores stored beside the labels.
-      lengths: events before the request, of each real row, at most L.
+      lengths: events before the request, of each real row, at most L. num_unique: table -> unique rows before padding.
     """
 
     step: dict[str, Any]
     users: np.ndarray
     lengths: np.ndarray
     references: dict[str, np.ndarray]
+    num_unique: dict[str, int]
 
     @property
     def num_events(self) -> int:
         return int(self.lengths.sum())
 
-    @property
-    def num_candidates(self) -> int:
-        return int(self.step["mask"].sum())
+    def unique_fill(self) -> str:
+        """Real over padded unique rows, by table."""
+        sizes = {table: len(unique) for table, unique in self.step["unique"].items()}
+        return " ".join(f"{table} {self.num_unique[table]}/{size}" for table, size in sizes.items())
 
 
 class BatchSource:
@@ -113,6 +115,8 @@ class BatchSource:
         self.num_columns = data.candidates if self.training else data.eval_candidates
         self.vault = seqvault.open(os.path.join(data.path, "vault"), cache_bytes=data.cache_bytes)
         self.requests = Requests.open(os.path.join(data.path, "requests", split))
+        if not len(self.requests):
+            raise ValueError(f"{self.requests.path} holds no request: there is nothing to run {split} on")
         self._seconds = 1000 if self.vault.schema.time_unit == "ms" else 1
         self._tables = features.tables()
         self._check_columns()
@@ -214,37 +218,41 @@ class BatchSource:
             "candidates": self._look_up(features.item, requests.candidates),
             "context": self._look_up(features.context, requests.context),
         }
-        step["unique"] = self._make_unique(looked_up)
+        step["unique"], num_unique = self._make_unique(looked_up)
         step["history"] = {name: pad_events(rows) for name, (_, rows) in looked_up["history"].items()}
         step["candidates"] = {
             name: pad_candidates(rows, np.int32) for name, (_, rows) in looked_up["candidates"].items()
         }
-        step["context"] = {
-            name: np.pad(rows, (0, b - len(rows))) for name, (_, rows) in looked_up["context"].items()
-        }
+        step["context"] = {name: np.pad(rows, (0, b - len(rows))) for name, (_, rows) in looked_up["context"].items()}
         return Batch(
             step=step,
             users=np.asarray(requests.user),
             lengths=sizes,
             references={name: pad_candidates(v, np.float32) for name, v in requests.references.items()},
+            num_unique=num_unique,
         )
 
     def _look_up(self, fields: tuple[FieldConfig, ...], columns: dict[str, np.ndarray]):
         """Field name -> [table, embedding rows of its column]."""
         return {f.name: [table_of(f), rows_of(f, columns[f.name], self._vocabularies.get(f.name))] for f in fields}
 
-    def _make_unique(self, looked_up: dict[str, dict[str, list]]) -> dict[str, np.ndarray]:
-        """Replaces rows by positions among each table's unique rows, in place; returns those, padded to a static size."""
-        unique = {}
+    def _make_unique(self, looked_up: dict[str, dict[str, list]]) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+        """Replaces rows by positions among a table's unique rows, in place.
+
+        Returns:
+          The unique rows of each table, padded to a static size, and how many of them are real.
+        """
+        unique, num_unique = {}, {}
         for table, (num_rows, _) in self._tables.items():
             entries = [entry for side in looked_up.values() for entry in side.values() if entry[0] == table]
             met, positions = unique_rows([rows for _, rows in entries], num_rows)
             for entry, position in zip(entries, positions, strict=True):
                 entry[1] = position
             size = padded_size(len(met), num_rows)
+            num_unique[table] = len(met)
             # Padding continues upwards from the table's end: ascending and distinct, as the update requires.
             unique[table] = np.concatenate([met, num_rows + np.arange(size - len(met), dtype=np.int32)])
-        return unique
+        return unique, num_unique
 
     def stream(self, start: int, stop: int):
         """Iterates batches start .. stop-1, made ahead by threads."""

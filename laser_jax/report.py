@@ -162,8 +162,8 @@ def write(
     ]
     for i, gate_map in enumerate(maps):
         caption = (
-            "How loud each segment is for each candidate, best-scored candidate on top. Rows that differ show gates that "
-            "look at content; equal rows show dead gates."
+            "How loud each segment is for each candidate, best-scored candidate on top. Rows that differ show gates "
+            "that look at content; equal rows show dead gates."
         )
         pictures.append((_save(_gate_map(gate_map), folder, f"gates_{i}.png"), caption))
     figures = "\n".join(

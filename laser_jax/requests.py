@@ -29,8 +29,20 @@ VERSION = 1
 MANIFEST = "requests.json"
 SHARD = 1 << 18
 CHUNK = 1 << 12
-_TYPES = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
-          "float16", "float32", "float64")
+_TYPES = (
+    "bool",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "uint8",
+    "uint16",
+    "uint32",
+    "uint64",
+    "float16",
+    "float32",
+    "float64",
+)
 _PARTS = ("context", "candidates", "references")
 
 
@@ -84,8 +96,11 @@ class RequestsWriter:
             RequestsError: an unknown type, a column name that is no identifier, or a path that exists.
         """
         self._path, self._user, self._sequence = os.path.abspath(os.fspath(path)), user, bool(sequence)
-        self._types = {"context": dict(context or {}), "candidates": dict(candidates or {}),
-                       "references": dict.fromkeys(references, "float32")}
+        self._types = {
+            "context": dict(context or {}),
+            "candidates": dict(candidates or {}),
+            "references": dict.fromkeys(references, "float32"),
+        }
         if user not in ("int64", "string"):
             raise self._error("user", f"has type {user!r}: write 'int64' or 'string'")
         layout = _layout(user, self._sequence, self._types)
@@ -98,13 +113,13 @@ class RequestsWriter:
         os.makedirs(parent, exist_ok=True)
         self._build = tempfile.mkdtemp(prefix=f"{name}.building-", dir=parent)
         os.chmod(self._build, 0o755)
-        self._columns = {column: _ColumnWriter(os.path.join(self._build, column), dtype)
-                         for column, dtype in layout.items()}
+        self._columns = {
+            column: _ColumnWriter(os.path.join(self._build, column), dtype) for column, dtype in layout.items()
+        }
         self._columns["offsets"].add(np.zeros(1, np.int64))
         self._num_requests = self._num_candidates = self._text_bytes = 0
 
-    def write(self, *, user, time, counts, label, context=None, candidates=None, references=None,
-              sequence=None):
+    def write(self, *, user, time, counts, label, context=None, candidates=None, references=None, sequence=None):
         """Adds R requests with N = counts.sum() candidates in all. A refused call adds nothing.
 
         Args:
@@ -153,8 +168,14 @@ class RequestsWriter:
         """Makes the requests visible at the path."""
         for column in self._columns.values():
             column.close()
-        manifest = {"version": VERSION, "user": self._user, "sequence": self._sequence, **self._types,
-                    "num_requests": self._num_requests, "num_candidates": self._num_candidates}
+        manifest = {
+            "version": VERSION,
+            "user": self._user,
+            "sequence": self._sequence,
+            **self._types,
+            "num_requests": self._num_requests,
+            "num_candidates": self._num_candidates,
+        }
         with open(os.path.join(self._build, MANIFEST), "w", encoding="utf-8") as f:
             json.dump(manifest, f, indent=1)
             f.flush()
@@ -264,11 +285,21 @@ class Requests:
         if len(outside):
             raise IndexError(f"request {outside[0]} of {self.path}, which has {len(self)}")
         flat, offsets = _spans(self._take("offsets", indices), self._take("offsets", indices + 1))
-        part = {name: {column: self._take(f"{name}.{column}", indices if name == "context" else flat)
-                       for column in self._spec[name]} for name in _PARTS}
-        return RequestBatch(user=self._users(indices), time=self._take("time", indices), offsets=offsets,
-                            label=self._take("label", flat), **part,
-                            sequence=self._take("sequence", indices) if self._spec["sequence"] else None)
+        part = {
+            name: {
+                column: self._take(f"{name}.{column}", indices if name == "context" else flat)
+                for column in self._spec[name]
+            }
+            for name in _PARTS
+        }
+        return RequestBatch(
+            user=self._users(indices),
+            time=self._take("time", indices),
+            offsets=offsets,
+            label=self._take("label", flat),
+            **part,
+            sequence=self._take("sequence", indices) if self._spec["sequence"] else None,
+        )
 
     def __reduce__(self):
         return type(self), (self.path, self._cache_bytes)
@@ -296,8 +327,10 @@ class Requests:
                 of_candidates = name.split(".")[0] in ("candidates", "label", "references")
                 expected = self.num_candidates if of_candidates else len(self) + (name == "offsets")
                 if name != "user_text" and column.shape != (expected,):
-                    raise RequestsError(f"column {name!r} of {self.path} has shape {column.shape}, "
-                                        f"{MANIFEST} says {expected}: rebuild the data set")
+                    raise RequestsError(
+                        f"column {name!r} of {self.path} has shape {column.shape}, "
+                        f"{MANIFEST} says {expected}: rebuild the data set"
+                    )
                 size = column.shape[0] * column.dtype.numpy_dtype.itemsize
                 if self._cached + size <= self._cache_bytes:
                     self._cached += size
@@ -355,15 +388,27 @@ class _ColumnWriter:
     """One growing zarr array, written whole shards at a time."""
 
     def __init__(self, path, dtype):
-        inner = [{"name": "bytes", "configuration": {"endian": "little"}},
-                 {"name": "zstd", "configuration": {"level": 1, "checksum": False}}, {"name": "crc32c"}]
+        inner = [
+            {"name": "bytes", "configuration": {"endian": "little"}},
+            {"name": "zstd", "configuration": {"level": 1, "checksum": False}},
+            {"name": "crc32c"},
+        ]
         sharding = {"name": "sharding_indexed", "configuration": {"chunk_shape": [CHUNK], "codecs": inner}}
         # Without store_data_equal_to_fill_value a shard of zeros would not exist, as if it were lost.
-        self._array = ts.open({
-            "driver": "zarr3", "kvstore": {"driver": "file", "path": path + os.sep}, "create": True,
-            "store_data_equal_to_fill_value": True,
-            "metadata": {"shape": [0], "data_type": dtype, "codecs": [sharding], "chunk_grid": {
-                "name": "regular", "configuration": {"chunk_shape": [SHARD]}}}}).result()
+        self._array = ts.open(
+            {
+                "driver": "zarr3",
+                "kvstore": {"driver": "file", "path": path + os.sep},
+                "create": True,
+                "store_data_equal_to_fill_value": True,
+                "metadata": {
+                    "shape": [0],
+                    "data_type": dtype,
+                    "codecs": [sharding],
+                    "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [SHARD]}},
+                },
+            }
+        ).result()
         self._waiting, self._buffered, self._written = [], 0, 0
 
     def add(self, values):
@@ -381,14 +426,18 @@ class _ColumnWriter:
             self._waiting, self._buffered = [values[count:].copy()], len(values) - count
             begin, self._written = self._written, self._written + count
             self._array = self._array.resize(exclusive_max=[self._written]).result()
-            self._array[begin:self._written].write(values[:count]).result()
+            self._array[begin : self._written].write(values[:count]).result()
 
 
 def _open(place, name, context):
     store = {"driver": "file", "path": os.path.join(place, name, "")}
     try:
-        return ts.open({"driver": "zarr3", "kvstore": store, "recheck_cached_data": "open",
-                        "fill_missing_data_reads": False}, open=True, read=True, context=context).result()
+        return ts.open(
+            {"driver": "zarr3", "kvstore": store, "recheck_cached_data": "open", "fill_missing_data_reads": False},
+            open=True,
+            read=True,
+            context=context,
+        ).result()
     except ValueError as error:
         raise RequestsError(f"column {name!r} of {place} cannot be opened: {error}") from error
 

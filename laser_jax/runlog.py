@@ -23,8 +23,6 @@ class RunLog:
 
     Attributes:
       history: every line of metrics.jsonl, oldest first.
-      contrast: of the newest line: spread of segment loudness over its mean, None for encoders without segments.
-      samples_per_second: of this process, from its second line on (the first holds the compilation).
     """
 
     def __init__(self, workdir: str, start: int, total: int, log_every: int):
@@ -45,13 +43,19 @@ class RunLog:
         self._events = 0
         self._waited = 0.0
         self._since = time.monotonic()
-        self._timed_samples, self._timed_seconds = 0, 0.0
-        self._lines = 0
-        self.contrast: float | None = None
+        self._shapes: set[tuple[int, ...]] = set()
+
+    @property
+    def contrast(self) -> float | None:
+        """Spread of segment loudness over its mean, in the newest line; None for encoders without segments."""
+        lines = [entry for entry in self.history if "loss" in entry]
+        return lines[-1].get("gate_contrast") if lines else None
 
     @property
     def samples_per_second(self) -> float | None:
-        return self._timed_samples / self._timed_seconds if self._timed_seconds else None
+        """Median over all lines: the few that hold a compilation do not count."""
+        rates = [entry["samples_per_second"] for entry in self.history if "loss" in entry]
+        return float(np.median(rates)) if rates else None
 
     @contextlib.contextmanager
     def waiting(self):
@@ -60,10 +64,25 @@ class RunLog:
         yield
         self._waited += time.monotonic() - start
 
+    def check_finite(self, step: int) -> None:
+        """Raises FloatingPointError where a step since the last line has a loss that is not finite."""
+        if not all(np.isfinite(c.loss) for c in jax.device_get(self._pending)):
+            raise FloatingPointError(
+                f"the loss is not finite at step {step} or up to {len(self._pending)} steps before"
+            )
+
     def stepped(self, step: int, counts: Any, batch: Batch) -> None:
         """Takes in one step's Counts; fetches and tells them when a line is due."""
         self._pending.append(counts)
         self._events += batch.num_events
+        shape = tuple(len(unique) for unique in batch.step["unique"].values())
+        if shape not in self._shapes:
+            self._shapes.add(shape)
+            logger.info(
+                "step %d: shape %d to compile; real: %.0f %% of history, %.0f %% of candidate slots, %s unique rows",
+                step, len(self._shapes), 100 * batch.num_events / batch.step["age"].size,
+                100 * batch.step["mask"].mean(), batch.unique_fill(),
+            )  # fmt: skip
         if step % self._log_every and step != self._total:
             return
         fetched = jax.device_get(self._pending)
@@ -73,7 +92,6 @@ class RunLog:
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss became {loss} between step {step - len(fetched)} and step {step}")
         contrast = float(sum(c.contrast for c in fetched)) / samples
-        self.contrast = None if math.isnan(contrast) else contrast
         entry = {
             "step": step,
             "loss": loss,
@@ -82,11 +100,8 @@ class RunLog:
             "events_per_second": self._events / seconds,
             "input_wait": self._waited / seconds,
         }
-        if self.contrast is not None:
-            entry["gate_contrast"] = self.contrast
-        if self._lines:
-            self._timed_samples += int(samples)
-            self._timed_seconds += seconds
+        if not math.isnan(contrast):
+            entry["gate_contrast"] = contrast
         eta = (self._total - step) * seconds / len(fetched)
         logger.info(
             "step %d/%d  loss %.4f  auc %.4f  %.0f samples/s  %.0f events/s  input wait %.0f %%  ETA %.0f s",
@@ -94,7 +109,6 @@ class RunLog:
             100 * entry["input_wait"], eta,
         )  # fmt: skip
         self._write(entry, "train")
-        self._lines += 1
         self._pending, self._events, self._waited, self._since = [], 0, 0.0, time.monotonic()
 
     def evaluated(self, step: int, figures: dict[str, float]) -> None:

@@ -57,13 +57,9 @@ class Field:
 
     def __post_init__(self):
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
-            raise SchemaError(
-                f"field name {self.name!r}: need an identifier of letters, digits and _ (at most 100)"
-            )
+            raise SchemaError(f"field name {self.name!r}: need an identifier of letters, digits and _ (at most 100)")
         if self.name in RESERVED:
-            raise SchemaError(
-                f"field name {self.name!r} is taken: every event has it, leave it out of the fields"
-            )
+            raise SchemaError(f"field name {self.name!r} is taken: every event has it, leave it out of the fields")
         if self.type not in TYPES:
             raise SchemaError(f"field {self.name!r}: unknown type {self.type!r}; known: {', '.join(TYPES)}")
         if self.size is None:
@@ -71,9 +67,7 @@ class Field:
         if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 1:
             raise SchemaError(f"field {self.name!r}: size {self.size!r} of a vector must be an integer >= 1")
         if self.type == "string":
-            raise SchemaError(
-                f"field {self.name!r}: a vector of strings is not supported; use a numeric type"
-            )
+            raise SchemaError(f"field {self.name!r}: a vector of strings is not supported; use a numeric type")
 
     @property
     def dtype(self) -> np.dtype:
@@ -118,14 +112,10 @@ class Schema:
             raise SchemaError(f"field {twice[0]!r} is declared twice")
         if self.event_key is not None:
             if self.event_key not in names:
-                raise SchemaError(
-                    f"event_key {self.event_key!r} is not a field; the fields: {', '.join(names)}"
-                )
+                raise SchemaError(f"event_key {self.event_key!r} is not a field; the fields: {', '.join(names)}")
             key = self.field(self.event_key)
             if key.size is not None or key.dtype.kind not in "iu" or key.type == "string":
-                raise SchemaError(
-                    f"event_key {self.event_key!r} must be an integer field; hash it to int64 first"
-                )
+                raise SchemaError(f"event_key {self.event_key!r} must be an integer field; hash it to int64 first")
 
     @property
     def time_limit(self) -> int:

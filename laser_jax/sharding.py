@@ -15,18 +15,21 @@ class MeshConfig:
     model: int = 1
 
 
-def make_mesh(config: MeshConfig, batch_size: int) -> Mesh:
+def make_mesh(config: MeshConfig, *batch_sizes: int) -> Mesh:
     """The mesh of a run.
 
     Raises:
-      ValueError: the axes do not use the devices exactly, or the batch does not divide over `data`.
+      ValueError: the axes do not use the devices exactly, or a batch size does not divide over `data`.
     """
     devices = jax.device_count()
+    if config.model < 1 or config.data < -1 or config.data == 0:
+        raise ValueError(f"mesh data={config.data} x model={config.model}: give at least 1 (data=-1: what is left)")
     data = devices // config.model if config.data == -1 else config.data
     if data * config.model != devices:
         raise ValueError(f"mesh data={data} x model={config.model} does not use the {devices} devices exactly")
-    if batch_size % data:
-        raise ValueError(f"batch_size={batch_size} does not divide over the {data} devices of the mesh's data axis")
+    for batch_size in batch_sizes:
+        if batch_size % data:
+            raise ValueError(f"a batch of {batch_size} does not divide over the {data} devices of the mesh's data axis")
     # Auto axes, written out: jax.make_mesh makes explicit ones, which want an out_sharding at every gather.
     return jax.make_mesh((data, config.model), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
 
@@ -41,6 +44,8 @@ def sharding(mesh: Mesh, *dimensions: str) -> NamedSharding:
     used = [axis for axis in axes if axis is not None]
     if len(set(used)) != len(used):
         raise ValueError(f"dimensions {dimensions} fall on one mesh axis twice: {axes}")
+    while axes and axes[-1] is None:  # as jit writes it: P(None) and P() are the same place but another cache key
+        axes.pop()
     return NamedSharding(mesh, PartitionSpec(*axes))
 
 

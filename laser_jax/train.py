@@ -4,22 +4,20 @@ import dataclasses
 import json
 import logging
 import os
-import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from laser_jax import report
 from laser_jax.checkpoint import Checkpoints
-from laser_jax.config import Config, remember
+from laser_jax.config import Config, check, remember
 from laser_jax.evaluate import Predictions, make_eval_step, predict, table
 from laser_jax.layers.embedding import adagrad_rows, gather_rows
 from laser_jax.losses import bce_sum
-from laser_jax.metrics import histogram_auc, logit_histogram
+from laser_jax.metrics import logit_histogram
 from laser_jax.optim import TABLE_EPS, OptimConfig
 from laser_jax.pipeline import BatchSource, prepare
 from laser_jax.runlog import RunLog
@@ -102,11 +100,12 @@ def run(config: Config, workdir: str) -> Predictions:
     bit-identical to that of a run never interrupted.
     """
     workdir = os.path.abspath(workdir)
-    remember(config, workdir)
+    check(config, workdir)
     prepare(config.data)
-    mesh = make_mesh(config.mesh, config.data.batch_size)
+    mesh = make_mesh(config.mesh, config.data.batch_size, config.data.eval_batch_size)
     train, valid, test = (BatchSource(config.data, config.features, split) for split in ("train", "valid", "test"))
     factory = StateFactory(config.build_model, config.features.tables(), config.optim, mesh)
+    remember(config, workdir)  # only now: a start that failed above must not occupy the workdir
     checkpoints = Checkpoints(workdir)
     start = checkpoints.newest()
     if start is None:
@@ -147,6 +146,7 @@ def _loop(config, state, start, train, train_step, validate, checkpoints, log, m
         if step > start or total == start == 0:
             metrics = validate(state, step) if due else None
             if due or step % config.train.save_every == 0:
+                log.check_finite(step)  # a state past a broken loss must never be what a run goes on from
                 checkpoints.save(state, step, metrics)
         if step == total:
             return
@@ -165,8 +165,8 @@ def _write_results(config, workdir, predictions, best, log, maps) -> None:
     rows = {config.name or type(config.encoder).__name__: predictions.figures(), **predictions.reference_figures()}
     lengths = predictions.figures_by_length(config.train.length_edges)
     results = {
-        "test": {name: dataclasses.asdict(scores) for name, scores in rows.items()},
-        "test_by_length": {name: dataclasses.asdict(scores) for name, scores in lengths.items()},
+        "test": {name: scores.to_json() for name, scores in rows.items()},
+        "test_by_length": {name: scores.to_json() for name, scores in lengths.items()},
         "step": best,
         "gate_contrast": log.contrast,
         "samples_per_second": log.samples_per_second,
@@ -176,8 +176,8 @@ def _write_results(config, workdir, predictions, best, log, maps) -> None:
     page = report.write(workdir, config, predictions, lengths, log.history, maps)
     if log.contrast is not None and log.contrast < DEAD_GATES:
         logger.warning(
-            "dead gates: loudness varies by only %.4f of its mean over a user's segments, so they ignore what is in them "
-            "(see the init and unit-RMS notes in the README)",
+            "dead gates: loudness varies by only %.4f of its mean over a user's segments, so they ignore what is in "
+            "them (see 'When a model does not learn' in the README)",
             log.contrast,
         )
     print(f"\ntest, parameters of step {best}:\n{table(rows)}\n\nby history length:\n{table(lengths)}")

@@ -20,14 +20,26 @@ def write(path, counts, calls=1, user="int64", sequence=False):
     rows, flat = np.arange(len(counts)), np.arange(int(counts.sum()))
     ends = np.cumsum(counts)
     users = [f"ü{r}" * (r % 3) for r in rows] if user == "string" else rows * 7 - 3
-    with reqs.RequestsWriter(path, user=user, context={"scene": "uint8"}, sequence=sequence,
-                             candidates={"item": "int64", "brand": "int32"}, references=("oracle",)) as w:
+    with reqs.RequestsWriter(
+        path,
+        user=user,
+        context={"scene": "uint8"},
+        sequence=sequence,
+        candidates={"item": "int64", "brand": "int32"},
+        references=("oracle",),
+    ) as w:
         for part in np.array_split(rows, calls):
-            own = flat[ends[part[0]] - counts[part[0]]:ends[part[-1]]] if len(part) else flat[:0]
-            w.write(user=[users[r] for r in part], time=1000 + part, counts=counts[part],
-                    context={"scene": part % 3}, candidates={"item": own * 2**40, "brand": own % 5 - 1},
-                    label=own % 4 == 0, references={"oracle": own / 8},
-                    sequence=part * 2 if sequence else None)
+            own = flat[ends[part[0]] - counts[part[0]] : ends[part[-1]]] if len(part) else flat[:0]
+            w.write(
+                user=[users[r] for r in part],
+                time=1000 + part,
+                counts=counts[part],
+                context={"scene": part % 3},
+                candidates={"item": own * 2**40, "brand": own % 5 - 1},
+                label=own % 4 == 0,
+                references={"oracle": own / 8},
+                sequence=part * 2 if sequence else None,
+            )
     return users
 
 
@@ -46,8 +58,13 @@ def check(batch, indices, counts, users):
 
 
 @settings(max_examples=15, deadline=None)
-@given(counts=st.lists(st.integers(1, 6), min_size=1, max_size=30), calls=st.integers(1, 4), data=st.data(),
-       user=st.sampled_from(["int64", "string"]), cache=st.sampled_from([0, 300, 1 << 20]))
+@given(
+    counts=st.lists(st.integers(1, 6), min_size=1, max_size=30),
+    calls=st.integers(1, 4),
+    data=st.data(),
+    user=st.sampled_from(["int64", "string"]),
+    cache=st.sampled_from([0, 300, 1 << 20]),
+)
 def test_any_requests_come_back_in_any_order(tmp_path_factory, counts, calls, data, user, cache):
     path = tmp_path_factory.mktemp("r") / "train"
     users = write(path, counts, calls, user, sequence=True)
@@ -85,19 +102,22 @@ def test_no_request_at_all(tmp_path):
 GOOD = dict(user=[1, 2], time=[5, 6], counts=[1, 2], candidates={"item": [1, 2, 3]}, label=[0, 1, 0])
 
 
-@pytest.mark.parametrize(("wrong", "message"), [
-    ({"candidates": {}}, r"misses \['item'\]"),
-    ({"candidates": {"item": [1, 2, 3], "itme": [1, 2, 3]}}, r"undeclared \['itme'\]"),
-    ({"candidates": {"item": [1, 2]}}, r"candidates.item.*\(2,\), expected a vector of 3"),
-    ({"candidates": {"item": [1, 2, 1 << 40]}}, "1099511627776, which int32 cannot hold"),
-    ({"candidates": {"item": [1, 2, .5]}}, "cannot become int32"),
-    ({"counts": [3, 0]}, "counts.*0 at 1"),
-    ({"time": [-1, 3]}, "time.*-1 at 0"),
-    ({"label": [0, 1, np.nan]}, "label.*nan"),
-    ({"user": ["a", "b"]}, "user.*cannot become int64"),
-    ({"user": np.array([1, 1 << 63], np.uint64)}, "9223372036854775808, which int64 cannot hold"),
-    ({"sequence": [1, 2]}, "sequence"),
-])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"candidates": {}}, r"misses \['item'\]"),
+        ({"candidates": {"item": [1, 2, 3], "itme": [1, 2, 3]}}, r"undeclared \['itme'\]"),
+        ({"candidates": {"item": [1, 2]}}, r"candidates.item.*\(2,\), expected a vector of 3"),
+        ({"candidates": {"item": [1, 2, 1 << 40]}}, "1099511627776, which int32 cannot hold"),
+        ({"candidates": {"item": [1, 2, 0.5]}}, "cannot become int32"),
+        ({"counts": [3, 0]}, "counts.*0 at 1"),
+        ({"time": [-1, 3]}, "time.*-1 at 0"),
+        ({"label": [0, 1, np.nan]}, "label.*nan"),
+        ({"user": ["a", "b"]}, "user.*cannot become int64"),
+        ({"user": np.array([1, 1 << 63], np.uint64)}, "9223372036854775808, which int64 cannot hold"),
+        ({"sequence": [1, 2]}, "sequence"),
+    ],
+)
 def test_wrong_input_is_named_and_leaves_nothing(tmp_path, wrong, message):
     with pytest.raises(reqs.RequestsError, match=message):
         with reqs.RequestsWriter(tmp_path / "train", candidates={"item": "int32"}) as w:

@@ -4,9 +4,10 @@ Inside a segment each event has a gate per head and candidate: an independent si
 relevant stays silent) or, as an option, a softmax over the segment. With either gate a segment also reports how loud it
 is: the log of its gate mass, for sigmoids log sum g, for softmax the log-sum-exp of its scores.
 
-Two exact forms. `segment_attention_reference` reads like the paper's equation and builds keys and values once a request,
-shared by all candidates. `segment_attention_folded` moves both projections behind the sum (u = Wk Wq^T q; o = z Wv), so
-that neither keys nor values exist, forward or backward. `use_fold` picks one from the static number of candidates.
+Two exact forms. `segment_attention_reference` reads like the paper's equation and builds keys and values once a
+request, shared by all candidates. `segment_attention_folded` moves both projections behind the sum (u = Wk Wq^T q;
+o = z Wv), so that neither keys nor values exist, forward or backward. `use_fold` picks one from the static number of
+candidates.
 
 Segments are cut from the newest event backwards: the last one is full, what is padded is the oldest end.
 """
@@ -38,8 +39,8 @@ def _gates_and_mass(scores, mask, gate):
         mass = jnp.sum(gates, axis=-1)
         log_mass = jnp.log(jnp.maximum(mass, jnp.exp(_NO_MASS)))
         return gates, log_mass
-    top = jnp.max(jnp.where(mask, scores, _NO_MASS), axis=-1, keepdims=True)
-    top = jax.lax.stop_gradient(top)
+    top = jnp.max(jnp.where(mask, scores, -jnp.inf), axis=-1, keepdims=True)
+    top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))
     e = jnp.where(mask, jnp.exp(scores - top), 0.0)
     total = jnp.sum(e, axis=-1, keepdims=True)
     gates = e / jnp.maximum(total, 1e-20)
@@ -101,7 +102,7 @@ def _segment_sums_bwd(gate, saved, cotangents):
     dz, dlog_mass = cotangents
     b, s, w, f = x.shape
     k = gates.shape[1]
-    dgates = _by_blocks(lambda x, dz: jnp.einsum("bswf,bksf->bksw", x, dz), x, dz)
+    dgates = jnp.moveaxis(jnp.einsum("bswf,bskf->bswk", x, jnp.moveaxis(dz, 1, 2)), 3, 1)
     if gate == "sigmoid":
         alive = log_mass > _NO_MASS
         dgates = dgates + jnp.where(alive, dlog_mass * jnp.exp(-log_mass), 0.0)[..., None]
@@ -122,13 +123,6 @@ def _segment_sums_bwd(gate, saved, cotangents):
         right = jnp.concatenate([dz, jnp.broadcast_to(u[:, :, None], dz.shape)], axis=1)
         dx = jnp.einsum("bksw,bksf->bswf", left, right)
     return dx, du, jnp.sum(dscores, axis=(0, 2, 3)), None
-
-
-def _by_blocks(fn, *arrays, block: int = 8):
-    """fn over blocks of users, one after the other, so that what it reads and writes stays in the CPU's cache."""
-    if jax.default_backend() != "cpu" or arrays[0].shape[0] <= block:
-        return fn(*arrays)
-    return jax.lax.map(lambda a: fn(*(v[None] for v in a))[0], arrays, batch_size=block)
 
 
 _segment_sums.defvjp(_segment_sums_fwd, _segment_sums_bwd)

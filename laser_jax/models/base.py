@@ -148,6 +148,7 @@ class Ranker(nnx.Module):
     ):
         self.layout = layout
         self.products = head.products
+        self.history_length = history_length
         self.age_buckets = age_buckets
         self.candidate_width = sum(size for _, _, size in layout.candidate)
         width_in = sum(size for _, _, size in layout.history) + age_width
@@ -200,7 +201,7 @@ class Ranker(nnx.Module):
 
     def macs(self, candidates: int) -> dict[str, int]:
         """Multiply-accumulates of encoder and head: once a request and per candidate."""
-        length = getattr(self.encoder, "history_length", 0)
+        length = self.history_length
         once, each = self.encoder.macs(candidates, length)
         return {"encoder_request": once, "encoder_candidate": each, "head_candidate": self.head.macs()}
 

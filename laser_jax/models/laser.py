@@ -7,7 +7,6 @@ are configs of one module, and every point the paper leaves open is a field.
 import dataclasses
 import math
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -27,7 +26,7 @@ class LaserConfig:
       layers: M, GSTA layers. segment_ffn: hidden width of the segment feed-forward over d (0: none).
       gsta_ffn: the same for the target's feed-forward in GSTA.
       gate: "sigmoid" (may stay silent) or "softmax" inside a segment.
-      gate_bias: added to every gate's score; None is -ln(w - 1), so that a segment's gates sum to about 1 at init.
+      gate_bias: added to every sigmoid gate's score; None is -ln(w - 1): a segment's gates sum to about 1 at init.
       mass_logit: whether a segment's log gate mass is added to its GSTA score; with softmax gates the model then
         contains exact target attention over all events.
       norm: "post" (the paper: LN after every residual) or "pre".
@@ -63,9 +62,7 @@ def laser(**overrides) -> LaserConfig:
 
 def laser_plus(**overrides) -> LaserConfig:
     """Hierarchical softmax: softmax gates in a segment, its log-sum-exp in the GSTA score, pre-LN, 1x feed-forward."""
-    settings = dict(
-        gate="softmax", gate_bias=0.0, mass_logit=True, norm="pre", heads=4, segment_ffn=1, recency="age", recent=1
-    )
+    settings = dict(gate="softmax", mass_logit=True, norm="pre", heads=4, segment_ffn=1, recency="age", recent=1)
     return LaserConfig(**{**settings, **overrides})
 
 
@@ -90,7 +87,8 @@ class LaserEncoder(SequenceEncoder):
         values = (width, config.heads, width // config.heads)
         self.wv = nnx.Param(jnp.eye(width).reshape(values)) if config.tied else weight(rngs, values)
         bias = -math.log(max(config.segment - 1, 1)) if config.gate_bias is None else config.gate_bias
-        self.gate_bias = nnx.Param(jnp.full((config.heads,), bias))
+        # A softmax does not feel what is added to all of its scores.
+        self.gate_bias = nnx.Param(jnp.full((config.heads,), bias, jnp.float32)) if config.gate == "sigmoid" else None
         scale = residual_scale(1) if config.norm == "pre" else 1.0
         self.ffn = (
             FeedForward(width, config.segment_ffn * width, rngs=rngs, out_scale=scale) if config.segment_ffn else None
@@ -106,7 +104,9 @@ class LaserEncoder(SequenceEncoder):
     def precompute(self, history: TokenSource, mask, age):
         config = self.config
         segment_mask = sta.cut_segments(mask, config.segment)
-        newest_age = sta.cut_segments(age, config.segment)[:, :, -1]
+        # The least age of a segment's real events: right for any mask, not only where the newest event is real.
+        ages = jnp.where(segment_mask, sta.cut_segments(age, config.segment), jnp.iinfo(jnp.int32).max)
+        newest_age = jnp.min(ages, axis=-1)
         recency = None if self.recency is None else self.recency(newest_age)
         return history.features(), history.w_in, mask, segment_mask.any(axis=-1), recency
 
@@ -116,9 +116,8 @@ class LaserEncoder(SequenceEncoder):
         wk = jnp.einsum("fd,dhk->fhk", w_in, self.wk[...])
         wv = jnp.einsum("fd,dhv->fhv", w_in, self.wv[...])
         attend = sta.segment_attention_folded if self._fold(q.shape[1]) else sta.segment_attention_reference
-        s, log_mass = attend(
-            q, x, mask, self.wq[...], wk, wv, self.gate_bias[...], width=config.segment, gate=config.gate
-        )
+        bias = jnp.zeros((config.heads,)) if self.gate_bias is None else self.gate_bias[...]
+        s, log_mass = attend(q, x, mask, self.wq[...], wk, wv, bias, width=config.segment, gate=config.gate)
         if self.ffn is not None:
             s = s + self.ffn(self.norm(s) if config.norm == "pre" else s)
         if config.norm == "post":
@@ -134,7 +133,9 @@ class LaserEncoder(SequenceEncoder):
             top = jnp.max(jnp.where(real, s, -jnp.inf), axis=2)
             tokens.append(jnp.where(alive.any(axis=1)[:, None, None], top, 0.0))
         s = jnp.where(real, s, 0.0)
-        tokens += [s[:, :, -1 - i] for i in range(config.recent)]
+        # A history shorter than the one built for may have fewer segments than `recent`.
+        newest = jnp.pad(s, ((0, 0), (0, 0), (max(config.recent - s.shape[2], 0), 0), (0, 0)))
+        tokens += [newest[:, :, -1 - i] for i in range(config.recent)]
         return SeqOut(tokens=jnp.stack(tokens, axis=2), diag={"loudness": self._loudness(log_mass, alive)})
 
     def _loudness(self, log_mass, alive):

@@ -46,9 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     get.add_argument("user", help="the user's id")
     get.add_argument("--n", type=int, default=20, help="events at most")
     get.add_argument("--before", type=int, help="only events before this time, in the schema's unit")
-    get.add_argument(
-        "--fields", type=lambda text: text.split(","), help="comma-separated fields; all if left out"
-    )
+    get.add_argument("--fields", type=lambda text: text.split(","), help="comma-separated fields; all if left out")
     get.add_argument("--json", action="store_true", help="print columns as JSON")
     get.set_defaults(run=_get)
 

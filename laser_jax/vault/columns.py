@@ -80,9 +80,7 @@ def _field(field: Field, column: Any) -> Any:
         return _strings(field.name, column)
     array = _array(field.name, column, 1 if field.size is None else 2, field.dtype)
     if field.size is not None and array.shape[1] != field.size:
-        raise SchemaError(
-            f"column {field.name!r} has vectors of {array.shape[1]} values, the schema says {field.size}"
-        )
+        raise SchemaError(f"column {field.name!r} has vectors of {array.shape[1]} values, the schema says {field.size}")
     kind = field.dtype.kind
     if kind == "b":
         if array.dtype.kind != "b":
@@ -132,9 +130,7 @@ def _strings(name: str, column: Any) -> Coded:
     if array.dtype.kind not in "OUT" and len(array):
         raise _wrong_type(name, array.dtype, "string")
     found: dict[Any, int] = {}
-    codes = np.fromiter(
-        (found.setdefault(value, len(found)) for value in array.tolist()), np.int64, len(array)
-    )
+    codes = np.fromiter((found.setdefault(value, len(found)) for value in array.tolist()), np.int64, len(array))
     for value, code in found.items():
         row = int(np.argmax(codes == code)) if not isinstance(value, str) else None
         if row is not None and _is_null(value):
@@ -144,17 +140,13 @@ def _strings(name: str, column: Any) -> Coded:
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise SchemaError(
-                f"column {name!r}: {value!r} cannot be written as UTF-8: {error.reason}"
-            ) from error
+            raise SchemaError(f"column {name!r}: {value!r} cannot be written as UTF-8: {error.reason}") from error
     return Coded(codes, list(found))
 
 
 def _is_null(value: Any) -> bool:
     return (
-        value is None
-        or (isinstance(value, float) and value != value)
-        or type(value).__name__ in ("NAType", "NaTType")
+        value is None or (isinstance(value, float) and value != value) or type(value).__name__ in ("NAType", "NaTType")
     )
 
 

@@ -86,9 +86,7 @@ class Folder:
         size, checksum = self.files[name]
         data = read_file(path)
         if len(data) != size or crc32c(data) != checksum:
-            raise CorruptionError(
-                f"{path}: {len(data)} bytes do not match the {size} bytes and crc32c in the manifest"
-            )
+            raise CorruptionError(f"{path}: {len(data)} bytes do not match the {size} bytes and crc32c in the manifest")
         return data
 
     def array(self, name: str, dtype: Any, length: int | None = None) -> np.ndarray:

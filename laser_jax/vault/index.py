@@ -45,9 +45,7 @@ class Part:
         self.page_first_time = self.folder.array("page_first_time", np.int64, self.num_pages)
         self.page_last_time = self.folder.array("page_last_time", np.int64, self.num_pages)
         if self.user_first_page[-1] != self.num_pages or int(self.page_count.sum()) != entry["events"]:
-            raise CorruptionError(
-                f"part {self.folder.path}: its directory does not add up to its manifest entry"
-            )
+            raise CorruptionError(f"part {self.folder.path}: its directory does not add up to its manifest entry")
         for name in self.folder.files:
             if len(self.folder.files[name]) == 1:
                 self.folder.check_size(name)
@@ -79,9 +77,7 @@ class Part:
         if data_size < 0 or crc32c(data[:-CHECKSUM]) != int.from_bytes(data[-CHECKSUM:], "little"):
             raise CorruptionError(f"{path}: the checksum of its shard index does not match")
         pairs = np.frombuffer(data[:-CHECKSUM], "<u8").reshape(-1, 2)[:used]
-        outside = (pairs > data_size).any() or (
-            pairs.sum(axis=1) > data_size
-        ).any()  # a missing page is 2^64 - 1
+        outside = (pairs > data_size).any() or (pairs.sum(axis=1) > data_size).any()  # a missing page is 2^64 - 1
         if outside or (pairs[:, 1] <= CHECKSUM).any():
             raise CorruptionError(f"{path}: its shard index misses pages or points outside the file")
         return pairs
@@ -112,12 +108,8 @@ class VaultIndex:
         self.page_base = np.array([part.page_base for part in self.parts] + [base], np.int64)
         self.users, order, new = merge_users(schema, [part.users for part in self.parts])
         self.entry_start = np.append(np.flatnonzero(new), len(new))
-        self.first_page = joined(
-            [part.user_first_page[:-1] + part.page_base for part in self.parts], np.int64
-        )[order]
-        self.end_page = joined([part.user_first_page[1:] + part.page_base for part in self.parts], np.int64)[
-            order
-        ]
+        self.first_page = joined([part.user_first_page[:-1] + part.page_base for part in self.parts], np.int64)[order]
+        self.end_page = joined([part.user_first_page[1:] + part.page_base for part in self.parts], np.int64)[order]
         self.count = joined([part.page_count for part in self.parts], np.uint16)
         self.first_time = joined([part.page_first_time for part in self.parts], np.int64)
         self.last_time = joined([part.page_last_time for part in self.parts], np.int64)

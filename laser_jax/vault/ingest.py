@@ -95,9 +95,7 @@ def ingest(
     from laser_jax import vault
 
     if memory < MIN_MEMORY:
-        raise VaultError(
-            f"memory of {memory >> 20} MB is too little to sort in: give {MIN_MEMORY >> 20} MB or more"
-        )
+        raise VaultError(f"memory of {memory >> 20} MB is too little to sort in: give {MIN_MEMORY >> 20} MB or more")
     started = time.monotonic()
     say = progress or (lambda line: None)
     out = os.path.abspath(out)
@@ -163,9 +161,7 @@ class _Log:
         for name in ("user", "time", *self.schema.names):
             if name not in found:
                 columns = [column for column in found if column not in ("__file", "file_row_number")]
-                raise SchemaError(
-                    f"{self.files[0]}: column {name!r} is missing; its columns: {', '.join(columns)}"
-                )
+                raise SchemaError(f"{self.files[0]}: column {name!r} is missing; its columns: {', '.join(columns)}")
             selected.append(f"{self._expression(name, found[name])} AS {_name(name)}")
         # Without a row number in the reader, rows are counted as they come: files in order, rows in order.
         row = "row_number() OVER ()" if self.is_csv else "file_row_number"
@@ -222,15 +218,11 @@ class _Log:
         row = connection.execute(f'SELECT count(*), min("time"), max("time"), {nulls} FROM log').fetchall()[0]
         total, first, last, counts = row[0], row[1], row[2], row[3:]
         if total == 0:
-            raise SchemaError(
-                f"{self.files[0]} and {len(self.files) - 1} other files: the log holds no event"
-            )
+            raise SchemaError(f"{self.files[0]} and {len(self.files) - 1} other files: the log holds no event")
         for name, count in zip(columns, counts, strict=True):
             if count and name not in optional:
                 where = self._first(connection, f"{_name(name)} IS NULL")
-                raise SchemaError(
-                    f"{where}: null {name} ({count:,} rows have none); drop these events or fill them"
-                )
+                raise SchemaError(f"{where}: null {name} ({count:,} rows have none); drop these events or fill them")
         if self.schema.user == "string" and (where := self._first(connection, "\"user\" = ''")):
             raise SchemaError(f"{where}: null user (an empty string); drop the event")
         if first < 0 or last >= self.schema.time_limit:

@@ -156,9 +156,9 @@ def _inconsistencies(
     }
     for field, values in num_values.items():
         codes = run_of(pages, index.layout.places[field], 0, pages.shape[0] * PAGE).reshape(-1, PAGE)
-        findings[f"has codes of {field!r} outside the dictionary"] = (
-            ((codes < 0) | (codes >= values)) & used
-        ).any(axis=1)
+        findings[f"has codes of {field!r} outside the dictionary"] = (((codes < 0) | (codes >= values)) & used).any(
+            axis=1
+        )
     part = index.parts[0]
     return [
         f"part {part.name}, page {number}, user {index.user_of_page(number)!r}: {what} ({part.folder.path})"

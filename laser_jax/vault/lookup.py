@@ -87,9 +87,7 @@ class PageReader:
             try:
                 blosc.decompress(body, out[number])
             except (RuntimeError, ValueError) as error:
-                raise self._damage(
-                    part, shard, first + number, f"it cannot be decompressed ({error})"
-                ) from error
+                raise self._damage(part, shard, first + number, f"it cannot be decompressed ({error})") from error
 
     def _file(self, part: Part, shard: int) -> _ShardFile:
         key = (part.name, shard)

@@ -21,9 +21,7 @@ _SHARDS_IN_FLIGHT = 2
 
 def hash_string(key: str) -> int:
     """The 64-bit hash under which a string user is found; part of the format."""
-    return int.from_bytes(
-        hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=8).digest(), "little"
-    )
+    return int.from_bytes(hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
 
 
 def write_part(
@@ -86,9 +84,7 @@ def _write_pages(
     num_pages = paging.num_pages
     arrays = {"pages": vault_format.pages_metadata(num_pages, layout.num_words)}
     for field in schema.vectors:
-        arrays[vault_format.vector_path(field.name)] = vault_format.vector_metadata(
-            num_pages, field.size, field.dtype
-        )
+        arrays[vault_format.vector_path(field.name)] = vault_format.vector_metadata(num_pages, field.size, field.dtype)
     deltas = paging_of_rows.time_deltas(time, paging)
     shards: list[str] = []
     pending: list[Any] = []

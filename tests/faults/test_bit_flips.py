@@ -30,11 +30,7 @@ def whole(tmp_path_factory):
 
 def files_of(path) -> list[str]:
     """Every file of a vault but the lock, which holds nothing."""
-    names = [
-        os.path.relpath(os.path.join(folder, name), path)
-        for folder, _, names in os.walk(path)
-        for name in names
-    ]
+    names = [os.path.relpath(os.path.join(folder, name), path) for folder, _, names in os.walk(path) for name in names]
     return sorted(name for name in names if name != "writer.lock")
 
 
@@ -134,9 +130,7 @@ def test_a_missing_or_cut_file_is_an_error(whole, tmp_path):
                 os.remove(copy / name)
             else:
                 (copy / name).write_bytes(damage)
-            with pytest.raises(
-                (seqvault.CorruptionError, seqvault.NotAVaultError), match=name.split("/")[-1]
-            ):
+            with pytest.raises((seqvault.CorruptionError, seqvault.NotAVaultError), match=name.split("/")[-1]):
                 seqvault.open(copy)
             assert verify(str(copy))
         (copy / name).write_bytes(data)

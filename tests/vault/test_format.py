@@ -98,9 +98,7 @@ def test_a_user_in_grouped_input_lives_in_one_part(make_vault, small_schema):
 
 
 def test_vault_knows_no_jax():
-    code = (
-        "import sys, laser_jax.vault, laser_jax.schema; print('jax' in sys.modules, 'duckdb' in sys.modules)"
-    )
+    code = "import sys, laser_jax.vault, laser_jax.schema; print('jax' in sys.modules, 'duckdb' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
 

@@ -121,9 +121,7 @@ def test_ties_go_by_event_key_then_file_then_row(tmp_path):
         ("key", "keep", [4, 1, 3, 0, 5, 2]),
         ("key", "drop", [4, 1, 0, 2]),
     ):
-        schema = Schema(
-            fields=(Field("key", "int32"), Field("row", "int32")), event_key=key, duplicates=duplicates
-        )
+        schema = Schema(fields=(Field("key", "int32"), Field("row", "int32")), event_key=key, duplicates=duplicates)
         out = tmp_path / f"{key}{duplicates}"
         report = ingest(schema, pattern, str(out), MEMORY)
         assert seqvault.open(out).get(1)["row"].tolist() == expected
@@ -133,9 +131,7 @@ def test_ties_go_by_event_key_then_file_then_row(tmp_path):
 def test_late_rows_and_exact_duplicates(tmp_path):
     """A file of late events that repeats some of an earlier one."""
     first = raw_log(500)
-    late = {
-        name: np.concatenate([column[100:150], column[:50]]) for name, column in raw_log(500, seed=1).items()
-    }
+    late = {name: np.concatenate([column[100:150], column[:50]]) for name, column in raw_log(500, seed=1).items()}
     both = {name: np.concatenate([first[name], late[name], first[name][:200]]) for name in first}
     pattern = write_files(tmp_path / "logs", both, "parquet", files=4)
     schema = Schema(fields=SCHEMA.fields, duplicates="drop")

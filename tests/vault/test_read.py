@@ -43,9 +43,7 @@ def test_reads_equal_brute_force(tmp_path_factory, user_type, time_unit, data):
     assert set(vault.users().tolist()) == set(log["user"].tolist())
 
     n = data.draw(st.sampled_from([0, 1, 7, 255, 256, 257, 600, 5000]))
-    names = data.draw(
-        st.sampled_from([schema.names, ("embedding",), ("clicked", "price"), ("brand", "tiny")])
-    )
+    names = data.draw(st.sampled_from([schema.names, ("embedding",), ("clicked", "price"), ("brand", "tiny")]))
     asked = data.draw(st.lists(st.integers(0, len(keys)), min_size=1, max_size=8))
     unknown = 12345 if user_type == "int64" else "nobody"
     batch = [unknown if place == len(keys) else users[place] for place in asked]
@@ -91,9 +89,7 @@ def test_parts_that_overlap_in_time_are_read_as_one_history(make_vault, small_sc
     for user in (5, 6, 7):
         for n in (1, 300, 1000, 9999):
             for before in (None, 0, 450, 900):
-                assert_same(
-                    vault, vault.get(user, n, before), model.read(user, n, before), small_schema.names
-                )
+                assert_same(vault, vault.get(user, n, before), model.read(user, n, before), small_schema.names)
 
 
 def test_reads_no_more_parts_than_needed(make_vault, small_schema):
@@ -110,9 +106,7 @@ def test_reads_no_more_parts_than_needed(make_vault, small_schema):
 
 def test_many_users_find_their_own(make_vault):
     users = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, 20_000)
-    vault = make_vault(
-        Schema(fields=[Field("twin", "int64")]), {"user": users, "time": users % 99, "twin": users}
-    )
+    vault = make_vault(Schema(fields=[Field("twin", "int64")]), {"user": users, "time": users % 99, "twin": users})
     assert len(vault) == len(np.unique(users))
     np.testing.assert_array_equal(vault.gather(users, n=1).columns["twin"], users)
     strangers = vault.gather(users + 1, n=1)

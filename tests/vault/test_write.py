@@ -83,8 +83,7 @@ def test_good_events_are_taken(tmp_path):
         writer.write(GOOD)
         writer.write({name: [] if name != "pair" else np.zeros((0, 2)) for name in GOOD})
         writer.write(
-            GOOD
-            | {"time": np.array([11, 21], "datetime64[s]"), "price": [3, 4], "item": np.array([7, 8], "i1")}
+            GOOD | {"time": np.array([11, 21], "datetime64[s]"), "price": [3, 4], "item": np.array([7, 8], "i1")}
         )
     vault = seqvault.open(tmp_path / "vault")
     history = vault.get(2, fields=SCHEMA.names)
@@ -171,9 +170,7 @@ def test_duplicates_without_a_key(tmp_path):
         (1, 6, 7, 1.0, (1, 2), "x"),
         (1, 5, 7, 1.0, (1, 2), "x"),  # repeats the second
     ]
-    log = dict(
-        zip(("user", "time", "item", "price", "pair", "b"), map(list, zip(*rows, strict=True)), strict=True)
-    )
+    log = dict(zip(("user", "time", "item", "price", "pair", "b"), map(list, zip(*rows, strict=True)), strict=True))
     for duplicates, events in (("keep", 8), ("drop", 6)):
         path = tmp_path / duplicates
         with seqvault.create(path, Schema(fields=fields, duplicates=duplicates)) as writer:
@@ -186,9 +183,7 @@ def test_duplicates_without_a_key(tmp_path):
 def test_event_key_orders_ties_and_finds_duplicates(tmp_path):
     schema = Schema(fields=(Field("key", "uint32"), Field("x", "int8")), event_key="key", duplicates="drop")
     with seqvault.create(tmp_path / "vault", schema) as writer:
-        writer.write(
-            {"user": [1, 1, 1, 1, 2], "time": [9, 9, 3, 12, 9], "key": [8, 5, 2, 5, 5], "x": [0, 1, 2, 3, 4]}
-        )
+        writer.write({"user": [1, 1, 1, 1, 2], "time": [9, 9, 3, 12, 9], "key": [8, 5, 2, 5, 5], "x": [0, 1, 2, 3, 4]})
     history = seqvault.open(tmp_path / "vault").get(1)
     assert history["key"].tolist() == [2, 5, 8] and history["x"].tolist() == [2, 1, 0]
 

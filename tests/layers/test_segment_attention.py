@@ -1,0 +1,118 @@
+"""Segmented target attention: the reference against a loop, the folded form against the reference."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from laser_jax.layers import segment_attention as sta
+from tests.layers import naive
+
+SHAPES = {  # B, C, L, w, f, d, H, dq, dv
+    "one candidate, whole segments": (2, 1, 12, 4, 5, 6, 2, 3, 4),
+    "four queries, ragged oldest segment": (3, 2, 13, 5, 6, 4, 2, 2, 3),
+    "many queries": (2, 5, 7, 3, 4, 6, 3, 2, 2),
+    "more users than a block, one short segment": (11, 3, 6, 10, 4, 4, 2, 2, 2),
+    "segments of one event": (2, 1, 3, 1, 4, 4, 1, 4, 4),
+}
+
+
+def draw(shape, seed=0):
+    b, c, length, _, f, d, heads, key, value = shape
+    rng = np.random.default_rng(seed)
+    sizes = {"q": (b, c, d), "x": (b, length, f), "wq": (d, heads, key), "wk": (f, heads, key), "wv": (f, heads, value)}
+    arrays = {name: rng.normal(size=size).astype(np.float32) for name, size in sizes.items()}
+    return {**arrays, "bias": rng.normal(size=heads).astype(np.float32)}
+
+
+def masks(b, length):
+    rng = np.random.default_rng(1)
+    newest = np.arange(length) >= length - rng.integers(0, length + 1, b)[:, None]
+    return [rng.random((b, length)) < 0.5, newest, np.zeros((b, length), bool), np.ones((b, length), bool)]
+
+
+def call(form, arrays, mask, width, gate):
+    a = arrays
+    return form(a["q"], a["x"], mask, a["wq"], a["wk"], a["wv"], a["bias"], width=width, gate=gate)
+
+
+@pytest.mark.parametrize("gate", sta.GATES)
+@pytest.mark.parametrize("name", SHAPES)
+def test_reference_equals_the_paper_read_as_a_loop(name, gate):
+    shape = SHAPES[name]
+    arrays, width = draw(shape), shape[3]
+    reference = jax.jit(lambda arrays, mask: call(sta.segment_attention_reference, arrays, mask, width, gate))
+    for mask in masks(*arrays["x"].shape[:2]):
+        tokens, log_mass = reference(arrays, mask)
+        want, want_mass = call(naive.segment_attention, arrays, mask, width, gate)
+        np.testing.assert_allclose(tokens, want, rtol=1e-5, atol=1e-5)
+        alive = np.isfinite(want_mass)
+        np.testing.assert_allclose(np.asarray(log_mass)[alive], want_mass[alive], rtol=1e-5, atol=1e-5)
+        assert np.isfinite(log_mass).all()
+
+
+@pytest.mark.parametrize("gate", sta.GATES)
+@pytest.mark.parametrize("name", SHAPES)
+def test_folded_equals_reference_in_values_and_gradients(name, gate):
+    shape = SHAPES[name]
+    arrays, width = draw(shape), shape[3]
+    b, c, length, _, _, _, heads, _, value = shape
+    num_segments = -(-length // width)
+    rng = np.random.default_rng(2)
+    of_tokens = rng.normal(size=(b, c, num_segments, heads * value)).astype(np.float32)
+    of_mass = rng.normal(size=(b, c, heads, num_segments)).astype(np.float32)
+
+    def both(form):
+        def loss(arrays, mask):
+            tokens, log_mass = call(form, arrays, mask, width, gate)
+            return jnp.sum(tokens * of_tokens) + jnp.sum(log_mass * of_mass), (tokens, log_mass)
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+    folded, reference = both(sta.segment_attention_folded), both(sta.segment_attention_reference)
+    for mask in masks(b, length):
+        got, want = folded(arrays, mask), reference(arrays, mask)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, want)
+        assert (np.asarray(got[1]["x"])[~mask] == 0).all()
+        if mask.any():
+            assert all(np.abs(gradient).max() > 1e-3 for gradient in jax.tree.leaves(got[1]))
+
+
+@pytest.mark.parametrize("form", [sta.segment_attention_reference, sta.segment_attention_folded])
+def test_a_softmax_gate_ignores_a_common_shift_and_its_mass_shows_it(form):
+    arrays = draw(SHAPES["four queries, ragged oldest segment"])
+    mask = np.ones(arrays["x"].shape[:2], bool)
+    run = jax.jit(lambda arrays: call(form, arrays, mask, 5, "softmax"))
+    tokens, log_mass = run(arrays)
+    for shift in (-100.0, -40.0, 100.0):
+        shifted, shifted_mass = run({**arrays, "bias": arrays["bias"] + np.float32(shift)})
+        np.testing.assert_allclose(shifted, tokens, rtol=1e-3, atol=1e-3, err_msg=f"shift {shift}")
+        np.testing.assert_allclose(shifted_mass - shift, log_mass, atol=1e-3, err_msg=f"shift {shift}")
+
+
+def test_sigmoid_gates_may_stay_silent_and_softmax_gates_speak():
+    arrays = draw(SHAPES["one candidate, whole segments"])
+    mask = np.ones(arrays["x"].shape[:2], bool)
+    closed = {**arrays, "bias": np.full(2, -60, np.float32)}
+    tokens, log_mass = call(sta.segment_attention_folded, closed, mask, 4, "sigmoid")
+    assert np.abs(tokens).max() < 1e-15 and (np.asarray(log_mass) <= -29).all()
+    loud, _ = call(sta.segment_attention_folded, {**arrays, "bias": np.zeros(2, np.float32)}, mask, 4, "softmax")
+    assert np.abs(loud).max() > 0.1
+
+
+def test_segments_are_cut_from_the_newest_event_backwards():
+    x = np.arange(1, 8)[None, :, None]
+    cut = np.asarray(sta.cut_segments(x, 3))[0, :, :, 0]
+    np.testing.assert_array_equal(cut, [[0, 0, 1], [2, 3, 4], [5, 6, 7]])
+    mask = np.asarray(sta.cut_segments(np.ones((1, 7), bool), 3))
+    assert mask.dtype == bool
+    np.testing.assert_array_equal(mask[0], [[False, False, True], [True] * 3, [True] * 3])
+
+
+def test_folding_stops_to_pay_with_more_candidates():
+    def picked(candidates):
+        return sta.use_fold(candidates, width=128, heads=2, key_width=16, value_width=64, segment=10)
+
+    assert picked(1) and not picked(100)
+    choices = [picked(c) for c in range(1, 101)]
+    assert choices == sorted(choices, reverse=True)

@@ -1,0 +1,105 @@
+"""The encoders once more as float64 loops over requests, candidates and events."""
+
+import numpy as np
+
+from tests.layers import naive
+
+
+def encode(encoder, x, mask, age, q):
+    """Tokens [B, C, P, d] of a harness.Encoder."""
+    x = np.asarray(x, np.float64)
+    h = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) @ np.asarray(encoder.params["w_in"], np.float64)
+    return FORMS[encoder.name](encoder.module, h, mask, age, np.asarray(q, np.float64))
+
+
+def _mean(module, h, mask, age, q):
+    out = np.zeros((*q.shape[:2], 1, q.shape[2]))
+    for b in range(len(h)):
+        for i in np.flatnonzero(mask[b]):
+            out[b, :, 0] += h[b, i] / mask[b].sum()
+    return out
+
+
+def _ta(module, h, mask, age, q):
+    return _attend(module.attention, q, h, mask)[:, :, None]
+
+
+def _attend(attention, q, h, mask, offset=None):
+    heads = naive.target_attention(q, h, mask, attention.wq[...], attention.wk[...], attention.wv[...], offset)
+    return heads.reshape(*q.shape[:2], -1) @ np.asarray(attention.wo[...], np.float64)
+
+
+def _din(module, h, mask, age, q):
+    w1, b1, w2 = (np.asarray(p[...], np.float64) for p in (module.w1, module.b1, module.w2))
+    out = np.zeros((*q.shape[:2], 1, q.shape[2]))
+    for b in range(len(h)):
+        for c in range(q.shape[1]):
+            t, real = q[b, c], h[b][mask[b]]
+            x = [np.concatenate([t, e, t - e, t * e]) for e in real]
+            a = np.array([(np.maximum(v @ w1 + b1, 0) @ w2).item() + float(module.b2[...]) for v in x])
+            if module.softmax and len(a):
+                a = np.exp(a - a.max()) / np.exp(a - a.max()).sum()
+            out[b, c, 0] = sum((weight * e for weight, e in zip(a, real, strict=True)), np.zeros(q.shape[2]))
+    return out
+
+
+def _laser(module, h, mask, age, q):
+    config = module.config
+    post = config.norm == "post"
+    cut = naive.segments(h.shape[1], config.segment)
+    s, log_mass = naive.segment_attention(
+        q,
+        h,
+        mask,
+        module.wq[...],
+        module.wk[...],
+        module.wv[...],
+        0.0 * module.wq[0, :, 0] if module.gate_bias is None else module.gate_bias[...],
+        config.segment,
+        config.gate,
+    )
+    alive = np.array([[any(mask[b, i] for i in places) for places in cut] for b in range(len(h))])
+    s = s + _feed_forward(module.ffn, s if post else _norm(module.norm, s))
+    s = _norm(module.norm, s) if post else s
+    for n, places in enumerate(cut):
+        for b in range(len(h)):
+            s[b, :, n] += _recency(
+                module.recency, min((age[b, i] for i in places if mask[b, i]), default=0), len(cut) - 1 - n
+            )
+    out = np.zeros((*q.shape[:2], module.num_tokens, q.shape[2]))
+    for b in range(len(h)):
+        for c in range(q.shape[1]):
+            t = q[b, c][None, None]
+            for layer in module.gsta:
+                offset = log_mass[b, c][None, None] if config.mass_logit else None
+                query = t if post else _norm(layer.norm_attention, t)
+                t = t + _attend(layer.attention, query, s[b, c][None], alive[b][None], offset)
+                t = _norm(layer.norm_attention, t) if post else t
+                t = t + _feed_forward(layer.ffn, t if post else _norm(layer.norm_ffn, t))
+                t = _norm(layer.norm_ffn, t) if post else t
+            tokens = [t[0, 0] if post else t[0, 0] - q[b, c]]
+            real = s[b, c][alive[b]]
+            tokens.append(real.max(0) if len(real) else np.zeros(q.shape[2]))
+            for back in range(config.recent):
+                n = len(cut) - 1 - back
+                tokens.append(s[b, c, n] if n >= 0 and alive[b, n] else np.zeros(q.shape[2]))
+            out[b, c] = tokens
+    return out
+
+
+def _norm(module, x):
+    return naive.layer_norm(x, module.scale[...], module.bias[...])
+
+
+def _feed_forward(module, x):
+    w1, w2 = (np.asarray(p[...], np.float64) for p in (module.w1, module.w2))
+    return naive.gelu(x @ w1 + np.asarray(module.b1[...])) @ w2 + np.asarray(module.b2[...])
+
+
+def _recency(module, age, back):
+    bucket = np.log1p(age / 60) * (module.num_buckets - 1) / np.log1p(4 * 365 * 86400 / 60)
+    out = np.asarray(module.age[...])[min(int(bucket), module.num_buckets - 1)]
+    return out if module.position is None else out + np.asarray(module.position[...])[back]
+
+
+FORMS = {"mean": _mean, "ta": _ta, "din": _din, "laser": _laser, "laser_plus": _laser}

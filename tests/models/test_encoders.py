@@ -1,0 +1,176 @@
+"""The tests that every model of the zoo must pass (padding, empty histories, candidates, order, rows, ...)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from laser_jax.models import encoder_config
+from laser_jax.models.base import SequenceEncoder
+from tests.models import harness, naive
+from tests.models.harness import NAMES, histories
+
+every_model = pytest.mark.parametrize("name", NAMES)
+
+
+def any_mask(shape, seed=3):
+    return np.random.default_rng(seed).random(shape) < 0.5
+
+
+def assert_same(got, want, tolerance=1e-5):
+    scale = max(1.0, float(np.abs(want).max()))
+    np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance * scale)
+
+
+@every_model
+def test_padding_content_reaches_neither_output_nor_gradient(name):
+    encoder = harness.encoder(name)
+    x, newest, age, q = histories()
+    rng = np.random.default_rng(1)
+    weights = harness.normal(rng, *encoder(x, newest, age, q).shape)
+    for mask in (newest, any_mask(newest.shape)):
+        noise = np.where(mask[..., None], x, 1e3 * harness.normal(rng, *x.shape))
+        noisy_age = np.where(mask, age, rng.integers(0, 2**31 - 1, age.shape)).astype(np.int32)
+        got = encoder.gradient(encoder.params, x, mask, age, q, weights)
+        noisy = encoder.gradient(encoder.params, noise, mask, noisy_age, q, weights)
+        (_, out), (params, history, candidates) = got
+        (_, noisy_out), (noisy_params, noisy_history, noisy_candidates) = noisy
+        np.testing.assert_array_equal(noisy_out, out)
+        jax.tree.map(np.testing.assert_array_equal, noisy_params, params)
+        np.testing.assert_array_equal(noisy_candidates, candidates)
+        assert (np.asarray(history)[~mask] == 0).all() and (np.asarray(noisy_history)[~mask] == 0).all()
+        assert np.abs(history).max() > 0
+
+
+# Fewer segments than recent tokens; a ragged oldest segment that fills up and overflows; a whole segment more.
+@pytest.mark.parametrize(("length", "more"), [(3, 7), (10, 3), (10, harness.SEGMENT)])
+@every_model
+def test_padding_length_changes_nothing(name, length, more):
+    encoder = harness.encoder(name)
+    x, mask, age, q = histories(length=length)
+    want = encoder(x, mask, age, q)
+    padded = [np.pad(a, ((0, 0), (more, 0)) + ((0, 0),) * (a.ndim - 2)) for a in (x, mask, age)]
+    assert_same(encoder(*padded, q), want, 1e-6)
+
+
+@every_model
+def test_an_empty_history_is_finite_and_independent_of_its_padding(name):
+    encoder = harness.encoder(name)
+    x, mask, age, q = histories()
+    nothing = np.zeros_like(mask)
+    weights = np.ones_like(encoder(x, mask, age, q))
+    results = encoder.gradient(encoder.params, x, nothing, age, q, weights)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(results))
+    _, gradients = results
+    assert (np.asarray(gradients[1]) == 0).all()
+    np.testing.assert_array_equal(encoder(x[::-1] * 7, nothing, age, q), encoder(x, nothing, age, q))
+
+
+@every_model
+def test_candidates_are_independent(name):
+    encoder = harness.encoder(name)
+    x, mask, age, q = histories()
+    together = encoder(x, mask, age, q)
+    alone = np.concatenate([encoder(x, mask, age, q[:, c : c + 1]) for c in range(q.shape[1])], axis=1)
+    assert_same(alone, together)
+    order = np.array([3, 0, 2, 1])
+    assert_same(encoder(x, mask, age, q[:, order]), together[:, order], 1e-6)
+    if name != "mean":
+        assert np.abs(together[:, 0] - together[:, 1]).max() > 1e-3
+
+
+# Each as its config has it by default, and the other forms that a field picks.
+FORMS = [*((name, {}) for name in NAMES), ("din", {"softmax": True}), ("din", {"softmax": False})]
+
+
+@pytest.mark.parametrize(("name", "overrides"), FORMS)
+def test_equals_a_naive_loop(name, overrides):
+    encoder = harness.Encoder(name, **overrides) if overrides else harness.encoder(name)
+    for length in (10, 3):
+        x, newest, age, q = histories(length=length)
+        for mask in (newest, any_mask(newest.shape), np.zeros_like(newest)):
+            assert_same(encoder(x, mask, age, q), naive.encode(encoder, x, mask, age, q), 2e-5)
+
+
+@every_model
+def test_split_equals_one_call_with_and_without_jit(name):
+    encoder = harness.encoder(name)
+    x, mask, age, q = histories()
+    want = encoder(x, mask, age, q)
+    module = encoder.module
+    ctx = module.precompute(harness.source(jnp.asarray(x), encoder.params["w_in"]), mask, age)
+    out = module.score(ctx, q, {})
+    assert out.tokens.shape == (*q.shape[:2], module.num_tokens, harness.WIDTH)
+    assert_same(out.tokens, want)
+
+
+@every_model
+def test_order_counts_only_where_the_card_says_so(name):
+    encoder = harness.encoder(name)
+    x, mask, age, q = histories()
+    order = np.random.default_rng(0).permutation(x.shape[1])
+    got = encoder(x[:, order], mask[:, order], age[:, order], q)
+    want = encoder(x, mask, age, q)
+    if name in ("mean", "ta", "din"):
+        assert_same(got, want, 1e-5)
+    else:
+        assert np.abs(got[0] - want[0]).max() > 1e-2
+
+
+@every_model
+def test_a_request_does_not_depend_on_the_others(name):
+    encoder = harness.encoder(name)
+    x, mask, age, q = histories()
+    want = encoder(x, mask, age, q)
+    other, *_ = histories(seed=9)
+    x[1:] = other[1:]
+    mask[1:] = True
+    np.testing.assert_array_equal(encoder(x, mask, age, q)[0], want[0])
+
+
+class Given:
+    """A token source whose features are given, so that only the encoder's own work is counted."""
+
+    def __init__(self, x, w_in):
+        self._x, self.w_in = x, w_in
+
+    def features(self):
+        return self._x
+
+    def dense(self):
+        return self._x @ self.w_in
+
+
+def counted_macs(module: SequenceEncoder, requests: int, candidates: int, length: int, width: int) -> float:
+    """XLA's own count of a forward pass, a multiply-accumulate being two operations."""
+    graph, params = nnx.split(module, nnx.Param)
+
+    def forward(params, x, w_in, mask, age, q):
+        return nnx.merge(graph, params)(Given(x, w_in), mask, age, q, {}).tokens
+
+    def shape(*size, dtype=np.float32):
+        return jax.ShapeDtypeStruct(size, dtype)
+
+    lowered = jax.jit(forward).lower(
+        params,
+        shape(requests, length, width),
+        shape(width, width),
+        shape(requests, length, dtype=bool),
+        shape(requests, length, dtype=np.int32),
+        shape(requests, candidates, width),
+    )
+    return lowered.compile().cost_analysis()["flops"] / 2
+
+
+@pytest.mark.parametrize("candidates", [1, 64])
+@every_model
+def test_macs_are_those_xla_counts(name, candidates):
+    length, width = 1000, 128
+    config = encoder_config(name)
+    module = nnx.eval_shape(lambda: config.build(width_in=width, width=width, history_length=length, rngs=nnx.Rngs(0)))
+    once, each = module.macs(candidates, length)
+    # Two batch sizes, so that what is done once a step (folding w_in into weights) drops out.
+    counted = counted_macs(module, 2, candidates, length, width) - counted_macs(module, 1, candidates, length, width)
+    visited = 1 if name == "din" else candidates  # XLA counts the body of a loop once, DIN's is over candidates
+    np.testing.assert_allclose(counted, once + visited * each, rtol=0.05)

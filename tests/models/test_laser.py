@@ -1,0 +1,82 @@
+"""LASER's own promises: it contains exact target attention, tells how loud segments are, refuses nonsense."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from laser_jax.layers.target_attention import attend_shared
+from laser_jax.models import encoder_config, laser, laser_plus
+from tests.models import harness
+
+
+def build(config, history_length=harness.LONGEST):
+    return config.build(width_in=harness.FEATURES, width=harness.WIDTH, history_length=history_length, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("length", [12, 10])
+def test_laser_plus_contains_exact_target_attention(length):
+    # Softmax inside segments, log-sum-exp across them: once GSTA asks nothing of its own and the feed-forwards and
+    # recency are silent, the global token is one softmax over all events.
+    module = build(laser_plus(segment=4, layers=1, segment_ffn=0, gsta_ffn=0, recency="none"))
+    module.gsta[0].attention.wq[...] = np.zeros_like(module.gsta[0].attention.wq[...])
+    x, mask, age, q = harness.histories(length=length)
+    x[0, 3] *= -1
+    q *= 5  # sharp attention, so that an average would be noticed
+    source = harness.source(x, harness.normal(np.random.default_rng(0), harness.FEATURES, harness.WIDTH))
+    got = jax.jit(lambda x: module(source, mask, age, q, {}).tokens)(x)[:, :, 0]
+    h = source.dense()
+    want = attend_shared(q, h, mask, module.wq[...], module.wk[...], module.wv[...]).reshape(got.shape)
+    np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
+    assert np.abs(want - np.asarray(h)[:, -1:]).max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["laser", "laser_plus"])
+def test_loudness_tells_which_segment_holds_what_is_asked_for(name):
+    module = build(encoder_config(name, segment=4, gate_bias=0.0, key_width=harness.WIDTH, heads=1))
+    x, mask, age, q = harness.histories(b=2, c=1, length=12)
+    x *= 0.01 / np.abs(x).mean()
+    w_in = np.eye(harness.FEATURES, harness.WIDTH, dtype=np.float32)
+    x[0, 5] = [3, 0, 0, 0, 0, 0]  # in the middle segment; unit RMS is taken of each event, so others point elsewhere
+    x[0, :, 0] = np.where(np.arange(12) == 5, 3, -np.abs(x[0, :, 0]))
+    q = 4 * w_in[0][None, None].repeat(2, axis=0)
+    module.wq[...] = np.eye(harness.WIDTH)[:, None]
+    module.wk[...] = np.eye(harness.WIDTH)[:, None]
+    loudness = jax.jit(lambda x: module(harness.source(x, w_in), mask, age, q, {}).diag["loudness"])(x)
+    assert loudness.shape == (2, 1, 3) and loudness[0, 0].argmax() == 1
+    assert (np.asarray(loudness)[1, 0] == 0).tolist() == [True, False, False]  # six events: the oldest segment is empty
+    assert (loudness >= 0).all() and (loudness <= 1).all()
+    if name == "laser_plus":
+        np.testing.assert_allclose(loudness.sum(-1), 1, rtol=1e-5)
+
+
+def test_the_gates_of_a_segment_sum_to_about_one_at_init():
+    module = build(laser(segment=10))
+    np.testing.assert_allclose(10 / (1 + np.exp(-module.gate_bias[...])), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"gate": "tanh"}, "gate='tanh' is not one of"),
+        ({"norm": "both"}, "norm='both' is not 'pre' or 'post'"),
+        ({"heads": 3}, "width=8 is not a multiple of heads=3"),
+        ({"recent": 7}, "recent=7 is not within the 6 segments"),
+        ({"recency": "time"}, "recency='time' is not one of"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        build(laser(**{"segment": 4, **overrides}))
+
+
+def test_a_longer_history_than_built_for_is_refused():
+    module = build(laser(segment=4, recent=1), history_length=8)
+    x, mask, age, q = harness.histories(length=12)
+    with pytest.raises(ValueError, match="3 segments but position embeddings for 2"):
+        module(harness.source(x, np.eye(harness.FEATURES, harness.WIDTH)), mask, age, q, {})
+
+
+def test_an_unknown_encoder_is_refused_by_name():
+    with pytest.raises(ValueError, match="no encoder 'lazer'; choose one of laser, laser_plus, ta, din, mean"):
+        encoder_config("lazer")

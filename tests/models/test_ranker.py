@@ -1,0 +1,147 @@
+"""The ranker around an encoder: request-level scoring is scoring each pair alone, and all inputs reach the logit."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from laser_jax.losses import bce_sum
+from laser_jax.models import encoder_config
+from laser_jax.models.base import HeadConfig, Ranker, TokenLayout, TokenSource, unit_rms
+from tests.models.harness import NAMES, SMALL
+
+LAYOUT = TokenLayout(
+    history=(("item", "item", 4), ("brand", "brand", 2), ("action", "action", 2)),
+    candidate=(("item", "item", 4), ("brand", "brand", 2)),
+    context=(("scene", "scene", 3),),
+)
+ROWS = {"item": (20, 4), "brand": (5, 2), "action": (4, 2), "scene": (3, 3)}
+B, C, L = 3, 4, 10
+
+
+def ranker(name="laser_plus", **changes):
+    arguments = dict(width=8, history_length=L, age_width=2, age_buckets=8, rngs=nnx.Rngs(0))
+    head = HeadConfig(tokens=4, width=8, blocks=1)
+    return Ranker(changes.pop("layout", LAYOUT), encoder_config(name, **SMALL[name]), head, **{**arguments, **changes})
+
+
+def draw(seed=0):
+    rng = np.random.default_rng(seed)
+    rows = {table: rng.normal(size=size).astype(np.float32) for table, size in ROWS.items()}
+    length = np.array([L, 5, 0], np.int32)
+    age = np.where(np.arange(L) >= L - length[:, None], rng.integers(0, 10**7, (B, L)), 0).astype(np.int32)
+    batch = {
+        "history": {name: rng.integers(0, ROWS[table][0], (B, L)) for name, table, _ in LAYOUT.history},
+        "candidates": {name: rng.integers(0, ROWS[table][0], (B, C)) for name, table, _ in LAYOUT.candidate},
+        "context": {"scene": np.array([0, 1, 2])},
+        "length": length,
+        "age": age,
+        "label": (rng.random((B, C)) < 0.5).astype(np.float32),
+        "mask": np.array([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]], bool),
+    }
+    return rows, jax.tree.map(lambda a: a.astype(np.int32) if a.dtype == np.int64 else a, batch)
+
+
+def as_pairs(batch):
+    """Every (request, candidate) pair as a request of its own."""
+    spread = {
+        key: jax.tree.map(lambda a: np.repeat(a, C, axis=0), batch[key])
+        for key in ("history", "context", "length", "age")
+    }
+    flat = {key: jax.tree.map(lambda a: a.reshape(B * C, 1), batch[key]) for key in ("candidates", "label", "mask")}
+    return spread | flat
+
+
+@functools.cache
+def compiled(name):
+    graph, params = nnx.split(ranker(name), nnx.Param)
+
+    def loss(params, rows, batch):
+        logits, out = nnx.merge(graph, params)(rows, batch)
+        total, number = bce_sum(logits, batch["label"], batch["mask"])
+        return total / number, logits
+
+    return params, jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_request_is_scored_as_its_pairs_alone(name):
+    params, step = compiled(name)
+    rows, batch = draw()
+    (whole, logits), gradients = step(params, rows, batch)
+    (alone, pair_logits), pair_gradients = step(params, rows, as_pairs(batch))
+    np.testing.assert_allclose(whole, alone, rtol=1e-5)
+    np.testing.assert_allclose(logits, pair_logits.reshape(B, C), rtol=1e-5, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), gradients, pair_gradients)
+    assert np.isfinite(logits).all()  # the last user has no history
+    assert all(np.abs(gradients[1][table]).max() > 1e-6 for table in rows)
+
+
+@pytest.mark.parametrize("name", ["laser", "laser_plus"])
+def test_every_parameter_of_the_model_learns(name):
+    params, step = compiled(name)
+    _, (gradients, _) = step(params, *draw())
+    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(gradients)}
+    dead = [path for path, leaf in leaves.items() if np.abs(leaf).max() < 1e-7]
+    if name == "laser_plus":  # a softmax does not see a bias that all its entries share
+        dead = [path for path in dead if "gate_bias" not in path]
+    assert not dead
+
+
+def test_what_is_masked_counts_for_nothing():
+    params, step = compiled("laser_plus")
+    rows, batch = draw()
+    (want, _), gradients = step(params, rows, batch)
+    off = ~batch["mask"]
+    other = {**batch, "label": np.where(off, 1 - batch["label"], batch["label"])}
+    other["candidates"] = {k: np.where(off, 1, v).astype(np.int32) for k, v in batch["candidates"].items()}
+    (got, _), other_gradients = step(params, rows, other)
+    assert got == want
+    jax.tree.map(np.testing.assert_array_equal, gradients, other_gradients)
+
+
+def test_each_input_reaches_the_logit():
+    params, step = compiled("laser_plus")
+    rows, batch = draw()
+    (_, want), _ = step(params, rows, batch)
+    for side, name in (("history", "action"), ("candidates", "brand"), ("context", "scene")):
+        changed = {**batch, side: {**batch[side], name: (batch[side][name] + 1) % 3}}
+        (_, got), _ = step(params, rows, changed)
+        assert np.abs(got - want)[0].max() > 1e-6, (side, name)
+    (_, got), _ = step(params, rows, {**batch, "age": batch["age"] * 100})
+    assert np.abs(got - want)[0].max() > 1e-6
+
+
+def test_macs_cover_the_whole_history():
+    model = ranker("laser")
+    for candidates in (1, 50):
+        once, each = model.encoder.macs(candidates, L)
+        want = {"encoder_request": once, "encoder_candidate": each, "head_candidate": model.head.macs()}
+        assert model.macs(candidates) == want
+
+
+def test_candidate_fields_must_lead_the_history_fields():
+    with pytest.raises(ValueError, match=r"candidate fields \['brand'\] must come first.*\['item', 'brand'"):
+        TokenLayout(history=LAYOUT.history, candidate=LAYOUT.history[1:2], context=())
+
+
+def test_tokens_enter_at_unit_rms_whatever_the_scale_of_the_tables():
+    rng = np.random.default_rng(0)
+    for scale in (0.1, 100.0):
+        rows = scale * rng.normal(size=(5, 8)).astype(np.float32)
+        source = TokenSource((rows,), (jnp.array([[0, 1, 4]]),), np.eye(8, dtype=np.float32))
+        np.testing.assert_allclose((np.asarray(source.dense()) ** 2).mean(-1), 1, rtol=1e-3)
+    assert (unit_rms(jnp.zeros((2, 3))) == 0).all()
+
+
+def test_the_loss_is_the_textbook_one_and_finite_for_huge_logits():
+    logits = np.array([[0.3, -2.0, 80.0], [-90.0, 5.0, 1.0]], np.float32)
+    labels = np.array([[1, 0, 0], [1, 1, 0]], np.float32)
+    mask = np.array([[1, 1, 1], [1, 0, 0]], bool)
+    total, number = bce_sum(logits, labels, mask)
+    p = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    want = -np.log(p[0, 0]) - np.log(1 - p[0, 1]) + 80 + 90
+    np.testing.assert_allclose([total, number], [want, 4], rtol=1e-6)

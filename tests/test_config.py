@@ -1,0 +1,106 @@
+"""Configs: every experiment builds with every encoder, and a workdir belongs to one config."""
+
+import importlib
+import json
+import os
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from laser_jax.config import Config, remember, to_dict
+from laser_jax.features import table_of
+from laser_jax.models import ENCODERS
+from laser_jax.sharding import MeshConfig, make_mesh
+from laser_jax.state import StateFactory
+from laser_jax.train import make_train_step
+from tests.small_config import get_config
+
+EXPERIMENTS = sorted(
+    path.stem
+    for path in (pathlib.Path(__file__).parent.parent / "experiments").glob("*.py")
+    if "def get_config" in path.read_text(encoding="utf-8")
+)
+
+
+def abstract_batch(config: Config) -> dict:
+    """Shapes of a training batch, as the pipeline makes them."""
+    b, c, length = config.data.batch_size, config.data.candidates, config.data.history_length
+    features = config.features
+
+    def shape(*size, dtype=np.int32):
+        return jax.ShapeDtypeStruct(size, dtype)
+
+    return {
+        "unique": {name: shape(min(1024, rows)) for name, (rows, _) in features.tables().items()},
+        "history": {field.name: shape(b, length) for field in (*features.item, *features.event)},
+        "candidates": {field.name: shape(b, c) for field in features.item},
+        "context": {field.name: shape(b) for field in features.context},
+        "length": shape(b),
+        "age": shape(b, length),
+        "label": shape(b, c, dtype=np.float32),
+        "mask": shape(b, c, dtype=np.bool_),
+    }
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_builds_and_steps_with_every_encoder(experiment, encoder):
+    config = importlib.import_module(f"experiments.{experiment}").get_config(encoder)
+    assert config.name == encoder and config.data.recipe is not None
+    factory = StateFactory(
+        config.build_model, config.features.tables(), config.optim, make_mesh(MeshConfig(), config.data.batch_size)
+    )
+    state = factory.abstract()
+    after, counts = jax.eval_shape(make_train_step(factory, config.optim), state, abstract_batch(config))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    assert counts.loss.shape == () and counts.histogram.dtype == np.int32
+
+
+def test_there_are_experiments():
+    assert {"completejourney", "tiny", "xhs"} <= set(EXPERIMENTS)
+
+
+def test_a_default_is_laser_plus():
+    for experiment in EXPERIMENTS:
+        assert importlib.import_module(f"experiments.{experiment}").get_config().name == "laser_plus"
+
+
+def test_a_config_as_plain_values_tells_encoders_apart_and_survives_json():
+    seen = set()
+    for encoder in ENCODERS:
+        plain = to_dict(get_config(encoder))
+        assert json.loads(json.dumps(plain)) == plain
+        seen.add(json.dumps(plain["encoder"], sort_keys=True))
+    assert len(seen) == len(ENCODERS)
+
+
+def test_what_does_not_change_the_result_may_change_in_a_workdir(tmp_path):
+    remember(get_config(), str(tmp_path / "run"))
+    stored = (tmp_path / "run" / "config.json").read_text(encoding="utf-8")
+    config = get_config()
+    config.data.path, config.data.threads, config.train.log_every = "elsewhere", 7, 3
+    remember(config, str(tmp_path / "run"))
+    assert (tmp_path / "run" / "config.json").read_text(encoding="utf-8") == stored
+    assert os.listdir(tmp_path / "run") == ["config.json"]
+
+
+def test_every_field_that_differs_is_named(tmp_path):
+    remember(get_config(), str(tmp_path))
+    config = get_config()
+    config.width, config.optim.b2, config.features.item[0].rows = 32, 0.99, 200
+    with pytest.raises(ValueError) as refused:
+        remember(config, str(tmp_path))
+    for part in (str(tmp_path), "width: 16 -> 32", "optim.b2: 0.9999 -> 0.99", "features.item", "another --workdir"):
+        assert part in str(refused.value)
+
+
+def test_fields_reach_the_model_by_table_and_side():
+    config = get_config()
+    model = nnx.eval_shape(lambda: config.build_model(nnx.Rngs(0)))
+    features = config.features
+    for fields, layout in ((features.item, model.layout.candidate), (features.context, model.layout.context)):
+        assert layout == tuple((field.name, table_of(field), field.width) for field in fields)
+    assert [name for name, *_ in model.layout.history] == ["item", "category", "action", "dwell"]

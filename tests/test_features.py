@@ -1,0 +1,104 @@
+"""Ids to embedding rows, and the few distinct rows of a batch."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from laser_jax.features import FeatureConfig, FieldConfig, padded_size, rows_of, unique_rows
+
+INT64 = np.iinfo(np.int64)
+
+
+def field(ids="code", rows=10, **changes):
+    return FieldConfig(**{"name": "item", "width": 4, "rows": rows, "ids": ids, **changes})
+
+
+def test_codes_are_shifted_by_one_and_the_rest_is_row_zero():
+    values = np.array([0, 1, 8, 9, 10, -1, -7, INT64.max, INT64.min])
+    np.testing.assert_array_equal(rows_of(field(), values, None), [1, 2, 9, 0, 0, 0, 0, 0, 0])
+    assert rows_of(field(), np.array([True, False]), None).tolist() == [2, 1]
+    assert rows_of(field(), np.array([255], np.uint8), None).tolist() == [0]
+
+
+def test_a_vocabulary_gives_positions_and_unseen_ids_row_zero():
+    vocabulary = np.array([-5, 3, 10, 2**40, 2**62])
+    values = np.array([3, -5, 2**62, 4, INT64.min, INT64.max, 2**40])
+    np.testing.assert_array_equal(rows_of(field("vocab"), values, vocabulary), [2, 1, 5, 0, 0, 0, 4])
+    # A table smaller than the vocabulary keeps the ids that fit.
+    np.testing.assert_array_equal(rows_of(field("vocab", rows=4), values, vocabulary), [2, 1, 0, 0, 0, 0, 0])
+
+
+def test_an_empty_vocabulary_knows_nobody():
+    np.testing.assert_array_equal(rows_of(field("vocab"), np.array([1, 2]), np.zeros(0, np.int64)), [0, 0])
+
+
+def test_hashes_are_fixed_spread_and_never_row_zero():
+    values = np.arange(-5000, 5000) * 2**33
+    rows = rows_of(field("hash", rows=11), values, None)
+    np.testing.assert_array_equal(rows, rows_of(field("hash", rows=11), values, None))
+    counts = np.bincount(rows, minlength=11)
+    assert counts[0] == 0 and counts[1:].min() > 800
+    # A table's rows must mean the same in every later version.
+    assert rows_of(field("hash", rows=10**6), np.array([0, 1, -1]), None).tolist() == [318419, 652893, 201258]
+
+
+def test_quantities_grow_in_half_powers_of_two_and_are_clipped():
+    values = np.array([0, 1, 2, 3, 7, 1e9, -4.0])
+    np.testing.assert_array_equal(rows_of(field("log"), values, None), [1, 3, 4, 5, 7, 9, 1])
+    steps = rows_of(field("log", rows=100), np.arange(60_000, dtype=np.uint16), None)
+    assert (np.diff(steps) >= 0).all() and steps.max() < 40
+
+
+def test_a_missing_quantity_is_row_zero():
+    np.testing.assert_array_equal(rows_of(field("log"), np.array([np.nan, 3.0], np.float32), None), [0, 5])
+
+
+@pytest.mark.parametrize("ids", ["code", "vocab", "hash", "log"])
+@settings(max_examples=30, deadline=None)
+@given(values=st.lists(st.integers(INT64.min, INT64.max), max_size=20), rows=st.integers(2, 50))
+def test_rows_lie_in_the_table(ids, values, rows):
+    got = rows_of(field(ids, rows), np.array(values, np.int64), np.array([1, 5, 2**50]))
+    assert got.dtype == np.int32 and len(got) == len(values) and ((got >= 0) & (got < rows)).all()
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 29), max_size=12), max_size=4))
+def test_unique_rows_and_positions_give_the_columns_back(parts):
+    parts = [np.array(part, np.int32) for part in parts]
+    unique, positions = unique_rows(parts, 30)
+    np.testing.assert_array_equal(unique, np.unique(np.concatenate(parts or [np.zeros(0)])))
+    for part, position in zip(parts, positions, strict=True):
+        np.testing.assert_array_equal(unique[position], part)
+        assert position.dtype == np.int32
+
+
+def test_unique_sizes_hold_the_rows_and_are_few():
+    sizes = [padded_size(count, 10**6) for count in range(1, 200_000, 17)]
+    assert all(size >= count for size, count in zip(sizes, range(1, 200_000, 17), strict=True))
+    assert len(set(sizes)) < 20 and sizes == sorted(sizes)
+    assert max(s / c for s, c in zip(sizes, range(1, 200_000, 17), strict=True) if c > 1024) < 1.51
+    assert [padded_size(count, 50) for count in (1, 49, 50)] == [50, 50, 50]
+
+
+def test_fields_may_share_a_table():
+    config = FeatureConfig(item=(field(),), event=(field(name="last_item", table="item"),))
+    assert config.tables() == {"item": (10, 4)}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (FeatureConfig(), "features.item is empty"),
+        (FeatureConfig(item=(field("sorted"),)), "'item': ids='sorted' is not one of"),
+        (FeatureConfig(item=(field(rows=1),)), "'item': rows=1"),
+        (FeatureConfig(item=(field(width=0),)), "'item': .*width=0"),
+        (
+            FeatureConfig(item=(field(),), event=(field(name="last", table="item", width=8),)),
+            "'last' wants table 'item' as",
+        ),
+    ],
+)
+def test_features_that_make_no_sense_are_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        config.tables()

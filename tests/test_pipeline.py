@@ -1,0 +1,207 @@
+"""Batches against a brute-force assembly from the raw log."""
+
+import dataclasses
+import pickle
+import threading
+
+import numpy as np
+import pytest
+
+from laser_jax.features import FeatureConfig, FieldConfig, rows_of
+from laser_jax.pipeline import BatchSource, DataConfig, epoch_order, prepare
+from laser_jax.requests import read_vocabulary
+from laser_jax.vault import UnknownFieldError
+from tests.conftest import write_known_data
+
+FEATURES = FeatureConfig(
+    item=(FieldConfig("item", 8, 100, "vocab"), FieldConfig("category", 4, 10)),
+    event=(FieldConfig("action", 2, 3), FieldConfig("dwell", 2, 8, "log")),
+    context=(FieldConfig("scene", 2, 4),),
+)
+L, B, C = 16, 4, 3
+
+
+def config(data, **changes):
+    settings = dict(path=data.path, history_length=L, batch_size=B, candidates=C, eval_batch_size=5, eval_candidates=4)
+    return DataConfig(**{**settings, "shuffle_block": 8, **changes})
+
+
+@pytest.fixture(scope="module", params=["s", "ms"])
+def data(request, tmp_path_factory):
+    return write_known_data(str(tmp_path_factory.mktemp("data") / "set"), request.param)
+
+
+def values(batch, side, name, table=None):
+    """Embedding rows behind a batch's indices."""
+    return batch.step["unique"][table or name][batch.step[side][name]]
+
+
+def expected_rows(data, name, column):
+    side = {field.name: field for field in (*FEATURES.item, *FEATURES.event, *FEATURES.context)}
+    vocabulary = read_vocabulary(f"{data.path}/vocab/item") if name == "item" else None
+    return rows_of(side[name], np.asarray(column), vocabulary)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_batches_equal_a_brute_force_assembly(data, split):
+    source = BatchSource(config(data), FEATURES, split)
+    width = C if split == "train" else 4
+    requests = data.requests[split]
+    pieces = [(r, first) for r, row in enumerate(requests) for first in range(0, len(row["item"]), width)]
+    met = []
+    for k in range(source.batches_per_epoch):
+        batch = source.batch(k)
+        rows = source.rows(k)
+        met += rows.tolist()
+        step = batch.step
+        size = source.batch_size
+        assert step["mask"].shape == (size, width) and step["age"].shape == (size, L)
+        for row, piece in enumerate(rows):
+            r, first = pieces[piece]
+            request = requests[r]
+            part = slice(first, first + width)
+            history = data.history(request["user"], request["time"], L)
+            n = len(history["time"])
+            assert batch.users[row] == request["user"] and batch.lengths[row] == step["length"][row] == n
+            unit = 1000 if data.time_unit == "ms" else 1
+            age = (request["time"] - history["time"]) // unit
+            np.testing.assert_array_equal(step["age"][row], np.r_[np.zeros(L - n, int), age])
+            for name in ("item", "category", "action", "dwell"):
+                got = values(batch, "history", name)[row, L - n :]
+                np.testing.assert_array_equal(got, expected_rows(data, name, history[name]), name)
+            count = len(request["item"][part])
+            np.testing.assert_array_equal(step["mask"][row], np.arange(width) < count)
+            for name in ("item", "category"):
+                got = values(batch, "candidates", name)[row, :count]
+                np.testing.assert_array_equal(got, expected_rows(data, name, request[name][part]))
+            np.testing.assert_array_equal(step["label"][row, :count], request["label"][part])
+            np.testing.assert_array_equal(batch.references["oracle"][row, :count], request["oracle"][part])
+            assert values(batch, "context", "scene")[row] == request["scene"] + 1
+        assert not step["mask"][len(rows) :].any() and not step["length"][len(rows) :].any()
+        assert batch.num_events == step["length"].sum()
+        for table, unique in step["unique"].items():
+            num_rows = FEATURES.tables()[table][0]
+            assert (np.diff(unique) > 0).all() and len(unique) <= num_rows
+    # Every piece of every request exactly once, so every candidate is.
+    assert sorted(met) == list(range(len(pieces)))
+    if split == "test":
+        assert met == sorted(met)  # predictions are stored in the order of the requests
+
+
+def test_the_data_tries_what_it_should(data):
+    rows = data.requests["train"]
+    times = [(r, data.events["time"][data.events["user"] == r["user"]]) for r in rows]
+    assert any(r["time"] in t for r, t in times), "a request at the very time of an event"
+    assert any(not len(t) for _, t in times), "a user without a history"
+    assert any(len(r["item"]) > 2 * C for r in rows), "a request wider than two rows"
+    assert any((t < r["time"]).sum() > L for r, t in times), "a history longer than L"
+
+
+def test_the_last_batch_of_an_epoch_is_partial_and_the_next_epoch_starts_afresh(known_data):
+    source = BatchSource(config(known_data, batch_size=7, epochs=2), FEATURES, "train")
+    rows = [source.rows(k) for k in range(source.num_batches)]
+    half = source.batches_per_epoch
+    total = sum(-(-len(r["item"]) // C) for r in known_data.requests["train"])
+    assert len(rows) == 2 * half and len(rows[half - 1]) == len(rows[-1]) == total % 7 > 0
+    first, second = np.concatenate(rows[:half]), np.concatenate(rows[half:])
+    np.testing.assert_array_equal(np.sort(first), np.arange(total))
+    np.testing.assert_array_equal(np.sort(second), np.arange(total))
+    assert (first != second).any()
+    batch = source.batch(half - 1)
+    assert len(batch.users) == len(batch.lengths) == total % 7 and batch.step["label"].shape == (7, C)
+
+
+def test_a_stream_from_the_middle_and_a_pickled_source_give_the_same_batches(known_data):
+    source = BatchSource(config(known_data), FEATURES, "train")
+    copy = pickle.loads(pickle.dumps(source))
+    streamed = list(copy.stream(3, 9))
+    assert len(streamed) == 6
+    for k, batch in enumerate(streamed, start=3):
+        want = dataclasses.asdict(source.batch(k))
+        got = dataclasses.asdict(batch)
+        assert want.keys() == got.keys()
+        np.testing.assert_equal(got, want)
+
+
+def test_threads_at_the_border_of_two_epochs_get_the_right_rows(known_data):
+    source = BatchSource(config(known_data, epochs=3), FEATURES, "train")
+    want = [source.rows(k) for k in range(source.num_batches)]
+    border = source.batches_per_epoch
+    wrong = []
+
+    def read():
+        for k in [border - 1, border, 2 * border] * 30:
+            if not np.array_equal(source.rows(k), want[k]):
+                wrong.append(k)
+
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize(("num", "block"), [(1, 8), (100, 8), (1000, 1), (777, 10), (5, 100)])
+def test_an_epoch_is_a_permutation_of_its_own_by_seed(num, block):
+    order = epoch_order(num, seed=3, epoch=1, block=block)
+    np.testing.assert_array_equal(np.sort(order), np.arange(num))
+    np.testing.assert_array_equal(order, epoch_order(num, seed=3, epoch=1, block=block))
+    if num > 10:
+        for seed, epoch in ((3, 2), (4, 1)):
+            assert (order != epoch_order(num, seed, epoch, block)).mean() > 0.5
+
+
+def test_a_shuffle_keeps_neighbours_on_disk_near_each_other():
+    order = epoch_order(64 * 10 * 5, seed=0, epoch=0, block=10)
+    first_window = order[: 64 * 10]
+    assert len(set(first_window // 10)) == 64  # whole blocks, from all over
+    assert np.ptp(first_window) > 64 * 10 * 4
+
+
+def test_wide_requests_are_described_honestly(known_data):
+    rows = known_data.requests["train"]
+    told = BatchSource(config(known_data), FEATURES, "train").describe()
+    candidates = sum(len(r["item"]) for r in rows)
+    pieces = sum(-(-len(r["item"]) // C) for r in rows)
+    assert told["requests"] == len(rows) and told["candidates"] == candidates
+    assert told["batches"] == -(-pieces // B) and told["candidate_fill"] == round(candidates / (pieces * C), 3)
+
+
+def replaced(side, *fields):
+    return dataclasses.replace(FEATURES, **{side: fields})
+
+
+@pytest.mark.parametrize(
+    ("features", "error", "message"),
+    [
+        (replaced("event", FieldConfig("actoin", 2, 3)), UnknownFieldError, "'actoin'.*the vault has item, category"),
+        (replaced("event", FieldConfig("embedding", 2, 3)), ValueError, "'embedding' is a vector"),
+        (replaced("item", FieldConfig("action", 2, 3)), ValueError, "candidate column 'action'; there is .*item"),
+        (replaced("context", FieldConfig("page", 2, 3)), ValueError, "context column 'page'; there is scene"),
+    ],
+)
+def test_unknown_columns_are_named(known_data, features, error, message):
+    with pytest.raises(error, match=message):
+        BatchSource(config(known_data), features, "train")
+
+
+def test_unknown_splits_and_missing_data_are_named(known_data, tmp_path):
+    with pytest.raises(ValueError, match="split 'dev' is not one of"):
+        BatchSource(config(known_data), FEATURES, "dev")
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/none holds no data set"):
+        prepare(DataConfig(path=f"{tmp_path}/none"))
+    with pytest.raises(ValueError, match="data.path is empty"):
+        prepare(DataConfig())
+
+
+def test_prepare_asks_the_recipe(tmp_path):
+    asked = []
+
+    class Recipe:
+        def prepare(self, path, progress=True):
+            asked.append(path)
+            return path
+
+    prepare(DataConfig(path=str(tmp_path), recipe=Recipe()))
+    assert asked == [str(tmp_path)]

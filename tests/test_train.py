@@ -1,0 +1,137 @@
+"""A whole run in this process: it learns, says what it did, and refuses what makes no sense."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+from laser_jax import train
+from laser_jax.checkpoint import Checkpoints
+from laser_jax.features import FieldConfig
+from laser_jax.vault import VaultError
+from tests.conftest import USERS
+from tests.small_config import get_config
+
+
+def config_for(data, encoder="laser_plus", **changes):
+    config = get_config(encoder)
+    config.data.path = data.path
+    for name, value in changes.items():
+        *parents, last = name.split("__")
+        part = config
+        for parent in parents:
+            part = getattr(part, parent)
+        assert hasattr(part, last)
+        setattr(part, last, value)
+    return config
+
+
+@pytest.fixture(scope="module")
+def finished(known_data, tmp_path_factory):
+    workdir = str(tmp_path_factory.mktemp("run"))
+    predictions = train.run(config_for(known_data), workdir)
+    return workdir, predictions
+
+
+def results(workdir):
+    with open(os.path.join(workdir, "results.json"), encoding="utf-8") as file:
+        return json.load(file)
+
+
+def test_it_learns_what_the_data_holds(finished):
+    workdir, predictions = finished
+    test = results(workdir)["test"]
+    assert test["laser_plus"]["auc"] > 0.85  # mean pooling of the same model stays near .5 .. .7
+    assert test["laser_plus"]["auc"] == predictions.figures().auc
+    assert test["oracle"]["auc"] > 0.9 and test["laser_plus"]["logloss"] < 0.5
+
+
+def test_predictions_are_stored_in_the_order_of_the_requests(finished, known_data):
+    workdir, predictions = finished
+    rows = known_data.requests["test"]
+    with np.load(os.path.join(workdir, "predictions.npz")) as stored:
+        counts = [len(r["item"]) for r in rows]
+        np.testing.assert_array_equal(stored["users"], np.repeat([r["user"] for r in rows], counts))
+        np.testing.assert_array_equal(stored["labels"], np.concatenate([r["label"] for r in rows]))
+        np.testing.assert_array_equal(stored["reference_oracle"], np.concatenate([r["oracle"] for r in rows]))
+        lengths = [len(known_data.history(r["user"], r["time"], 16)["time"]) for r in rows]
+        np.testing.assert_array_equal(stored["lengths"], np.repeat(lengths, counts))
+        np.testing.assert_array_equal(stored["logits"], predictions.logits)
+
+
+def test_a_user_without_a_history_is_scored(finished):
+    _, predictions = finished
+    unknown = predictions.users == USERS[0]
+    assert unknown.any() and (predictions.lengths[unknown] == 0).all()
+    assert np.isfinite(predictions.logits).all() and np.ptp(predictions.logits[unknown]) > 0
+
+
+def test_it_leaves_a_report_with_its_pictures(finished):
+    workdir, _ = finished
+    report = os.path.join(workdir, "report")
+    with open(os.path.join(report, "index.html"), encoding="utf-8") as file:
+        page = file.read()
+    pictures = [name for name in os.listdir(report) if name.endswith(".png")]
+    assert {"loss.png", "roc.png", "calibration.png", "auc_by_length.png", "gates_0.png"} <= set(pictures)
+    assert all(f'src="{name}"' in page and os.path.getsize(os.path.join(report, name)) > 1000 for name in pictures)
+    assert "oracle" in page and os.listdir(os.path.join(workdir, "tensorboard"))
+
+
+def test_it_logs_every_line_and_keeps_the_newest_and_the_best(finished, known_data):
+    workdir, _ = finished
+    with open(os.path.join(workdir, "metrics.jsonl"), encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file]
+    total = max(line["step"] for line in lines)
+    assert [line["step"] for line in lines if "loss" in line] == [*range(10, total, 10), total]
+    valid = {line["step"]: line["valid_auc"] for line in lines if "valid_auc" in line}
+    assert list(valid) == [*range(60, total, 60), total]
+    best = max(valid, key=valid.get)
+    assert results(workdir)["step"] == best
+    kept = sorted(int(name) for name in os.listdir(os.path.join(workdir, "checkpoints")) if name.isdigit())
+    assert kept == sorted({best, total})
+    assert lines[-2]["loss"] < 0.8 * lines[0]["loss"]
+
+
+def test_a_finished_run_is_not_trained_again(finished, known_data):
+    workdir, first = finished
+    before = results(workdir)
+    again = train.run(config_for(known_data), workdir)
+    np.testing.assert_array_equal(again.logits, first.logits)
+    assert results(workdir)["test"] == before["test"] and results(workdir)["step"] == before["step"]
+
+
+def test_another_config_in_the_same_workdir_is_refused_by_name(finished, known_data):
+    workdir, _ = finished
+    before = sorted(os.listdir(workdir))
+    for change in ({"width": 32}, {"encoder__key_width": 8}, {"train__seed": 1}):
+        name = next(iter(change)).replace("__", ".")
+        with pytest.raises(ValueError, match=rf"another config \({name}: \d+ -> \d+\)"):
+            train.run(config_for(known_data, **change), workdir)
+    with pytest.raises(ValueError, match="encoder.class: 'LaserConfig' -> 'TaConfig'"):
+        train.run(config_for(known_data, "ta"), workdir)
+    assert sorted(os.listdir(workdir)) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data__path": "/nowhere"}, "/nowhere holds no data set"),
+        ({"mesh__data": 7}, "mesh data=7 x model=1 does not use the 1 devices"),
+        ({"features__event": (FieldConfig("actoin", 2, 4),)}, "'actoin'"),
+    ],
+)
+def test_a_start_that_fails_does_not_occupy_the_workdir(known_data, tmp_path, change, message):
+    workdir = str(tmp_path / "run")
+    with pytest.raises((ValueError, FileNotFoundError, VaultError), match=message):
+        train.run(config_for(known_data, **change), workdir)
+    assert not os.path.exists(os.path.join(workdir, "config.json"))  # the corrected command must not be refused
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(known_data, tmp_path):
+    config = config_for(known_data, "mean", optim__table_learning_rate=1e38, train__save_every=7, train__log_every=1000)
+    with pytest.raises(FloatingPointError, match="step"):
+        train.run(config, str(tmp_path))
+    checkpoints = Checkpoints(str(tmp_path))
+    assert checkpoints.newest() is None
+    checkpoints.close()

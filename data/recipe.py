@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 
-from laser_jax.requests import sync_directory
+from laser_jax.column_files import sync_directory
 
 DATASET = "dataset.json"
 

@@ -11,8 +11,7 @@ A directory of requests holds `requests.json` (version, types, counts) and one z
     label                 float32 [N]
     references.NAME       float32 [N], scores of others (an oracle, popularity): larger means likelier
 
-A shard (one file) holds 2^18 values in chunks of 2^12, each with its own checksum, so that one request of a
-column too large for memory costs one small chunk. This module knows no jax.
+This module knows no jax.
 """
 
 import dataclasses
@@ -25,10 +24,10 @@ import threading
 import numpy as np
 import tensorstore as ts
 
+from laser_jax.column_files import ColumnWriter, RequestsError, open_column, read_column, sync_directory
+
 VERSION = 1
 MANIFEST = "requests.json"
-SHARD = 1 << 18
-CHUNK = 1 << 12
 _TYPES = (
     "bool",
     "int8",
@@ -44,10 +43,6 @@ _TYPES = (
     "float64",
 )
 _PARTS = ("context", "candidates", "references")
-
-
-class RequestsError(ValueError):
-    """Requests that cannot be written or read; the message names the column, the value and the place."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +109,7 @@ class RequestsWriter:
         self._build = tempfile.mkdtemp(prefix=f"{name}.building-", dir=parent)
         os.chmod(self._build, 0o755)
         self._columns = {
-            column: _ColumnWriter(os.path.join(self._build, column), dtype) for column, dtype in layout.items()
+            column: ColumnWriter(os.path.join(self._build, column), dtype) for column, dtype in layout.items()
         }
         self._columns["offsets"].add(np.zeros(1, np.int64))
         self._num_requests = self._num_candidates = self._text_bytes = 0
@@ -318,12 +313,12 @@ class Requests:
         column = self._columns.get(name)
         if column is None:
             column = self._load(name)
-        return column[indices] if isinstance(column, np.ndarray) else _read(column[indices], self.path, name)
+        return column[indices] if isinstance(column, np.ndarray) else read_column(column[indices], self.path, name)
 
     def _load(self, name):
         with self._lock:
             if name not in self._columns:
-                column = _open(self.path, name, self._context)
+                column = open_column(self.path, name, self._context)
                 of_candidates = name.split(".")[0] in ("candidates", "label", "references")
                 expected = self.num_candidates if of_candidates else len(self) + (name == "offsets")
                 if name != "user_text" and column.shape != (expected,):
@@ -334,7 +329,7 @@ class Requests:
                 size = column.shape[0] * column.dtype.numpy_dtype.itemsize
                 if self._cached + size <= self._cache_bytes:
                     self._cached += size
-                    column = _read(column, self.path, name)
+                    column = read_column(column, self.path, name)
                 self._columns[name] = column
             return self._columns[name]
 
@@ -351,7 +346,7 @@ def write_vocabulary(path, ids):
         raise RequestsError(f"{path} exists: a vocabulary is written once; remove it first")
     if ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.dtype == np.uint64:
         raise RequestsError(f"vocabulary {path} is given as {ids.dtype} {ids.shape}, expected int64 (V,)")
-    column = _ColumnWriter(path, "int64")
+    column = ColumnWriter(path, "int64")
     column.add(np.unique(ids).astype(np.int64))
     column.close()
 
@@ -359,14 +354,7 @@ def write_vocabulary(path, ids):
 def read_vocabulary(path):
     """The ids stored by write_vocabulary, int64 [V], ascending."""
     place, name = os.path.split(os.path.abspath(os.fspath(path)))
-    return _read(_open(place, name, ts.Context()), place, name)
-
-
-def sync_directory(path):
-    """Makes the names in a directory durable (fsync)."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+    return read_column(open_column(place, name, ts.Context()), place, name)
 
 
 def _layout(user, sequence, types):
@@ -382,68 +370,3 @@ def _spans(starts, ends):
     offsets = np.zeros(len(starts) + 1, np.int64)
     np.cumsum(ends - starts, out=offsets[1:])
     return np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], ends - starts), offsets
-
-
-class _ColumnWriter:
-    """One growing zarr array, written whole shards at a time."""
-
-    def __init__(self, path, dtype):
-        inner = [
-            {"name": "bytes", "configuration": {"endian": "little"}},
-            {"name": "zstd", "configuration": {"level": 1, "checksum": False}},
-            {"name": "crc32c"},
-        ]
-        sharding = {"name": "sharding_indexed", "configuration": {"chunk_shape": [CHUNK], "codecs": inner}}
-        # Without store_data_equal_to_fill_value a shard of zeros would not exist, as if it were lost.
-        self._array = ts.open(
-            {
-                "driver": "zarr3",
-                "kvstore": {"driver": "file", "path": path + os.sep},
-                "create": True,
-                "store_data_equal_to_fill_value": True,
-                "metadata": {
-                    "shape": [0],
-                    "data_type": dtype,
-                    "codecs": [sharding],
-                    "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [SHARD]}},
-                },
-            }
-        ).result()
-        self._waiting, self._buffered, self._written = [], 0, 0
-
-    def add(self, values):
-        self._waiting.append(values)
-        self._buffered += len(values)
-        if self._buffered >= SHARD:
-            self._flush(self._buffered - self._buffered % SHARD)
-
-    def close(self):
-        self._flush(self._buffered)
-
-    def _flush(self, count):
-        if count:
-            values = np.concatenate(self._waiting)
-            self._waiting, self._buffered = [values[count:].copy()], len(values) - count
-            begin, self._written = self._written, self._written + count
-            self._array = self._array.resize(exclusive_max=[self._written]).result()
-            self._array[begin : self._written].write(values[:count]).result()
-
-
-def _open(place, name, context):
-    store = {"driver": "file", "path": os.path.join(place, name, "")}
-    try:
-        return ts.open(
-            {"driver": "zarr3", "kvstore": store, "recheck_cached_data": "open", "fill_missing_data_reads": False},
-            open=True,
-            read=True,
-            context=context,
-        ).result()
-    except ValueError as error:
-        raise RequestsError(f"column {name!r} of {place} cannot be opened: {error}") from error
-
-
-def _read(view, place, name):
-    try:
-        return view.read().result()
-    except ValueError as error:
-        raise RequestsError(f"column {name!r} of {place} is damaged: {error}") from error

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from laser_jax import requests as reqs
+from laser_jax.column_files import SHARD
 
 
 def write(path, counts, calls=1, user="int64", sequence=False):
@@ -83,7 +84,7 @@ def test_any_requests_come_back_in_any_order(tmp_path_factory, counts, calls, da
 def test_many_calls_across_shards(tmp_path, cache):
     counts = np.random.default_rng(0).integers(1, 20, 40_000)
     users = write(tmp_path / "train", counts, calls=7)
-    assert counts.sum() > reqs.SHARD
+    assert counts.sum() > SHARD
     requests = reqs.Requests.open(tmp_path / "train", cache_bytes=cache)
     indices = np.random.default_rng(1).integers(0, len(counts), 60)
     batch = requests.read(indices)

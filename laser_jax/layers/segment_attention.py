@@ -31,21 +31,22 @@ def cut_segments(x: jax.Array, width: int) -> jax.Array:
     return padded.reshape(b, (length + missing) // width, width, *rest)
 
 
-def _gates_and_mass(scores, mask, gate):
-    """scores [..., S, w], mask [..., S, w] -> gates like scores, log mass [..., S], all float32."""
+def _gates_and_mass(scores, mask, gate, axis):
+    """Scores and a mask that broadcasts with them; a segment's events lie along `axis`.
+
+    Returns:
+      Gates like scores, and the log mass without that axis, both float32.
+    """
     scores = scores.astype(jnp.float32)
     if gate == "sigmoid":
         gates = jnp.where(mask, jax.nn.sigmoid(scores), 0.0)
-        mass = jnp.sum(gates, axis=-1)
-        log_mass = jnp.log(jnp.maximum(mass, jnp.exp(_NO_MASS)))
-        return gates, log_mass
-    top = jnp.max(jnp.where(mask, scores, -jnp.inf), axis=-1, keepdims=True)
+        return gates, jnp.log(jnp.maximum(jnp.sum(gates, axis=axis), jnp.exp(_NO_MASS)))
+    top = jnp.max(jnp.where(mask, scores, -jnp.inf), axis=axis, keepdims=True)
     top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))
     e = jnp.where(mask, jnp.exp(scores - top), 0.0)
-    total = jnp.sum(e, axis=-1, keepdims=True)
-    gates = e / jnp.maximum(total, 1e-20)
-    log_mass = jnp.where(total > 0, jnp.log(jnp.maximum(total, 1e-20)) + top, _NO_MASS)[..., 0]
-    return gates, log_mass
+    total = jnp.sum(e, axis=axis, keepdims=True)
+    log_mass = jnp.where(total > 0, jnp.log(jnp.maximum(total, 1e-20)) + top, _NO_MASS)
+    return e / jnp.maximum(total, 1e-20), jnp.squeeze(log_mass, axis)
 
 
 def segment_attention_reference(q, x, mask, wq, wk, wv, bias, *, width: int, gate: str = "sigmoid"):
@@ -65,7 +66,7 @@ def segment_attention_reference(q, x, mask, wq, wk, wv, bias, *, width: int, gat
     values = cut_segments(jnp.einsum("blf,fhv->blhv", x, wv), width)
     segment_mask = cut_segments(mask, width)[:, None, None]
     scores = jnp.einsum("bchk,bswhk->bchsw", query, keys) + bias[:, None, None]
-    gates, log_mass = _gates_and_mass(scores, segment_mask, gate)
+    gates, log_mass = _gates_and_mass(scores, segment_mask, gate, axis=-1)
     tokens = jnp.einsum("bchsw,bswhv->bcshv", gates, values)
     return tokens.reshape(*tokens.shape[:3], -1), log_mass
 
@@ -75,25 +76,28 @@ def segment_attention_folded(q, x, mask, wq, wk, wv, bias, *, width: int, gate: 
     b, c, _ = q.shape
     heads, f = wk.shape[1], wk.shape[0]
     u = fold_queries(q, wq, wk).reshape(b, c * heads, f)
-    segments, segment_mask = cut_segments(x, width), cut_segments(mask, width)
-    z, log_mass = _segment_sums(segments, u, jnp.tile(bias, c), segment_mask, gate)
-    tokens = jnp.einsum("bchsf,fhv->bcshv", z.reshape(b, c, heads, *z.shape[2:]), wv)
-    return tokens.reshape(*tokens.shape[:3], -1), log_mass.reshape(b, c, heads, -1)
+    z, log_mass = _segment_sums(cut_segments(x, width), u, jnp.tile(bias, c), cut_segments(mask, width), gate)
+    tokens = jnp.einsum("bschf,fhv->bcshv", z.reshape(b, -1, c, heads, f), wv)
+    log_mass = jnp.moveaxis(log_mass.reshape(b, -1, c, heads), 1, 3)
+    return tokens.reshape(*tokens.shape[:3], -1), log_mass
+
+
+# Below, K = candidates x heads, and K stands after S: the products over an event's features and over a segment's events
+# are then batched matrix products without transposing anything as large as the history.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _segment_sums(x, u, bias, mask, gate):
-    """x [B,S,w,f], u [B,K,f], bias [K], mask [B,S,w] -> z [B,K,S,f], log mass [B,K,S]; K = candidates x heads."""
+    """x [B, S, w, f], u [B, K, f], bias [K], mask [B, S, w] -> z [B, S, K, f], log mass [B, S, K]."""
     return _segment_sums_fwd(x, u, bias, mask, gate)[0]
 
 
 def _segment_sums_fwd(x, u, bias, mask, gate):
     b, s, w, f = x.shape
-    scores = jnp.einsum("bnf,bkf->bnk", x.reshape(b, s * w, f), u) + bias  # this operand order is 3x faster on CPU
-    scores = jnp.moveaxis(scores, 2, 1).reshape(b, -1, s, w)
-    gates, log_mass = _gates_and_mass(scores, mask[:, None], gate)
+    scores = (jnp.einsum("bnf,bkf->bnk", x.reshape(b, s * w, f), u) + bias).reshape(b, s, w, -1)
+    gates, log_mass = _gates_and_mass(scores, mask[..., None], gate, axis=2)  # [B, S, w, K], [B, S, K]
     # A multiply and a sum, not a dot: the sum over w is far too short for a matrix product.
-    z = jnp.sum(gates[..., None] * x[:, None], axis=3)
+    z = jnp.sum(gates[..., None] * x[:, :, :, None], axis=2)
     return (z, log_mass), (x, u, gates, log_mass, mask)
 
 
@@ -101,28 +105,21 @@ def _segment_sums_bwd(gate, saved, cotangents):
     x, u, gates, log_mass, mask = saved
     dz, dlog_mass = cotangents
     b, s, w, f = x.shape
-    k = gates.shape[1]
-    dgates = jnp.moveaxis(jnp.einsum("bswf,bskf->bswk", x, jnp.moveaxis(dz, 1, 2)), 3, 1)
+    dgates = jnp.einsum("bswf,bskf->bswk", x, dz)
     if gate == "sigmoid":
         alive = log_mass > _NO_MASS
-        dgates = dgates + jnp.where(alive, dlog_mass * jnp.exp(-log_mass), 0.0)[..., None]
+        dgates = dgates + jnp.where(alive, dlog_mass * jnp.exp(-log_mass), 0.0)[:, :, None]
         dscores = dgates * gates * (1.0 - gates)
     else:
-        centred = dgates - jnp.sum(dgates * gates, axis=-1, keepdims=True)
-        dscores = gates * (centred + dlog_mass[..., None])
-    dscores = jnp.where(mask[:, None], dscores, 0.0)
-    du = jnp.einsum("bkn,bnf->bkf", dscores.reshape(b, k, s * w), x.reshape(b, s * w, f))
-    # An event is reached through the sum (gates x dz) and through its score (dscores x u).
-    if k <= 4:
-        dx = sum(
-            gates[:, i, ..., None] * dz[:, i, :, None, :] + dscores[:, i, ..., None] * u[:, i, None, None, :]
-            for i in range(k)
-        )
-    else:
-        left = jnp.concatenate([gates, dscores], axis=1)
-        right = jnp.concatenate([dz, jnp.broadcast_to(u[:, :, None], dz.shape)], axis=1)
-        dx = jnp.einsum("bksw,bksf->bswf", left, right)
-    return dx, du, jnp.sum(dscores, axis=(0, 2, 3)), None
+        centred = dgates - jnp.sum(dgates * gates, axis=2, keepdims=True)
+        dscores = gates * (centred + dlog_mass[:, :, None])
+    dscores = jnp.where(mask[..., None], dscores, 0.0)
+    du = jnp.einsum("bnk,bnf->bkf", dscores.reshape(b, s * w, -1), x.reshape(b, s * w, f))
+    # An event is reached through the sum (gates x dz) and through its score (dscores x u): one product over 2K rows.
+    left = jnp.concatenate([gates, dscores], axis=3)
+    right = jnp.concatenate([dz, jnp.broadcast_to(u[:, None], dz.shape)], axis=2)
+    dx = jnp.einsum("bswk,bskf->bswf", left, right)
+    return dx, du, jnp.sum(dscores, axis=(0, 1, 2)), None
 
 
 _segment_sums.defvjp(_segment_sums_fwd, _segment_sums_bwd)

@@ -46,5 +46,5 @@ def get_config(encoder: str = "laser_plus") -> Config:
         width=128,  # d
         head=HeadConfig(tokens=16, width=128),
         optim=OptimConfig(learning_rate=1e-3, b1=0.9, b2=0.9999),
-        train=TrainConfig(eval_every=250, save_every=125),
+        train=TrainConfig(eval_every=250, save_every=125, log_every=25),
     )

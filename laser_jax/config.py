@@ -89,11 +89,40 @@ def to_dict(config: Any) -> Any:
 FREE_TO_CHANGE = (
     "train.log_every",
     "train.gate_maps",
+    "train.length_edges",
     "data.path",
     "data.threads",
     "data.prefetch",
     "data.cache_bytes",
 )
+AT_LEAST_ONE = {
+    "data": (
+        "history_length",
+        "batch_size",
+        "candidates",
+        "eval_batch_size",
+        "eval_candidates",
+        "epochs",
+        "shuffle_block",
+        "threads",
+        "prefetch",
+    ),
+    "train": ("eval_every", "save_every", "log_every"),
+}
+
+
+def check_sizes(config: Config) -> None:
+    """Raises ValueError, naming the field, for sizes that no run can have."""
+    for part, names in AT_LEAST_ONE.items():
+        for name in names:
+            value = getattr(getattr(config, part), name)
+            if value < 1:
+                raise ValueError(f"{part}.{name}={value}: give at least 1")
+    if config.data.cache_bytes < 0:
+        raise ValueError(f"data.cache_bytes={config.data.cache_bytes}: give 0 (no cache) or more")
+    edges = config.train.length_edges
+    if edges[:1] != (0,) or list(edges) != sorted(set(edges)):
+        raise ValueError(f"train.length_edges={edges}: give ascending lower bounds that begin with 0")
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -102,38 +131,33 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix[:-1]: value}
 
 
-def check(config: Config, workdir: str) -> None:
-    """Whether a run in `workdir` may be started or continued with this config.
+def remember(config: Config, workdir: str, data: dict[str, str]) -> None:
+    """Writes workdir/config.json, or checks it where a run is being continued.
+
+    Args:
+      data: fingerprint of the data set (pipeline.fingerprint), kept beside the config.
 
     Raises:
-      ValueError: the run in `workdir` was started with another config; names every field that differs.
+      ValueError: the run in `workdir` has another config or other data; names every field that differs.
     """
     path = os.path.join(workdir, "config.json")
-    now = json.loads(json.dumps(to_dict(config)))
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            before = _flatten(json.load(file))
-        after = _flatten(now)
-        changed = [
-            f"{key}: {before.get(key, 'absent')!r} -> {after.get(key, 'absent')!r}"
-            for key in sorted(before.keys() | after.keys())
-            if before.get(key) != after.get(key) and key not in FREE_TO_CHANGE
-        ]
-        if changed:
-            raise ValueError(
-                f"{workdir} holds a run of another config ({'; '.join(changed)}): give another --workdir, or the "
-                "old values"
-            )
-
-
-def remember(config: Config, workdir: str) -> None:
-    """Checks as `check` does, and writes workdir/config.json where there is none."""
-    check(config, workdir)
-    path = os.path.join(workdir, "config.json")
-    if os.path.exists(path):
+    now = json.loads(json.dumps(to_dict(config) | {"fingerprint": data}))
+    if not os.path.exists(path):
+        os.makedirs(workdir, exist_ok=True)
+        temporary = f"{path}.{os.getpid()}"
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(now, file, indent=1)
+        os.replace(temporary, path)
         return
-    os.makedirs(workdir, exist_ok=True)
-    temporary = f"{path}.{os.getpid()}"
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(to_dict(config), file, indent=1)
-    os.replace(temporary, path)
+    with open(path, encoding="utf-8") as file:
+        before = _flatten(json.load(file))
+    after = _flatten(now)
+    changed = [
+        f"{key}: {before.get(key, 'absent')!r} -> {after.get(key, 'absent')!r}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and key not in FREE_TO_CHANGE
+    ]
+    if changed:
+        raise ValueError(
+            f"{workdir} holds a run of another config ({'; '.join(changed)}): give another --workdir, or the old values"
+        )

@@ -38,9 +38,8 @@ class Predictions:
     def save(self, path: str) -> None:
         """Writes an .npz file."""
         columns = {f"reference_{name}": values for name, values in self.references.items()}
-        np.savez_compressed(
-            path, users=self.users, labels=self.labels, logits=self.logits, lengths=self.lengths, **columns
-        )
+        users = self.users.astype(str) if self.users.dtype == object else self.users  # an .npz without pickles
+        np.savez_compressed(path, users=users, labels=self.labels, logits=self.logits, lengths=self.lengths, **columns)
 
     def figures(self) -> metrics.Scores:
         return metrics.score_table_row(self.users, self.labels, self.logits)

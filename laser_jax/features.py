@@ -60,6 +60,9 @@ class FeatureConfig:
         """
         if not self.item:
             raise ValueError("features.item is empty: candidates need at least one field to be told apart")
+        names = [field.name for field in (*self.item, *self.event)]
+        if len(set(names)) != len(names):
+            raise ValueError(f"features name a column twice, as item and event or within one: {names}")
         tables: dict[str, tuple[int, int]] = {}
         for field in (*self.item, *self.event, *self.context):
             if field.ids not in ID_MAPS:
@@ -96,6 +99,7 @@ def rows_of(field: FieldConfig, values: np.ndarray, vocabulary: np.ndarray | Non
     if field.ids == "vocab":
         if not len(vocabulary):
             return np.zeros(len(values), np.int32)
+        values = values.astype(np.int64)  # an unsigned column would be compared as floats
         rows = np.searchsorted(vocabulary, values)
         known = vocabulary[np.minimum(rows, len(vocabulary) - 1)] == values
         return np.where(known & (rows + 1 < field.rows), rows + 1, 0).astype(np.int32)
@@ -127,9 +131,13 @@ def unique_rows(parts: list[np.ndarray], num_rows: int) -> tuple[np.ndarray, lis
     return unique, [place[part] for part in parts]
 
 
-def padded_size(count: int, num_rows: int) -> int:
-    """A static size for `count` unique rows: few different ones (1.5 times apart), so that few shapes are compiled."""
-    size = 1024
+def padded_size(count: int, num_rows: int, least: int = 1024) -> int:
+    """A static size for `count` unique rows: few different ones, so that few shapes are compiled.
+
+    Args:
+      least: the smallest size; larger ones are 1.5 times apart.
+    """
+    size = least
     while size < count:
         size = size * 3 // 2
     return min(size, num_rows)

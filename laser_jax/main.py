@@ -12,6 +12,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from laser_jax import train
+from laser_jax.config import Config
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file, e.g. experiments/xhs.py:laser_plus.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and the report go.")
@@ -29,6 +30,8 @@ def main(argv: list[str]) -> None:
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     logger.propagate = False  # the libraries' own chatter stays at warnings
+    if not isinstance(_CONFIG.value, Config):
+        raise app.UsageError("--config names no experiment file whose get_config() returns a laser_jax.config.Config")
     train.run(_CONFIG.value, _WORKDIR.value)
 
 

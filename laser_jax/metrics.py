@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 HISTOGRAM_BINS = 8192
-HISTOGRAM_RANGE = 12.0  # bins are uniform in logits over [-12, 12]: within 1e-4 of the exact AUC (FACTS 2)
+HISTOGRAM_RANGE = 12.0  # bins are uniform in logits over [-12, 12]: within 1e-4 of the exact AUC
 
 
 def logit_histogram(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.Array:
@@ -56,7 +56,7 @@ def auc(labels: np.ndarray, scores: np.ndarray) -> float:
 
 
 def gauc(users: np.ndarray, labels: np.ndarray, scores: np.ndarray) -> float:
-    """sum_u n_u AUC_u / sum_u n_u over users with both classes (BASELINES 15). NaN if there is none."""
+    """sum_u n_u AUC_u / sum_u n_u over users with both classes. NaN if there is none."""
     _, groups = np.unique(users, return_inverse=True)
     positive = np.asarray(labels) > 0.5
     size = groups.max() + 1 if len(groups) else 0

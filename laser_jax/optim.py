@@ -7,7 +7,7 @@ import optax
 
 @dataclasses.dataclass
 class OptimConfig:
-    """The paper trains dense parameters with Adam(.9, .9999) and embeddings with Adagrad (PAPER 4).
+    """The paper trains dense parameters with Adam(.9, .9999) and embeddings with Adagrad.
 
     Attributes:
       learning_rate, b1, b2: of Adam. warmup: steps over which it rises linearly. clip: global norm of dense gradients

@@ -5,7 +5,7 @@ to go on exactly where a run stopped.
 """
 
 import dataclasses
-import json
+import hashlib
 import os
 from typing import Any, Protocol
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from laser_jax import vault as seqvault
 from laser_jax.features import FeatureConfig, FieldConfig, padded_size, rows_of, table_of, unique_rows
-from laser_jax.requests import Requests, read_vocabulary
+from laser_jax.requests import MANIFEST, Requests, read_vocabulary
 
 SPLITS = ("train", "valid", "test")
 
@@ -30,7 +30,7 @@ class DataConfig:
     """Which data, and how it is cut into batches.
 
     Attributes:
-      path: data set directory (DIR/vault, DIR/requests/{train,valid,test}).
+      path: data set directory (DIR/vault, DIR/requests/{train,valid,test}, DIR/vocab/FIELD where a field wants it).
       recipe: builds `path` when it does not exist yet; None: it must exist.
       history_length: L, the newest events of a user strictly before the request.
       batch_size: B, requests a training batch. candidates: C, candidates a row of a training batch at most; a request
@@ -125,12 +125,25 @@ class BatchSource:
             for field in features.item + features.event + features.context
             if field.ids == "vocab"
         }
+        for field in (*features.item, *features.event, *features.context):
+            known = self._vocabularies.get(field.name, ())
+            if len(known) >= field.rows:
+                raise ValueError(
+                    f"{data.path}: the vocabulary of {field.name!r} has {len(known)} ids, its table {field.rows} rows: "
+                    f"give it at least {len(known) + 1}"
+                )
         counts = self.requests.counts()
         pieces = np.maximum(-(-counts // self.num_columns), 1)
         self._row_request = np.repeat(np.arange(len(counts)), pieces)
         first = np.cumsum(pieces) - pieces
         self._row_start = (np.arange(len(self._row_request)) - first[self._row_request]) * self.num_columns
         self._row_count = np.minimum(counts[self._row_request] - self._row_start, self.num_columns)
+        # What two batches need, and a bit more, fits nearly all: most runs compile one shape. A function of the data
+        # alone, so that a resumed run pads as before.
+        self._least = dict.fromkeys(self._tables, 1024)
+        probes = [self.batch(k).num_unique for k in sorted({0, self.batches_per_epoch // 2})]
+        for table in self._tables:
+            self._least[table] = 256 * (1 + max(probe[table] for probe in probes) * 5 // (4 * 256))
 
     def _check_columns(self) -> None:
         known = {field.name: field for field in self.vault.schema.fields}
@@ -141,6 +154,16 @@ class BatchSource:
                 )
             if known[field.name].size is not None:
                 raise ValueError(f"{self.vault.path}: field {field.name!r} is a vector, which no id map can take")
+            if known[field.name].type.startswith("float") and field.ids != "log":
+                raise ValueError(
+                    f"{self.vault.path}: field {field.name!r} is {known[field.name].type}, which ids={field.ids!r} "
+                    "would cut to whole numbers: use ids='log'"
+                )
+        if self.vault.schema.user != self.requests.user_type:
+            raise ValueError(
+                f"{self.requests.path} has {self.requests.user_type} users, {self.vault.path} has "
+                f"{self.vault.schema.user}: write requests with the vault's user type"
+            )
         for fields, columns, what in (
             (self.features.item, self.requests.columns, "candidate"),
             (self.features.context, self.requests.context_columns, "context"),
@@ -184,6 +207,12 @@ class BatchSource:
         requests = self.requests.read(self._row_request[rows])
         b, c, length = self.batch_size, self.num_columns, self.data.history_length
         features = self.features
+        limit = self.vault.schema.time_limit
+        if len(requests) and requests.time.max() >= limit:
+            raise ValueError(
+                f"{self.requests.path}: a request has time {requests.time.max()}, not below {limit} "
+                f"{self.vault.schema.time_unit}: write requests in the unit of the vault's schema"
+            )
         histories = self.vault.gather(
             requests.user, requests.time, length, fields=[f.name for f in (*features.item, *features.event)]
         )
@@ -248,7 +277,7 @@ class BatchSource:
             met, positions = unique_rows([rows for _, rows in entries], num_rows)
             for entry, position in zip(entries, positions, strict=True):
                 entry[1] = position
-            size = padded_size(len(met), num_rows)
+            size = padded_size(len(met), num_rows, self._least[table])
             num_unique[table] = len(met)
             # Padding continues upwards from the table's end: ascending and distinct, as the update requires.
             unique[table] = np.concatenate([met, num_rows + np.arange(size - len(met), dtype=np.int32)])
@@ -279,13 +308,20 @@ def prepare(data: DataConfig) -> None:
         raise ValueError("data.path is empty: give the directory of the data set, --config.data.path=DIR")
     if data.recipe is not None:
         data.recipe.prepare(data.path)
-    elif not os.path.exists(os.path.join(data.path, "dataset.json")):
+        return
+    missing = [name for name in ("vault", "requests") if not os.path.isdir(os.path.join(data.path, name))]
+    if missing:
         raise FileNotFoundError(
-            f"{data.path} holds no data set (no dataset.json) and the config has no recipe to build one"
+            f"{data.path} is no data set ({' and '.join(missing)} missing): ingest a vault and write requests there, "
+            "or give the config a recipe"
         )
 
 
-def describe_dataset(path: str) -> dict[str, Any]:
-    """The data set's own record of how it was made."""
-    with open(os.path.join(path, "dataset.json"), encoding="utf-8") as file:
-        return json.load(file)
+def fingerprint(path: str) -> dict[str, str]:
+    """Checksums of what says which data a data set holds, so that a run notices when it is continued on other data."""
+    files = ["vault/manifest.json", *(f"requests/{split}/{MANIFEST}" for split in SPLITS)]
+    sums = {}
+    for name in files:
+        with open(os.path.join(path, name), "rb") as file:
+            sums[name] = hashlib.sha256(file.read()).hexdigest()[:16]
+    return sums

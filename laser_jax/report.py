@@ -19,6 +19,7 @@ from laser_jax.sharding import place_batch
 from laser_jax.state import TrainState
 
 matplotlib.use("Agg")
+matplotlib.rcParams["text.parse_math"] = False  # a user's id may hold a dollar sign
 
 
 @dataclasses.dataclass(frozen=True)

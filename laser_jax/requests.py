@@ -136,6 +136,9 @@ class RequestsWriter:
             raise self._error("time", f"holds {time.min()} at {time.argmin()}: times are not negative")
         rows, flat = len(time), int(counts.sum())
         label = self._column("label", label, "float32", flat)
+        wrong = np.flatnonzero((label < 0) | (label > 1))
+        if len(wrong):
+            raise self._error("label", f"holds {label[wrong[0]]} at {wrong[0]}: labels lie between 0 and 1")
         columns = {"time": time, "label": label, "offsets": self._num_candidates + np.cumsum(counts)}
         for part, given in zip(_PARTS, (context or {}, candidates or {}, references or {}), strict=True):
             types = self._types[part]
@@ -224,6 +227,7 @@ class Requests:
     Attributes:
         path: absolute path of the directory.
         num_candidates: candidates of all requests together.
+        user_type: "int64" or "string".
         columns: names of the candidate columns.
         context_columns: names of the columns with one value a request.
         references: names of the stored reference scores.
@@ -237,13 +241,22 @@ class Requests:
                 self._spec = json.load(f)
         except (FileNotFoundError, NotADirectoryError):
             raise RequestsError(f"{self.path} holds no requests ({MANIFEST} is missing): build it") from None
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise RequestsError(f"{manifest} is damaged ({error}): rebuild the data set") from error
+        expected = {"version", "user", "sequence", *_PARTS, "num_requests", "num_candidates"}
+        if not isinstance(self._spec, dict) or "version" not in self._spec:
+            raise RequestsError(f"{manifest} is damaged (no version in it): rebuild the data set")
         if self._spec["version"] != VERSION:
-            raise RequestsError(f"{manifest} has version {self._spec['version']}, not {VERSION}: rebuild it")
+            raise RequestsError(
+                f"{manifest} has version {self._spec['version']}, this laser_jax reads {VERSION}: install the one "
+                "that wrote it, or rebuild the data set"
+            )
+        if expected - self._spec.keys():
+            raise RequestsError(f"{manifest} is damaged (no {min(expected - self._spec.keys())}): rebuild the data set")
         self.num_candidates = self._spec["num_candidates"]
         self.columns, self.context_columns = tuple(self._spec["candidates"]), tuple(self._spec["context"])
         self.references = tuple(self._spec["references"])
+        self.user_type = self._spec["user"]
         self._columns, self._cached, self._lock = {}, 0, threading.Lock()
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": 64 << 20}})
 

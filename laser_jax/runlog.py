@@ -64,15 +64,16 @@ class RunLog:
         yield
         self._waited += time.monotonic() - start
 
-    def check_finite(self, step: int) -> None:
-        """Raises FloatingPointError where a step since the last line has a loss that is not finite."""
-        if not all(np.isfinite(c.loss) for c in jax.device_get(self._pending)):
-            raise FloatingPointError(
-                f"the loss is not finite at step {step} or up to {len(self._pending)} steps before"
-            )
+    def stepped(self, step: int, counts: Any, batch: Batch, saving: bool) -> None:
+        """Takes in one step's Counts; fetches and tells them when a line is due.
 
-    def stepped(self, step: int, counts: Any, batch: Batch) -> None:
-        """Takes in one step's Counts; fetches and tells them when a line is due."""
+        Args:
+          saving: the state after this step is saved. A line ends there, so that a continued run logs what one never
+            stopped would, and a state past a broken loss is never saved.
+
+        Raises:
+          FloatingPointError: the loss of the line is not finite.
+        """
         self._pending.append(counts)
         self._events += batch.num_events
         shape = tuple(len(unique) for unique in batch.step["unique"].values())
@@ -83,7 +84,7 @@ class RunLog:
                 step, len(self._shapes), 100 * batch.num_events / batch.step["age"].size,
                 100 * batch.step["mask"].mean(), batch.unique_fill(),
             )  # fmt: skip
-        if step % self._log_every and step != self._total:
+        if step % self._log_every and not saving:
             return
         fetched = jax.device_get(self._pending)
         seconds = time.monotonic() - self._since

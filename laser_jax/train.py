@@ -13,13 +13,13 @@ import optax
 
 from laser_jax import report
 from laser_jax.checkpoint import Checkpoints
-from laser_jax.config import Config, check, remember
+from laser_jax.config import Config, check_sizes, remember
 from laser_jax.evaluate import Predictions, make_eval_step, predict, table
 from laser_jax.layers.embedding import adagrad_rows, gather_rows
 from laser_jax.losses import bce_sum
 from laser_jax.metrics import logit_histogram
 from laser_jax.optim import TABLE_EPS, OptimConfig
-from laser_jax.pipeline import BatchSource, prepare
+from laser_jax.pipeline import BatchSource, fingerprint, prepare
 from laser_jax.runlog import RunLog
 from laser_jax.sharding import make_mesh, place_batch
 from laser_jax.state import StateFactory, TrainState, num_parameters
@@ -100,12 +100,13 @@ def run(config: Config, workdir: str) -> Predictions:
     bit-identical to that of a run never interrupted.
     """
     workdir = os.path.abspath(workdir)
-    check(config, workdir)
+    check_sizes(config)
     prepare(config.data)
     mesh = make_mesh(config.mesh, config.data.batch_size, config.data.eval_batch_size)
     train, valid, test = (BatchSource(config.data, config.features, split) for split in ("train", "valid", "test"))
     factory = StateFactory(config.build_model, config.features.tables(), config.optim, mesh)
-    remember(config, workdir)  # only now: a start that failed above must not occupy the workdir
+    # Only now: a start that failed above must not occupy the workdir.
+    remember(config, workdir, fingerprint(config.data.path))
     checkpoints = Checkpoints(workdir)
     start = checkpoints.newest()
     if start is None:
@@ -138,16 +139,19 @@ def _loop(config, state, start, train, train_step, validate, checkpoints, log, m
 
     The stream moves only after a save, so what is saved is exactly where the run stands.
     """
-    total = train.num_batches
+    total, settings = train.num_batches, config.train
+
+    def evaluates(step: int) -> bool:
+        return step == total or (step > 0 and step % settings.eval_every == 0)
+
+    def saves(step: int) -> bool:
+        return evaluates(step) or (step > 0 and step % settings.save_every == 0)
+
     stream = train.stream(start, total)
     pending = None
     for step in range(start, total + 1):
-        due = step == total or (step > 0 and step % config.train.eval_every == 0)
-        if step > start or total == start == 0:
-            metrics = validate(state, step) if due else None
-            if due or step % config.train.save_every == 0:
-                log.check_finite(step)  # a state past a broken loss must never be what a run goes on from
-                checkpoints.save(state, step, metrics)
+        if step > start and saves(step):
+            checkpoints.save(state, step, validate(state, step) if evaluates(step) else None)
         if step == total:
             return
         with log.waiting():
@@ -156,7 +160,7 @@ def _loop(config, state, start, train, train_step, validate, checkpoints, log, m
         if pending is not None:
             jax.block_until_ready(pending)  # one step in flight: the host must not run ahead without bound
         state, pending = train_step(state, placed)
-        log.stepped(step + 1, pending, batch)
+        log.stepped(step + 1, pending, batch, saving=saves(step + 1))
 
 
 def _write_results(config, workdir, predictions, best, log, maps) -> None:
@@ -171,9 +175,11 @@ def _write_results(config, workdir, predictions, best, log, maps) -> None:
         "gate_contrast": log.contrast,
         "samples_per_second": log.samples_per_second,
     }
-    with open(os.path.join(workdir, "results.json"), "w", encoding="utf-8") as file:
-        json.dump(results, file, indent=1)
     page = report.write(workdir, config, predictions, lengths, log.history, maps)
+    path = os.path.join(workdir, "results.json")
+    with open(f"{path}.{os.getpid()}", "w", encoding="utf-8") as file:
+        json.dump(results, file, indent=1)
+    os.replace(f"{path}.{os.getpid()}", path)  # last and at once: it says that the run is finished
     if log.contrast is not None and log.contrast < DEAD_GATES:
         logger.warning(
             "dead gates: loudness varies by only %.4f of its mean over a user's segments, so they ignore what is in "

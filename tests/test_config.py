@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from laser_jax.config import Config, remember, to_dict
+from laser_jax.config import Config, check_sizes, remember, to_dict
 from laser_jax.features import table_of
 from laser_jax.models import ENCODERS
 from laser_jax.sharding import MeshConfig, make_mesh
@@ -78,23 +78,43 @@ def test_a_config_as_plain_values_tells_encoders_apart_and_survives_json():
 
 
 def test_what_does_not_change_the_result_may_change_in_a_workdir(tmp_path):
-    remember(get_config(), str(tmp_path / "run"))
+    remember(get_config(), str(tmp_path / "run"), {})
     stored = (tmp_path / "run" / "config.json").read_text(encoding="utf-8")
     config = get_config()
     config.data.path, config.data.threads, config.train.log_every = "elsewhere", 7, 3
-    remember(config, str(tmp_path / "run"))
+    remember(config, str(tmp_path / "run"), {})
     assert (tmp_path / "run" / "config.json").read_text(encoding="utf-8") == stored
     assert os.listdir(tmp_path / "run") == ["config.json"]
 
 
 def test_every_field_that_differs_is_named(tmp_path):
-    remember(get_config(), str(tmp_path))
+    remember(get_config(), str(tmp_path), {"vault": "a"})
     config = get_config()
     config.width, config.optim.b2, config.features.item[0].rows = 32, 0.99, 200
     with pytest.raises(ValueError) as refused:
-        remember(config, str(tmp_path))
-    for part in (str(tmp_path), "width: 16 -> 32", "optim.b2: 0.9999 -> 0.99", "features.item", "another --workdir"):
+        remember(config, str(tmp_path), {"vault": "b"})
+    for part in (
+        str(tmp_path),
+        "fingerprint.vault: 'a' -> 'b'",
+        "width: 16 -> 32",
+        "optim.b2: 0.9999 -> 0.99",
+        "features.item",
+        "another --workdir",
+    ):
         assert part in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("data.batch_size", 0), ("data.epochs", -1), ("train.save_every", 0), ("train.length_edges", (5, 1))],
+)
+def test_sizes_that_no_run_can_have_are_named(field, value):
+    config = get_config()
+    check_sizes(config)
+    part, name = field.split(".")
+    setattr(getattr(config, part), name, value)
+    with pytest.raises(ValueError, match=field):
+        check_sizes(config)
 
 
 def test_fields_reach_the_model_by_table_and_side():

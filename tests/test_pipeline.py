@@ -177,7 +177,12 @@ def replaced(side, *fields):
     [
         (replaced("event", FieldConfig("actoin", 2, 3)), UnknownFieldError, "'actoin'.*the vault has item, category"),
         (replaced("event", FieldConfig("embedding", 2, 3)), ValueError, "'embedding' is a vector"),
-        (replaced("item", FieldConfig("action", 2, 3)), ValueError, "candidate column 'action'; there is .*item"),
+        (
+            dataclasses.replace(FEATURES, item=(FieldConfig("action", 2, 3),), event=()),
+            ValueError,
+            "candidate column 'action'; there is .*item",
+        ),
+        (replaced("event", FEATURES.item[0]), ValueError, "features name a column twice"),
         (replaced("context", FieldConfig("page", 2, 3)), ValueError, "context column 'page'; there is scene"),
     ],
 )
@@ -189,7 +194,7 @@ def test_unknown_columns_are_named(known_data, features, error, message):
 def test_unknown_splits_and_missing_data_are_named(known_data, tmp_path):
     with pytest.raises(ValueError, match="split 'dev' is not one of"):
         BatchSource(config(known_data), FEATURES, "dev")
-    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/none holds no data set"):
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/none is no data set"):
         prepare(DataConfig(path=f"{tmp_path}/none"))
     with pytest.raises(ValueError, match="data.path is empty"):
         prepare(DataConfig())

@@ -188,3 +188,27 @@ def test_vocabulary(tmp_path):
 def test_knows_no_jax():
     code = "import sys, laser_jax.requests; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{}", "no version"),
+        ("[]", "no version"),
+        ('{"version": 99}', "has version 99"),
+        ('{"version": 1}', "damaged"),
+        ("\udcff", "damaged"),
+    ],
+)
+def test_a_damaged_manifest_is_named(tmp_path, text, message):
+    write(tmp_path / "train", [2, 1])
+    (tmp_path / "train" / reqs.MANIFEST).write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(reqs.RequestsError, match=message):
+        reqs.Requests.open(tmp_path / "train")
+
+
+def test_labels_outside_zero_and_one_are_refused(tmp_path):
+    with pytest.raises(reqs.RequestsError, match=r"label.*holds 7.0 at 0"):
+        with reqs.RequestsWriter(tmp_path / "train", candidates={"item": "int64"}) as writer:
+            writer.write(user=[1], time=[5], counts=[2], candidates={"item": [3, 4]}, label=[7, 0])
+    assert os.listdir(tmp_path) == []

@@ -116,7 +116,7 @@ def test_another_config_in_the_same_workdir_is_refused_by_name(finished, known_d
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"data__path": "/nowhere"}, "/nowhere holds no data set"),
+        ({"data__path": "/nowhere"}, "/nowhere is no data set"),
         ({"mesh__data": 7}, "mesh data=7 x model=1 does not use the 1 devices"),
         ({"features__event": (FieldConfig("actoin", 2, 4),)}, "'actoin'"),
     ],

@@ -1,7 +1,7 @@
 """Embedding tables outside the model, updated row by row.
 
 A step gathers the U unique rows of a batch, differentiates with respect to them, and updates those rows in place: its
-cost does not depend on the size of the vocabulary (FACTS 3).
+cost does not depend on the size of the vocabulary.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ def adagrad_rows(table: Table, unique: jax.Array, gradients: jax.Array, learning
     Args:
       unique: int32 [U], ascending and distinct; entries >= V are padding and change nothing.
       gradients: [U, D] with respect to those rows. Give the gradient of the SUM of the losses: of a mean it is so small
-        that the initial accumulator freezes the rows (FACTS 2).
+        that the initial accumulator freezes the rows.
     """
     how = dict(unique_indices=True, indices_are_sorted=True)
     accumulator = table.accumulator.at[unique].get(mode="fill", fill_value=1.0, **how) + gradients * gradients

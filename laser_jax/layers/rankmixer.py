@@ -1,4 +1,4 @@
-"""RankMixer: the ranking head (arXiv 2507.15551; PAPER 7, BASELINES 14)."""
+"""RankMixer: the ranking head (arXiv 2507.15551)."""
 
 import math
 

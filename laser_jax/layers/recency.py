@@ -26,7 +26,7 @@ def age_bucket(age: jax.Array, num_buckets: int) -> jax.Array:
 class SegmentRecency(nnx.Module):
     """One vector a segment: its place counted from the newest, and the log-spaced age of its newest event.
 
-    The paper adds a recency embedding to segment tokens (PAPER 4); by place, by age or by both is open (PAPER 6).
+    The paper adds a recency embedding to segment tokens; by place, by age or by both the paper leaves open.
     Args:
       by: "age", "position" or "both".
     """

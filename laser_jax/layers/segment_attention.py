@@ -1,4 +1,4 @@
-"""Segmented target attention (STA): every segment of w events answers every candidate with one token (PAPER 4 and 5).
+"""Segmented target attention (STA): each segment of w events answers each candidate with a token (arXiv 2602.11562).
 
 Inside a segment each event has a gate per head and candidate: an independent sigmoid (a segment without anything
 relevant stays silent) or, as an option, a softmax over the segment. With either gate a segment also reports how loud it
@@ -72,7 +72,7 @@ def segment_attention_reference(q, x, mask, wq, wk, wv, bias, *, width: int, gat
 
 
 def segment_attention_folded(q, x, mask, wq, wk, wv, bias, *, width: int, gate: str = "sigmoid"):
-    """The same result as `segment_attention_reference` without ever building keys or values (FACTS 2)."""
+    """The same result as `segment_attention_reference` without ever building keys or values."""
     b, c, _ = q.shape
     heads, f = wk.shape[1], wk.shape[0]
     u = fold_queries(q, wq, wk).reshape(b, c * heads, f)

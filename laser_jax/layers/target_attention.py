@@ -1,4 +1,4 @@
-"""Multi-head target attention (MHTA): candidates ask, the history answers. BASELINES section 0.
+"""Multi-head target attention (MHTA): candidates ask, the history answers.
 
 Two exact orders of the same sum. `attend_shared` builds keys and values once a request; `attend_folded` moves the key
 and value projections onto the candidate side, so that neither is ever built. `use_fold` picks the cheaper one from the
@@ -79,7 +79,7 @@ class TargetAttention(nnx.Module):
     Args:
       width: d.
       tied: Wk := Wq and Wv Wo := I at init, so that scores start as similarities and values as the events themselves
-        (FACTS 6: worth .04 AUC in one pass).
+        (worth .04 AUC in one pass).
     """
 
     def __init__(self, width: int, heads: int, *, tied: bool, rngs: nnx.Rngs):

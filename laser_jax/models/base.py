@@ -212,5 +212,5 @@ def unit_rms(x: jax.Array) -> jax.Array:
 
 
 def residual_scale(num_layers: int) -> float:
-    """Scale of the output matrices of residual branches at init (BASELINES 0)."""
+    """Scale of the output matrices of residual branches at init."""
     return 1.0 / math.sqrt(2 * num_layers)

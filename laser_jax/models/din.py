@@ -1,4 +1,4 @@
-"""Deep Interest Network: an MLP weighs every event for every candidate (arXiv 1706.06978; BASELINES 2)."""
+"""Deep Interest Network: an MLP weighs every event for every candidate (arXiv 1706.06978)."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""LASER: segmented target attention, global segmented target attention, multi-resolution fusion (PAPER 4 to 6).
+"""LASER: segmented target attention, global segmented target attention, multi-resolution fusion (arXiv 2602.11562).
 
 `laser()` is the paper's form as far as it is known; `laser_plus()` is the form we found better on the same data. Both
 are configs of one module, and every point the paper leaves open is a field.
@@ -19,7 +19,7 @@ from laser_jax.models.base import SeqOut, SequenceEncoder, TokenSource, residual
 
 @dataclasses.dataclass
 class LaserConfig:
-    """Sizes and the open points of PAPER 6.
+    """Sizes and the points that the paper (arXiv 2602.11562) leaves open.
 
     Attributes:
       segment: w, events a segment. heads: H of STA and GSTA. key_width: d_q of a head in STA.
@@ -32,7 +32,7 @@ class LaserConfig:
       norm: "post" (the paper: LN after every residual) or "pre".
       recency: "age", "position", "both" or "none", added to segment tokens. age_buckets: log-spaced buckets.
       recent: r, newest segment tokens handed to the head. pool: whether the max over segment tokens is.
-      tied: Wk := Wq and value projections := I at init (FACTS 6: without it one pass does not align gates and values).
+      tied: Wk := Wq and value projections := I at init (without it one pass does not align gates and values).
     """
 
     segment: int = 10

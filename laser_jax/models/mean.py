@@ -1,4 +1,4 @@
-"""Mean pooling over the history: the base line without attention (BASELINES 1)."""
+"""Mean pooling over the history: the base line without attention."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Plain target attention over the whole history, folded: the baseline to beat (BASELINES 0)."""
+"""Plain target attention over the whole history, folded: the baseline to beat."""
 
 import dataclasses
 

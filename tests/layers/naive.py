@@ -36,7 +36,7 @@ def segments(length, width):
 
 
 def segment_attention(q, x, mask, wq, wk, wv, bias, width, gate):
-    """PAPER 5, one gate after the other: tokens [B, C, S, H * dv], log mass [B, C, H, S] (-inf where nothing is)."""
+    """The paper, one gate after the other: tokens [B, C, S, H * dv], log mass [B, C, H, S] (-inf where nothing is)."""
     q, x, wq, wk, wv, bias = (np.asarray(a, np.float64) for a in (q, x, wq, wk, wv, bias))
     heads, value = wq.shape[1], wv.shape[2]
     cut = segments(x.shape[1], width)

@@ -85,7 +85,7 @@ def test_both_forms_equal_a_triple_loop(name):
 
 
 def test_the_cheaper_form_is_picked():
-    # BASELINES 0: with f = d, folding pays while C (H - 1) < d.
+    # With f = d, folding pays while C (H - 1) < d.
     for heads, most in ((4, 42), (2, 127)):
         key = 128 // heads
         assert ta.use_fold(most, 128, heads, key, key)

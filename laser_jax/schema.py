@@ -86,7 +86,9 @@ class Schema:
       event_key: name of an integer field that identifies an event of a user; breaks ties of time and finds
         duplicates.
       duplicates: "keep" all events, or "drop" repeated ones: the same user and event key or, without an event
-        key, the same user, time and fields. The first in (time, order of writing) stays.
+        key, the same user, time and fields. The first in (time, order of writing) stays. `ingest`
+        sorts the log, so that repeated events meet wherever they are; a bulk writer compares only events within
+        one of its buffers, unless they come sorted (see laser_jax.vault.create).
     """
 
     user: str = "int64"

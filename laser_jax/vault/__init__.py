@@ -55,6 +55,11 @@ def create(path: str | os.PathLike, schema: Schema, buffer_events: int = BUFFER_
     user, a user lives in one part. The vault appears when the `with` block ends without an error; otherwise
     nothing is left.
 
+    With duplicates="drop", only events of one buffer are compared. That finds all repeated events of input sorted by
+    user and time (but not an event key that comes back at another time, in a history longer than a buffer); of other
+    input it leaves those whose repetition falls into a later buffer: sort first, as `ingest` does, or make the buffer
+    as large as the log.
+
     Args:
       path: a directory that does not exist, is empty, or holds what a killed writer left.
       schema: of the events.

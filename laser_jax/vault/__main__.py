@@ -11,7 +11,7 @@ import numpy as np
 
 from laser_jax import vault as seqvault
 from laser_jax.schema import Schema
-from laser_jax.vault.errors import VaultError
+from laser_jax.vault.errors import SchemaError, VaultError
 from laser_jax.vault.history import History
 
 _UNITS = {"": 1, "B": 1, "KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30, "TB": 1 << 40}
@@ -37,7 +37,6 @@ def _parser() -> argparse.ArgumentParser:
     ingest.add_argument("--out", required=True, help="directory of the new vault")
     ingest.add_argument("--memory", default="2GB", type=_bytes, help="memory to use, such as 500MB or 2GB")
     ingest.add_argument("--threads", type=int, help="threads that sort; all cores if left out")
-    ingest.add_argument("--engine", default="duckdb", choices=["duckdb"], help="what sorts the log")
     ingest.add_argument("--json", action="store_true", help="print the result as JSON")
     ingest.set_defaults(run=_ingest)
 
@@ -64,7 +63,10 @@ def _parser() -> argparse.ArgumentParser:
 def _ingest(options: argparse.Namespace) -> int:
     from laser_jax.vault.ingest import ingest, print_progress
 
-    schema = Schema.load(options.schema)
+    try:
+        schema = Schema.load(options.schema)
+    except UnicodeDecodeError as error:
+        raise SchemaError(f"{options.schema} is not UTF-8: {error}; save it as UTF-8") from error
     report = ingest(schema, options.input, options.out, options.memory, options.threads, print_progress)
     print(json.dumps(vars(report)) if options.json else report)
     return 0

@@ -1,47 +1,30 @@
 """Raw logs -> vault, on DuckDB: parquet and CSV (also .gz, .zst), sorted out of core in bounded memory."""
 
+import contextlib
 import dataclasses
-import glob
 import os
-import re
 import shutil
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
-from laser_jax.schema import Field, Schema, SchemaError
+from laser_jax.schema import TIME_LIMIT, Field, Schema, SchemaError
+from laser_jax.vault import format as vault_format
+from laser_jax.vault import log_files
 from laser_jax.vault.columns import Coded
 from laser_jax.vault.errors import UnavailableError, VaultError
 from laser_jax.vault.writer import VaultWriter
 
-_SQL_TYPES = {
-    "bool": "BOOLEAN",
-    "int8": "TINYINT",
-    "int16": "SMALLINT",
-    "int32": "INTEGER",
-    "int64": "BIGINT",
-    "uint8": "UTINYINT",
-    "uint16": "USMALLINT",
-    "uint32": "UINTEGER",
-    "uint64": "UBIGINT",
-    "float16": "FLOAT",
-    "float32": "FLOAT",
-    "float64": "DOUBLE",
-    "string": "VARCHAR",
-}
-_INTEGERS = {sql for name, sql in _SQL_TYPES.items() if "int" in name} | {"HUGEINT", "UHUGEINT"}
-_FLOATS = _INTEGERS | {"FLOAT", "DOUBLE"}
-_CSV = re.compile(r"\.(csv|tsv)(\.gz|\.zst)?$")
-_PARQUET = re.compile(r"\.(parquet|pq)$")
 #: Rows of a record batch on their way from DuckDB to the writer.
 _BATCH_ROWS = 1 << 17
 #: DuckDB's readers and sort do not work in less.
 MIN_MEMORY = 256 << 20
+#: Times in milliseconds below it are of before March 1973: nobody logged then, these are seconds.
+_FIRST_MS = 10**11
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,21 +57,26 @@ def ingest(
 ) -> Report:
     """Builds a vault from log files, sorted by (user, time, event key if any, file, row in file).
 
-    Files are ordered by name. Columns of the log are found by the names of the schema's; others are ignored.
-    Repeated events are treated as the schema says. Nothing is left at `out` if anything fails.
+    Files are ordered by name; each must have every column of the schema, found by its name, others are ignored. CSV
+    files have a header, UTF-8, cells split at commas (tabs in .tsv) and quoted by double quotes or not at all; an
+    empty cell is an empty string, a missing float, or an error. Repeated events are treated as the schema says,
+    wherever in the log they are (only an event key that comes back at another time, in a history too long for the
+    writer's buffer, a quarter of `memory`, stays). Nothing is left at `out` if anything fails; what a killed ingestion
+    left there, the next one to the same place removes. Errors count rows from 0, without the header.
 
     Args:
       schema: of the events; also how CSV columns are read.
       inputs: glob pattern or patterns of parquet or CSV files (.csv, .tsv, also .gz and .zst).
-      out: directory of the new vault. What does not fit into memory is spilled beside it.
+      out: directory of the new vault. What does not fit into memory is spilled there until the vault is whole.
       memory: bytes to use for sorting and writing; the process itself takes some 250 MB more.
-      threads: of DuckDB; None uses every core.
+      threads: of DuckDB, at least 1; None uses every core.
       progress: called with a line now and then.
 
     Raises:
-      SchemaError: a column is missing or of the wrong type, a null, an impossible time, a log without events.
+      SchemaError: a column is missing or of the wrong type, a null, a value that does not fit its type, an impossible
+        time, a CSV row that is none, a log without events.
       VaultError: no such input, and what `laser_jax.vault.create` raises.
-      UnavailableError: a file cannot be read or the disk is full.
+      UnavailableError: a file cannot be read or written, or the disk is full.
     """
     import duckdb
 
@@ -96,34 +84,35 @@ def ingest(
 
     if memory < MIN_MEMORY:
         raise VaultError(f"memory of {memory >> 20} MB is too little to sort in: give {MIN_MEMORY >> 20} MB or more")
+    if threads is not None and threads < 1:
+        raise VaultError(f"threads must be at least 1, got {threads}; leave it out to use every core")
     started = time.monotonic()
     say = progress or (lambda line: None)
     out = os.path.abspath(out)
-    writer = vault.create(out, schema, buffer_events=_buffer_events(schema, memory))
-    log = _Log(schema, _files(inputs))
-    os.makedirs(os.path.dirname(out), exist_ok=True)
-    spill = tempfile.mkdtemp(prefix=os.path.basename(out) + ".spill-", dir=os.path.dirname(out))
     try:
-        connection = duckdb.connect(
-            config={
+        writer = vault.create(out, schema, buffer_events=_buffer_events(schema, memory))
+        files = log_files.find_files(inputs)
+        with writer, _spill_place(out) as spill:
+            config = {
                 "temp_directory": spill,
                 "memory_limit": f"{int(memory * 0.6) >> 20}MB",
                 "threads": threads or os.cpu_count() or 1,
                 "preserve_insertion_order": True,
             }
-        )
-        with connection:
-            # DuckDB counts its progress only with the bar on; it need not draw it.
-            connection.execute("SET enable_progress_bar = true; SET enable_progress_bar_print = false")
-            log.open(connection)
-            total = log.check(connection)
-            say(f"{total:,} events in {len(log.files)} files: sorting")
-            with writer, _Ticker(connection, say) as ticker:
-                _stream(log, connection, writer, total, say, ticker)
+            with duckdb.connect(config=config) as connection:
+                # DuckDB counts its progress only with the bar on; it need not draw it.
+                connection.execute("SET enable_progress_bar = true; SET enable_progress_bar_print = false")
+                # Times with a zone must not depend on the machine's.
+                connection.execute("SET TimeZone = 'UTC'")
+                log = _Log(connection, schema, files)
+                total = log.check()
+                say(f"{total:,} events in {len(files)} file{'s' * (len(files) > 1)}: sorting")
+                with _Ticker(connection, say) as ticker:
+                    _stream(log, writer, total, say, ticker)
     except duckdb.Error as error:
-        raise _explained(error, duckdb) from error
-    finally:
-        shutil.rmtree(spill)
+        raise log_files.explained(error, duckdb) from error
+    except OSError as error:
+        raise UnavailableError(f"vault {out} cannot be written: {error}") from error
     opened = vault.open(out)
     return Report(
         out,
@@ -135,134 +124,95 @@ def ingest(
     )
 
 
+@contextlib.contextmanager
+def _spill_place(out: str) -> Iterator[str]:
+    """A directory for DuckDB, under the writer's lock and among what the next writer clears if this one is killed."""
+    spill = os.path.join(out, vault_format.PARTS, "spill")
+    os.makedirs(spill)
+    yield spill
+    # After an error the writer removes everything.
+    shutil.rmtree(spill)
+
+
 class _Log:
-    """The log files as one DuckDB view of the schema's columns."""
+    """The log files as DuckDB's view `log` (see log_files.create_view)."""
 
-    def __init__(self, schema: Schema, files: list[str]):
+    def __init__(self, connection: Any, schema: Schema, files: list[str]):
         self.schema = schema
-        self.files = files
-        self.is_csv = all(_CSV.search(file) for file in files)
-        if not self.is_csv and not all(_PARQUET.search(file) for file in files):
-            odd = next(file for file in files if not _PARQUET.search(file))
-            raise VaultError(
-                f"{odd}: logs must be all parquet (.parquet, .pq) or all CSV (.csv, .tsv, also .gz or .zst)"
-            )
+        self._connection = connection
+        self._files = files
+        self._columns = log_files.columns_of(schema)
+        self._plain_times = log_files.create_view(connection, schema, files)
 
-    def open(self, connection: Any) -> None:
-        """Creates the view `log` of the columns, their file and row, and checks the columns' types."""
-        listed = "[" + ", ".join(_quote(file) for file in self.files) + "]"
-        if self.is_csv:
-            options = "header = true, nullstr = '', all_varchar = true, buffer_size = 8000000"
-            source = f"read_csv({listed}, filename = '__file', {options})"
-        else:
-            source = f"read_parquet({listed}, filename = '__file', file_row_number = true)"
-        found = {row[0]: row[1] for row in connection.execute(f"DESCRIBE SELECT * FROM {source}").fetchall()}
-        selected = []
-        for name in ("user", "time", *self.schema.names):
-            if name not in found:
-                columns = [column for column in found if column not in ("__file", "file_row_number")]
-                raise SchemaError(f"{self.files[0]}: column {name!r} is missing; its columns: {', '.join(columns)}")
-            selected.append(f"{self._expression(name, found[name])} AS {_name(name)}")
-        # Without a row number in the reader, rows are counted as they come: files in order, rows in order.
-        row = "row_number() OVER ()" if self.is_csv else "file_row_number"
-        columns = ", ".join(selected)
-        connection.execute(f"CREATE VIEW log AS SELECT {columns}, __file, {row} AS __row FROM {source}")
-
-    def _expression(self, name: str, found: str) -> str:
-        """SQL that gives a column in the schema's type."""
-        column = _name(name)
-        if name == "time" and found.startswith(("TIMESTAMP", "DATE")):
-            unit = 1000 if self.schema.time_unit == "s" else 1
-            return f"(epoch_ms({column}::TIMESTAMP) // {unit})"
-        field = Field("column", self.schema.user) if name == "user" else None
-        if name not in ("user", "time"):
-            field = self.schema.field(name)
-        sql = "BIGINT" if field is None else _SQL_TYPES[field.type]
-        wanted = sql if field is None or field.size is None else f"{sql}[{field.size}]"
-        if self.is_csv:
-            return self._parsed(name, column, wanted)
-        element = found if field is None or field.size is None else re.sub(r"\[\d*\]$", "", found)
-        if element == found and "[" in wanted:
-            allowed: set[str] = set()
-        elif sql in _INTEGERS:
-            allowed = _INTEGERS
-        elif sql in _FLOATS:
-            allowed = _FLOATS
-        else:
-            allowed = {sql}
-        if element not in allowed:
-            raise SchemaError(
-                f"{self.files[0]}: column {name!r} has type {found}, the schema says "
-                f"{'an integer' if field is None else wanted}"
-            )
-        return f"CAST({column} AS {wanted})"
-
-    def _parsed(self, name: str, column: str, wanted: str) -> str:
-        """SQL that parses a CSV cell; an empty cell is the empty string or, in any other type, null."""
-        if wanted == "VARCHAR":
-            return column if name == "user" else f"coalesce({column}, '')"
-        cast = f"CAST({column} AS {wanted})"
-        if wanted not in _INTEGERS:
-            return cast
-        # DuckDB would round 1.5.
-        message = f"{_quote(f'column {name!r}: ')} || {column} || ' is not an integer'"
-        whole = f"{column} IS NULL OR regexp_full_match({column}, '\\s*[+-]?[0-9]+\\s*')"
-        return f"CASE WHEN {whole} THEN {cast} ELSE CAST(error({message}) AS {wanted}) END"
-
-    def check(self, connection: Any) -> int:
-        """Number of events; SchemaError names file and row of a null or of an impossible time."""
-        # A missing float is NaN; anything else that is missing has no value to stand for it.
-        optional = {field.name for field in self.schema.scalars if field.dtype.kind == "f"}
-        columns = ("user", "time", *self.schema.names)
-        nulls = ", ".join(f"count(*) - count({_name(name)})" for name in columns)
-        row = connection.execute(f'SELECT count(*), min("time"), max("time"), {nulls} FROM log').fetchall()[0]
-        total, first, last, counts = row[0], row[1], row[2], row[3:]
+    def check(self) -> int:
+        """Number of events; SchemaError names file, row and column of a value that no event may have."""
+        counted = ["count(*)", "min(c1)", "max(c1)"]
+        for i in range(len(self._columns)):
+            counted += [f"count(*) FILTER (m{i})", f"count(*) FILTER (c{i} IS NULL AND NOT m{i})"]
+        row = self._connection.execute(f"SELECT {', '.join(counted)} FROM log").fetchall()[0]
+        total, first, last = row[:3]
         if total == 0:
-            raise SchemaError(f"{self.files[0]} and {len(self.files) - 1} other files: the log holds no event")
-        for name, count in zip(columns, counts, strict=True):
-            if count and name not in optional:
-                where = self._first(connection, f"{_name(name)} IS NULL")
-                raise SchemaError(f"{where}: null {name} ({count:,} rows have none); drop these events or fill them")
-        if self.schema.user == "string" and (where := self._first(connection, "\"user\" = ''")):
-            raise SchemaError(f"{where}: null user (an empty string); drop the event")
-        if first < 0 or last >= self.schema.time_limit:
-            where = self._first(connection, f'"time" < 0 OR "time" >= {self.schema.time_limit}')
-            bad, kind = (first, "negative") if first < 0 else (last, "absurd")
-            raise SchemaError(
-                f"{where}: {kind} time, such as {bad}; need 0 <= time < {self.schema.time_limit} in "
-                f"{self.schema.time_unit} since 1970 (is the unit right?)"
-            )
+            where = self._files[0] if len(self._files) == 1 else f"{len(self._files)} files, {self._files[0]} the first"
+            raise SchemaError(f"{where}: the log holds no event")
+        for i, (column, missing, bad) in enumerate(zip(self._columns, row[3::2], row[4::2], strict=True)):
+            name = column.name
+            if bad:
+                where, value = self._first(f"c{i} IS NULL AND NOT m{i}", i)
+                raise SchemaError(
+                    f"{where}: column {name!r}: {value!r} is not of type {column.type} (in {_rows(bad)}); correct the "
+                    "log, or change the schema"
+                )
+            # A missing float is NaN; anything else that is missing has no value to stand for it.
+            if missing and (column.field.size is not None or column.field.dtype.kind != "f"):
+                where, value = self._first(f"m{i}", i)
+                shown = "null" if value is None else "empty"
+                raise SchemaError(f"{where}: {shown} {name} (in {_rows(missing)}); drop these events or fill them")
+        self._check_times(first, last)
         return total
 
-    def _first(self, connection: Any, condition: str) -> str:
-        """File and row of the first event that fulfils a condition; empty if there is none."""
-        query = f"SELECT __file, __row FROM log WHERE {condition} ORDER BY __file, __row LIMIT 1"
-        for file, row in connection.execute(query).fetchall():
-            return f"row {row} of all files" if self.is_csv else f"{file}, row {row}"
-        return ""
+    def _check_times(self, first: int, last: int) -> None:
+        unit, limit = self.schema.time_unit, self.schema.time_limit
+        if first < 0 or last >= limit:
+            where, _ = self._first(f"c1 < 0 OR c1 >= {limit}", 1)
+            bad, kind = (first, "negative") if first < 0 else (last, "absurd")
+            hint = "is the unit right?"
+            if self._plain_times and first >= 0 and unit == "s" and _FIRST_MS <= last < TIME_LIMIT["ms"]:
+                hint = 'are these milliseconds? then set time_unit "ms" in the schema'
+            raise SchemaError(
+                f"{where}: {kind} time, such as {bad}; need 0 <= time < {limit} in {unit} since 1970 ({hint})"
+            )
+        if self._plain_times and unit == "ms" and last < _FIRST_MS:
+            where, _ = self._first(f"c1 = {last}", 1)
+            raise SchemaError(
+                f"{where}: the newest time of the log is {last}: in milliseconds that is before March 1973, so these "
+                'must be seconds; set time_unit "s" in the schema, or multiply the times by 1000'
+            )
 
-    def sorted_query(self) -> str:
-        """SQL of all events in the order of the vault."""
-        columns = ", ".join(_name(name) for name in ("user", "time", *self.schema.names))
-        key = f"{_name(self.schema.event_key)}, " if self.schema.event_key else ""
-        return f'SELECT {columns} FROM log ORDER BY "user", "time", {key}__file, __row'
+    def _first(self, condition: str, column: int) -> tuple[str, str | None]:
+        """File and row of the first event that fulfils a condition, and what the log has in a column there."""
+        query = f"SELECT file, row, s{column} FROM log WHERE {condition} ORDER BY file, row LIMIT 1"
+        file, row, value = self._connection.execute(query).fetchall()[0]
+        if log_files.is_csv(file):
+            # Counted through all files.
+            row -= self._connection.execute("SELECT min(row) FROM log WHERE file = ?", [file]).fetchall()[0][0]
+        return f"{file}, row {row}", value if value is None or len(value) <= 100 else value[:100] + " ..."
+
+    def sorted_batches(self) -> Any:
+        """Record batches of all events, columns as in columns_of, in the order of the vault."""
+        columns = ", ".join(f"c{i}" for i in range(len(self._columns)))
+        names = [column.name for column in self._columns]
+        key = f"c{names.index(self.schema.event_key)}, " if self.schema.event_key else ""
+        query = f"SELECT {columns} FROM log ORDER BY c0, c1, {key}file, row"
+        return self._connection.sql(query).to_arrow_reader(_BATCH_ROWS)
 
 
-def _stream(
-    log: _Log, connection: Any, writer: VaultWriter, total: int, say: Callable[[str], None], ticker: "_Ticker"
-) -> None:
+def _stream(log: _Log, writer: VaultWriter, total: int, say: Callable[[str], None], ticker: "_Ticker") -> None:
     """Sorted record batches into the writer; `ticker` falls silent when the first one is there."""
-    reader = connection.sql(log.sorted_query()).to_arrow_reader(_BATCH_ROWS)
+    columns = log_files.columns_of(log.schema)
     done, started, spoken = 0, time.monotonic(), time.monotonic()
-    for batch in reader:
+    for batch in log.sorted_batches():
         ticker.stop()
-        columns = {"user": log.schema.user, "time": "int64"}
-        values: dict[str, Any] = {
-            name: _column(Field("column", kind), batch.column(name)) for name, kind in columns.items()
-        }
-        for field in log.schema.fields:
-            values[field.name] = _column(field, batch.column(field.name))
-        writer.write(values)
+        writer.write({column.name: _column(column.field, batch.column(i)) for i, column in enumerate(columns)})
         done += len(batch)
         now = time.monotonic()
         if now - spoken >= 1:
@@ -311,37 +261,14 @@ class _Ticker:
         self._thread.join()
 
 
-def _files(inputs: str | list[str]) -> list[str]:
-    patterns = [inputs] if isinstance(inputs, str) else list(inputs)
-    files: set[str] = set()
-    for pattern in patterns:
-        found = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
-        if not found:
-            raise VaultError(f"input {pattern!r} matches no file")
-        files.update(found)
-    return sorted(files)
-
-
 def _buffer_events(schema: Schema, memory: int) -> int:
     """Rows that the writer may buffer in a quarter of the memory: raw, sorted and paged copies of each."""
     row = 16 + sum(field.dtype.itemsize * (field.size or 1) for field in schema.fields)
     return max(1024, memory // 4 // (row * 4 + 64))
 
 
-def _explained(error: Exception, duckdb: Any) -> VaultError:
-    """DuckDB's error as one of a vault."""
-    text = " ".join(str(error).split("\n\n")[0].split())
-    if isinstance(error, (duckdb.ConversionException, duckdb.InvalidInputException)):
-        return SchemaError(f"the log does not fit the schema: {text}")
-    return UnavailableError(f"the log cannot be read or sorted: {text}")
-
-
-def _name(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
-
-
-def _quote(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
+def _rows(count: int) -> str:
+    return f"{count:,} row{'s' * (count > 1)}"
 
 
 def print_progress(line: str) -> None:

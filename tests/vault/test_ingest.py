@@ -5,8 +5,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import textwrap
 
 import numpy as np
 import pyarrow as pa
@@ -153,19 +155,20 @@ def write_schema(path, schema=SCHEMA) -> str:
     ("change", "text"),
     [
         ({"item": None}, "column 'item' is missing; its columns: "),
-        ({"user": [None, 1, 2]}, "row 0.*null user|row 1 of all files: null user"),
-        ({"time": [5, -7, 6]}, "negative time, such as -7"),
-        ({"time": [5, 4102444800, 6]}, "absurd time, such as 4102444800; need 0 <= time"),
-        ({"dwell": [1, 2, 65536]}, "65536"),
+        ({"user": [2, None, 2]}, r"log0.*, row 1: null user \(in 1 row\)"),
+        ({"time": [5, -7, 6]}, "log0.*, row 1: negative time, such as -7"),
+        ({"time": [5, 4102444800, 6]}, "row 1: absurd time, such as 4102444800; need 0 <= time.*is the unit right"),
+        ({"time": [5, 1700000000000, 6]}, 'absurd time.*are these milliseconds.*time_unit "ms"'),
+        ({"dwell": [1, 2, 65536]}, "log0.*, row 2: column 'dwell': '65536' is not of type uint16"),
         (
             {"item": [1.5, 2.5, 3.5]},
-            "column 'item' has type DOUBLE, the schema says BIGINT|column 'item': 1.5 is not an integer",
+            "column 'item' has type DOUBLE, the schema says int64|row 0: column 'item': '1.5' is not of type int64",
         ),
         (
             {"item": ["a", "b", "c"]},
-            "column 'item' has type VARCHAR, the schema says BIGINT|column 'item': a is not an integer",
+            "column 'item' has type VARCHAR, the schema says int64|row 0: column 'item': 'a' is not of type int64",
         ),
-        ({"clicked": [None, True, True]}, "null clicked"),
+        ({"clicked": [None, True, True]}, "row 0: null clicked"),
     ],
 )
 def test_bad_logs_are_refused_and_nothing_stays(tmp_path, capsys, kind, change, text):
@@ -185,8 +188,10 @@ def test_empty_log_and_no_files(tmp_path):
     empty = {name: column[:0] for name, column in raw_log().items()}
     empty["brand"] = pa.array([], pa.string())
     pattern = write_files(tmp_path / "logs", empty, "parquet", files=2)
-    with pytest.raises(seqvault.SchemaError, match="the log holds no event"):
+    with pytest.raises(seqvault.SchemaError, match="^2 files, .*log0.parquet the first: the log holds no event"):
         ingest(SCHEMA, pattern, str(tmp_path / "vault"), MEMORY)
+    with pytest.raises(seqvault.SchemaError, match="^/[^ ]*log1.parquet: the log holds no event"):
+        ingest(SCHEMA, pattern.replace("log*", "log1*"), str(tmp_path / "vault"), MEMORY)
     with pytest.raises(seqvault.VaultError, match="matches no file"):
         ingest(SCHEMA, str(tmp_path / "nothing*"), str(tmp_path / "vault"), MEMORY)
     (tmp_path / "log.txt").touch()
@@ -197,6 +202,9 @@ def test_empty_log_and_no_files(tmp_path):
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 but no more")
     with pytest.raises(seqvault.VaultError, match="broken.parquet"):
         ingest(SCHEMA, str(tmp_path / "broken.parquet"), str(tmp_path / "vault"), MEMORY)
+    for threads in (-1, 0):
+        with pytest.raises(seqvault.VaultError, match=f"threads must be at least 1, got {threads}"):
+            ingest(SCHEMA, pattern, str(tmp_path / "vault"), MEMORY, threads=threads)
     assert not (tmp_path / "vault").exists()
 
 
@@ -206,6 +214,85 @@ def test_refuses_a_vault_that_is_there(tmp_path):
     with pytest.raises(seqvault.VaultExistsError, match="already holds a vault"):
         ingest(SCHEMA, pattern, str(tmp_path / "vault"), MEMORY)
     assert seqvault.open(tmp_path / "vault").num_events == 100
+
+
+def test_seconds_in_a_schema_of_milliseconds(tmp_path):
+    schema = Schema(time_unit="ms")
+    now, out = 1_700_000_000, str(tmp_path / "vault")
+    for name, times in (
+        ("seconds", pa.array([now, now + 5])),
+        ("ms", pa.array([now * 1000, 5])),
+        # A moment has a unit of its own.
+        ("moments", pa.array([5, 6], pa.timestamp("s"))),
+    ):
+        pq.write_table(pa.table({"user": [1, 1], "time": times}), tmp_path / f"{name}.parquet")
+    with pytest.raises(seqvault.SchemaError, match='row 1: the newest time.*1700000005.*set time_unit "s"'):
+        ingest(schema, str(tmp_path / "seconds.parquet"), out, MEMORY)
+    assert not (tmp_path / "vault").exists()
+    assert ingest(schema, str(tmp_path / "ms.parquet"), out, MEMORY).events == 2
+    ingest(schema, str(tmp_path / "moments.parquet"), out + "2", MEMORY)
+    assert seqvault.open(out + "2").get(1)["time"].tolist() == [5000, 6000]
+
+
+def test_killed_ingestion_leaves_nothing_to_the_next_one(tmp_path):
+    pattern, out = write_files(tmp_path / "logs", raw_log(100), "parquet"), tmp_path / "vault"
+    script = """
+        import sys, time
+        from laser_jax.vault.ingest import ingest
+        from tests.vault.test_ingest import MEMORY, SCHEMA
+        def stop(line):
+            print(line, flush=True)
+            time.sleep(60)
+        ingest(SCHEMA, *sys.argv[1:], MEMORY, 1, stop)
+    """
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script), pattern, out], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout.readline() == b"100 events in 3 files: sorting\n"
+        (spill,) = (out / "parts").iterdir()
+        (spill / "block").write_bytes(b"what DuckDB spilled")
+        with pytest.raises(seqvault.LockedError):
+            ingest(SCHEMA, pattern, str(out), MEMORY)
+        assert (spill / "block").exists(), "a second ingestion leaves the spill of a living one alone"
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=60)
+    assert sorted(os.listdir(tmp_path)) == ["logs", "vault"] and spill.exists()
+    with pytest.raises(seqvault.NotAVaultError):
+        seqvault.open(out)
+    ingest(SCHEMA, pattern, str(out), MEMORY)
+    assert sorted(os.listdir(tmp_path)) == ["logs", "vault"]
+    assert len(os.listdir(out / "parts")) == 1
+    assert seqvault.open(out).verify() == [] and seqvault.open(out).num_events == 100
+
+
+def test_places_and_schemas_that_cannot_be_used(tmp_path, capsys, monkeypatch):
+    pattern, schema = write_files(tmp_path / "logs", raw_log(100), "parquet"), write_schema(tmp_path / "schema.json")
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "vault"
+    with pytest.raises(seqvault.UnavailableError, match="file/vault cannot be created"):
+        ingest(SCHEMA, pattern, str(out), MEMORY)
+    assert main(["ingest", f"--schema={schema}", f"--input={pattern}", f"--out={out}"]) == 1
+    assert "file/vault cannot be created" in capsys.readouterr().err
+
+    # Directories that may not be written: as root, none is.
+    def refuse(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    for function, place in (("makedirs", "vault"), ("mkdir", "vault"), ("listdir", "locked")):
+        (tmp_path / "locked").mkdir(exist_ok=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, function, refuse)
+            with pytest.raises(seqvault.UnavailableError, match=f"{place} cannot be.*Permission denied"):
+                ingest(SCHEMA, pattern, str(tmp_path / place), MEMORY)
+
+    (tmp_path / "latin.json").write_bytes('{"user": "größe"}'.encode("latin-1"))
+    assert main(["ingest", f"--schema={tmp_path / 'latin.json'}", f"--input={pattern}", f"--out={out}"]) == 1
+    assert "latin.json is not UTF-8" in capsys.readouterr().err
+    assert main(["ingest", f"--schema={schema}", f"--input={pattern}", f"--out={out}", "--threads=-1"]) == 1
+    assert "threads must be at least 1, got -1" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["ingest", f"--schema={schema}", f"--input={pattern}", f"--out={out}", "--engine=duckdb"])
+    assert "unrecognized arguments: --engine" in capsys.readouterr().err
 
 
 def test_the_whole_command_line(tmp_path, capsys):

@@ -4,7 +4,7 @@
 
 The STA core alone: h given, gradients to h, q and all weights, C=1, B=128, L=1000, d=128, H=2, d_q=16, w=10. Naive
 builds keys and values, as the paper's equation reads. Medians of one interleaved run; the last line is one JSON object.
-`GLIBC_TUNABLES=glibc.malloc.hugetlb=1` in the environment speeds both up.
+Runs with huge pages for large allocations (GLIBC_TUNABLES; set it to nothing to see both without).
 """
 
 import argparse
@@ -14,7 +14,7 @@ import os
 import jax
 import jax.numpy as jnp
 
-from experiments.bench.timing import interleave
+from experiments.bench.timing import interleave, use_huge_pages
 from laser_jax.layers.segment_attention import segment_attention_folded, segment_attention_reference
 
 
@@ -83,10 +83,12 @@ def main() -> None:
                 "max_rel_grad_err": max_rel_grad_err,
                 "device": jax.devices()[0].device_kind,
                 "cpus": os.cpu_count(),
+                "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
             }
         )
     )
 
 
 if __name__ == "__main__":
+    use_huge_pages("experiments.bench.attention")
     main()

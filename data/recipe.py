@@ -110,7 +110,7 @@ def read_dataset(path):
             return json.load(f)
     except (FileNotFoundError, NotADirectoryError):
         raise RecipeError(
-            f"{path} holds no finished data set ({DATASET} is missing): remove it, or choose another directory"
+            f"{path} holds no finished data set ({DATASET} is missing): choose another directory"
         ) from None
     except json.JSONDecodeError as error:
         raise RecipeError(f"{place} is damaged ({error}): remove {path} and build it again") from error

@@ -16,6 +16,5 @@ CandidateMask = Bool[Array, "B C"]
 EncoderTokens = Float[Array, "B C P d"]
 Logits = Float[Array, "B C"]
 Labels = Float[Array, "B C"]
-UniqueRows = Float[Array, "U D"]  # the embedding rows one batch meets
 
 __all__ = [name for name in dir() if name[0].isupper() and name not in ("Array", "Bool", "Float", "Int")]

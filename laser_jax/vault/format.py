@@ -36,7 +36,6 @@ SHARD_PAGES = 4096
 #: stored".
 INDEX_ENTRY = 16
 CHECKSUM = 4
-MISSING = 2**64 - 1
 
 _WORD = np.dtype(np.uint32)
 _CRC = {"name": "crc32c"}

@@ -7,7 +7,7 @@ import dataclasses
 
 import numpy as np
 
-from laser_jax.vault.users import splitmix64
+from laser_jax.vault.hashing import splitmix64
 
 ID_MAPS = ("code", "vocab", "hash", "log")
 

@@ -49,11 +49,14 @@ class Field:
       name: a plain identifier; `user` and `time` are taken.
       type: one of TYPES.
       size: None for a scalar, or k >= 1 for a vector of k values of that (not string) type.
+      default: what events have that were written before the field was added (see Vault.evolve); None if the field has
+        been there from the start.
     """
 
     name: str
     type: str
     size: int | None = None
+    default: bool | int | float | str | None = None
 
     def __post_init__(self):
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
@@ -62,12 +65,23 @@ class Field:
             raise SchemaError(f"field name {self.name!r} is taken: every event has it, leave it out of the fields")
         if self.type not in TYPES:
             raise SchemaError(f"field {self.name!r}: unknown type {self.type!r}; known: {', '.join(TYPES)}")
+        if self.default is not None:
+            self._check_default()
         if self.size is None:
             return
         if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 1:
             raise SchemaError(f"field {self.name!r}: size {self.size!r} of a vector must be an integer >= 1")
         if self.type == "string":
             raise SchemaError(f"field {self.name!r}: a vector of strings is not supported; use a numeric type")
+
+    def _check_default(self) -> None:
+        kind, value = self.dtype.kind, self.default
+        wanted = str if self.type == "string" else {"b": bool, "f": (int, float)}.get(kind, int)
+        fits = isinstance(value, wanted) and (kind == "b" or not isinstance(value, bool))
+        if fits and self.type != "string" and kind in "iu":
+            fits = np.iinfo(self.dtype).min <= value <= np.iinfo(self.dtype).max
+        if not fits:
+            raise SchemaError(f"field {self.name!r}: default {value!r} is not a value of type {self.type}")
 
     @property
     def dtype(self) -> np.dtype:
@@ -88,7 +102,8 @@ class Schema:
       duplicates: "keep" all events, or "drop" repeated ones: the same user and event key or, without an event
         key, the same user, time and fields. The first in (time, order of writing) stays. `ingest`
         sorts the log, so that repeated events meet wherever they are; a bulk writer compares only events within
-        one of its buffers, unless they come sorted (see laser_jax.vault.create).
+        one of its buffers, unless they come sorted (see laser_jax.vault.create); `append` compares with the newest
+        events appended, as many as its window holds (see laser_jax.vault.WriterOptions).
     """
 
     user: str = "int64"
@@ -153,6 +168,8 @@ class Schema:
             entry: dict[str, Any] = {"name": field.name, "type": field.type}
             if field.size is not None:
                 entry["size"] = field.size
+            if field.default is not None:
+                entry["default"] = field.default
             fields.append(entry)
         return {
             "user": self.user,

@@ -24,6 +24,7 @@ from laser_jax.vault.errors import (
     VersionError,
 )
 from laser_jax.vault.history import Histories, History
+from laser_jax.vault.maintenance import WriterOptions
 from laser_jax.vault.reader import CACHE_BYTES, Vault
 from laser_jax.vault.writer import BUFFER_EVENTS, VaultWriter
 
@@ -43,6 +44,7 @@ __all__ = [
     "VaultExistsError",
     "VaultWriter",
     "VersionError",
+    "WriterOptions",
     "create",
     "open",
 ]
@@ -72,14 +74,25 @@ def create(path: str | os.PathLike, schema: Schema, buffer_events: int = BUFFER_
     return VaultWriter(os.fspath(path), schema, buffer_events)
 
 
-def open(path: str | os.PathLike, cache_bytes: int = CACHE_BYTES) -> Vault:
-    """Opens a vault for reading. The handle is safe to share among threads and pickles to its path.
+def open(
+    path: str | os.PathLike,
+    cache_bytes: int = CACHE_BYTES,
+    at: str | None = None,
+    writing: WriterOptions | None = None,
+) -> Vault:
+    """Opens a vault. The handle is safe to share among threads and pickles to its path.
+
+    Opening takes no lock. The first call that writes (`append`, `flush`, `merge`, `forget`, `snapshot`, `evolve`, ...)
+    makes the handle the vault's one writer, until `close` or the end of its `with` block.
 
     Args:
-      path: directory of the vault.
-      cache_bytes: memory for decoded pages that `gather` may keep.
+      path: a directory; or, read-only, the URL of a tensorstore key-value store (memory://, s3://, gs://, http://,
+        https://; S3 listens to AWS_ENDPOINT_URL and AWS_REGION), or tensorstore's spec of one as JSON.
+      cache_bytes: memory for decoded histories of hot users or, of a key-value store, for decoded pages; 0 for none.
+      at: name of a snapshot to read from; the handle cannot write then.
+      writing: how the handle writes, if it does.
 
     Raises:
-      NotAVaultError, VersionError, CorruptionError, UnavailableError: what is wrong with the directory.
+      NotAVaultError, VersionError, CorruptionError, UnavailableError: what is wrong with the vault.
     """
-    return Vault(os.fspath(path), cache_bytes)
+    return Vault(os.fspath(path), cache_bytes, at, writing)

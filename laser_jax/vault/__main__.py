@@ -79,7 +79,7 @@ def _get(options: argparse.Namespace) -> int:
         if not re.fullmatch(r"[+-]?\d+", options.user):
             raise VaultError(f"user {options.user!r}: this vault's users are int64")
         user = int(options.user)
-    history = vault.get(user, options.n, options.before, options.fields)
+    history = vault.get(user, options.n, options.before, fields=options.fields)
     if options.json:
         print(json.dumps({name: history[name].tolist() for name in history.columns}))
     else:

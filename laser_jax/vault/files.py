@@ -1,4 +1,4 @@
-"""Files of a vault: checksums, small zarr arrays, the manifest, and getting things durably onto the disk."""
+"""Files of a vault: checksums, small zarr arrays, and getting things durably onto the disk."""
 
 import concurrent.futures
 import contextlib
@@ -12,13 +12,8 @@ import google_crc32c
 import numpy as np
 
 from laser_jax.vault import format as vault_format
-from laser_jax.vault.errors import (
-    CorruptionError,
-    LockedError,
-    NotAVaultError,
-    UnavailableError,
-    VersionError,
-)
+from laser_jax.vault.errors import CorruptionError, LockedError, UnavailableError
+from laser_jax.vault.storage import KvStorage, LocalStorage, must_read
 
 
 def crc32c(data: bytes | memoryview) -> int:
@@ -74,17 +69,23 @@ def inventory(path: str, shards: list[str]) -> dict[str, list[int]]:
 class Folder:
     """A part or a dictionary piece, read by the manifest's inventory: returns what was written, or fails."""
 
-    def __init__(self, path: str, files: dict[str, list[int]]):
-        self.path = path
+    def __init__(self, storage: LocalStorage | KvStorage, name: str, files: dict[str, list[int]]):
+        self.storage = storage
+        self.name = name
         self.files = files
+
+    @property
+    def path(self) -> str:
+        """Its path or URL."""
+        return self.storage.path(self.name)
 
     def read(self, name: str) -> bytes:
         """The bytes of a small file; CorruptionError unless size and checksum are as in the manifest."""
-        path = os.path.join(self.path, name)
+        path = f"{self.path}/{name}"
         if name not in self.files:
             raise CorruptionError(f"{path}: the manifest lists no such file")
         size, checksum = self.files[name]
-        data = read_file(path)
+        data = must_read(self.storage, f"{self.name}/{name}")
         if len(data) != size or crc32c(data) != checksum:
             raise CorruptionError(f"{path}: {len(data)} bytes do not match the {size} bytes and crc32c in the manifest")
         return data
@@ -94,77 +95,23 @@ class Folder:
         self.read(f"{name}/zarr.json")  # other zarr readers go by it: damage there is damage
         array = np.frombuffer(self.read(f"{name}/c/0")[:-4], np.dtype(dtype))
         if length is not None and len(array) != length:
-            raise CorruptionError(f"{os.path.join(self.path, name)}: {len(array)} values instead of {length}")
+            raise CorruptionError(f"{self.path}/{name}: {len(array)} values instead of {length}")
         return array
 
     def check_size(self, name: str) -> int:
         """Size of a shard file; CorruptionError if it is missing or of another size than written."""
-        path = os.path.join(self.path, name)
+        path = f"{self.path}/{name}"
         if name not in self.files:
             raise CorruptionError(f"{path}: the manifest lists no such shard")
-        try:
-            size = os.stat(path).st_size
-        except FileNotFoundError as error:
-            raise CorruptionError(f"{path} is missing") from error
-        except OSError as error:
-            raise UnavailableError(f"{path} cannot be read: {error}") from error
-        if size != self.files[name][0]:
-            raise CorruptionError(f"{path}: {size} bytes instead of {self.files[name][0]}")
+        wanted = self.files[name][0]
+        if not self.storage.local:
+            return wanted
+        size = self.storage.size(f"{self.name}/{name}")
+        if size is None:
+            raise CorruptionError(f"{path} is missing")
+        if size != wanted:
+            raise CorruptionError(f"{path}: {size} bytes instead of {wanted}")
         return size
-
-
-def read_file(path: str) -> bytes:
-    """All bytes of a file that the manifest promises."""
-    try:
-        with open(path, "rb") as file:
-            return file.read()
-    except FileNotFoundError as error:
-        raise CorruptionError(f"{path} is missing") from error
-    except OSError as error:
-        raise UnavailableError(f"{path} cannot be read: {error}") from error
-
-
-def read_manifest(path: str) -> dict[str, Any]:
-    """The manifest of the vault at `path`; the error says what is wrong if it cannot be used."""
-    name = os.path.join(path, vault_format.MANIFEST)
-    if not os.path.isdir(path):
-        raise NotAVaultError(f"{path} is not a vault: no such directory")
-    try:
-        with open(name, "rb") as file:
-            data = file.read()
-    except FileNotFoundError as error:
-        raise NotAVaultError(f"{path} is not a vault: it has no {vault_format.MANIFEST}") from error
-    except OSError as error:
-        raise UnavailableError(f"{name} cannot be read: {error}") from error
-    try:
-        manifest = json.loads(data)
-    except ValueError as error:  # JSON and UTF-8 errors
-        raise CorruptionError(f"{name} is damaged: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != vault_format.FORMAT:
-        raise NotAVaultError(f"{path} is not a vault: {name} is not of format {vault_format.FORMAT!r}")
-    checksum = manifest.pop("checksum", None)
-    # Comparing the whole spelling finds every flipped bit, those in white space included. Every version keeps
-    # this rule.
-    if checksum != crc32c(dump(manifest)) or dump(manifest | {"checksum": checksum}) != data:
-        raise CorruptionError(f"{name} is damaged: its checksum does not match")
-    if manifest["version"] > vault_format.VERSION:
-        raise VersionError(
-            f"{path} is a vault of version {manifest['version']}, this code reads versions up to "
-            f"{vault_format.VERSION}: install a newer laser_jax"
-        )
-    return manifest
-
-
-def commit_manifest(path: str, manifest: dict[str, Any]) -> None:
-    """Makes `manifest` the state of the vault at `path`: all of it or, if the machine dies, nothing of it."""
-    name = os.path.join(path, vault_format.MANIFEST)
-    draft = name + ".draft"
-    with open(draft, "wb") as file:
-        file.write(dump(manifest | {"checksum": crc32c(dump(manifest))}))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, name)
-    sync_path(path)
 
 
 def sync_path(path: str) -> None:
@@ -188,16 +135,26 @@ def sync_tree(path: str) -> None:
         list(pool.map(sync_path, folders))
 
 
+def try_flock(descriptor: int, exclusive: bool) -> bool:
+    """Takes a shared or exclusive lock of an open file, if nobody's is in the way."""
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def writer_lock(path: str) -> Iterator[None]:
     """Holds the lock of the vault at `path`, or LockedError. A dead writer's lock is free."""
     name = os.path.join(path, vault_format.LOCK)
-    descriptor = os.open(name, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise LockedError(f"{path} is being written by another writer (it holds {name})") from error
+        descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise UnavailableError(f"{path} cannot be written: {error}") from error
+    try:
+        if not try_flock(descriptor, exclusive=True):
+            raise LockedError(f"{path} is being written by another writer (it holds {name}): close that one first")
         if not os.path.exists(name) or not os.path.samestat(os.fstat(descriptor), os.stat(name)):
             raise LockedError(f"{path} was removed by another writer at this moment: try again")
         yield

@@ -1,7 +1,11 @@
 """The format of a vault on disk: names, versions, zarr metadata and where a field lies inside a page.
 
-    manifest.json                  what belongs to the vault; the only file that is ever replaced (atomically)
+    manifest.json                  what belongs to the vault; where readers start (replaced atomically)
+    manifest.copy.json             the same, for repair
+    manifests/N.json               manifest number N while it is the newest, or while a reader holds it (by flock)
+    snapshots/NAME.json            manifests that were pinned
     writer.lock                    held by the one writer
+    log/N.log, log/acknowledged    events that are in no part yet (see laser_jax.vault.log)
     dictionaries/FIELD-N-HEX/      values of a string field: plain zarr v3 arrays `bytes`, `offsets`
     parts/part-N-HEX/              a zarr v3 group, written whole, never edited; a name is never used again
       pages                        [pages, words, 256] uint32, sharded; a page = 256 events of one user
@@ -9,11 +13,19 @@
       users | user_bytes, user_offsets, user_hashes      keys of the users, int64 | UTF-8
       user_first_page              [users + 1] pages of user u: user_first_page[u] to user_first_page[u + 1]
       page_count, page_first_time, page_last_time        [pages]
+      page_last_sequence           [pages] largest sequence number; parts with sequence numbers of their own only
+      user_covers                  [users] merged parts only: what this part holds of user u stands for all of the
+                                   user's events in parts numbered from user_covers[u] up to this part's own number
 
 A user's pages are adjacent and in order of time. Events fill a page from its end: only the oldest page of a
 user is partly filled, its unused leading slots are zero, so the events of adjacent pages are one unbroken
 run. Time is stored as the difference to the event before; the first event of a page holds its whole time, so
-times of a page are a running sum.
+times of a page are a running sum. Sequence numbers (the order of writing) are stored in the same way, as differences
+modulo 2^64, in parts made from the log; a part of the bulk writer has none, its events are numbered as they lie from
+the entry's `first_sequence` on.
+
+Version 2 added what is about the log, merged parts and changed schemas; a vault of version 1 is read as it is and
+becomes one of version 2 with the first write.
 """
 
 import dataclasses
@@ -21,11 +33,15 @@ from typing import Any
 
 import numpy as np
 
-from laser_jax.schema import Schema
+from laser_jax.schema import Schema, SchemaError
 
 FORMAT = "laser_jax.vault"
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
+MANIFEST_COPY = "manifest.copy.json"
+MANIFESTS = "manifests"
+SNAPSHOTS = "snapshots"
+LOG = "log"
 LOCK = "writer.lock"
 PARTS = "parts"
 DICTIONARIES = "dictionaries"
@@ -36,6 +52,8 @@ SHARD_PAGES = 4096
 #: stored".
 INDEX_ENTRY = 16
 CHECKSUM = 4
+#: A shard of pages stays below 4 GB.
+MAX_WORDS = 1000
 
 _WORD = np.dtype(np.uint32)
 _CRC = {"name": "crc32c"}
@@ -61,13 +79,23 @@ class PageLayout:
     """The words of a page for one schema.
 
     Time comes first (1 word in seconds, 2 in milliseconds), then the 8-byte fields as low and high word, the
-    4-byte fields, and the 2-byte and 1-byte fields packed together, from the low bits up.
+    4-byte fields, and the 2-byte and 1-byte fields packed together, from the low bits up. With `sequence`, two words of
+    sequence numbers follow the time.
+
+    Attributes:
+      schema: of the events.
+      time_words: words of the time.
+      sequence_word: first word of the sequence numbers, -1 without them.
+      places: where each scalar field lies.
+      num_words: words of a page.
     """
 
-    def __init__(self, schema: Schema):
+    def __init__(self, schema: Schema, sequence: bool = False):
+        self.schema = schema
         self.time_words = 1 if schema.time_unit == "s" else 2
+        self.sequence_word = self.time_words if sequence else -1
         self.places: dict[str, Place] = {}
-        word = self.time_words
+        word = self.time_words + 2 * sequence
         for size in (8, 4):
             for field in schema.scalars:
                 if field.dtype.itemsize == size:
@@ -80,10 +108,23 @@ class PageLayout:
                     self.places[field.name] = Place(field.dtype, byte // 4, byte % 4 * 8)
                     byte += size
         self.num_words = -(-byte // 4)
+        if self.num_words > MAX_WORDS:
+            raise SchemaError(
+                f"a page of this schema has {self.num_words} words, at most {MAX_WORDS} are possible: store wide data "
+                "as vector fields"
+            )
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a decoded page."""
+        return self.num_words * PAGE * 4
 
     def to_json(self) -> dict[str, Any]:
         """The layout for readers that know nothing of this code: attributes of a part's group."""
         places: dict[str, Any] = {"time": {"type": "delta", "word": 0, "words": self.time_words, "shift": 0}}
+        if self.sequence_word >= 0:
+            # No field can be called so: a name holds no blank.
+            places["log sequence"] = {"type": "delta", "word": self.sequence_word, "words": 2, "shift": 0}
         for name, place in self.places.items():
             places[name] = {
                 "type": place.dtype.name,

@@ -10,11 +10,25 @@ class History:
 
     Attributes:
       columns: `time` int64 [N] and the asked fields, [N] or [N, size]; a string field as int32 codes.
+      as_of: what this read saw: every event with a smaller sequence number, and no other. A later read with this
+        `as_of` sees the same.
+      scanned: events that were looked at; more than N if some did not meet the conditions of `where`.
+      exhausted: whether nothing older is left, so that all events before the bound were looked at.
     """
 
-    def __init__(self, columns: dict[str, np.ndarray], dictionary: Callable[[str], np.ndarray | None]):
+    def __init__(
+        self,
+        columns: dict[str, np.ndarray],
+        dictionary: Callable[[str], np.ndarray | None],
+        as_of: int,
+        exhausted: bool,
+        scanned: int | None = None,
+    ):
         """`dictionary` gives the values of a string field, None for other fields."""
         self.columns = columns
+        self.as_of = as_of
+        self.exhausted = exhausted
+        self.scanned = len(self) if scanned is None else scanned
         self._dictionary = dictionary
 
     def __len__(self) -> int:
@@ -37,6 +51,7 @@ class Histories:
     Attributes:
       columns: `time` int64 [N] and the asked fields, [N] or [N, size]; a string field as int32 codes.
       offsets: int64 [B + 1]; user b has the rows offsets[b] to offsets[b + 1].
+      as_of: as for History, of the whole batch.
     """
 
     def __init__(
@@ -44,11 +59,15 @@ class Histories:
         columns: dict[str, np.ndarray],
         offsets: np.ndarray,
         dictionary: Callable[[str], np.ndarray | None],
+        as_of: int,
+        n: int,
     ):
-        """`dictionary` gives the values of a string field, None for other fields."""
+        """`dictionary` gives the values of a string field, None for other fields; `n` is what was asked for."""
         self.columns = columns
         self.offsets = offsets
+        self.as_of = as_of
         self._dictionary = dictionary
+        self._n = n
 
     def __len__(self) -> int:
         """Number of users B."""
@@ -65,7 +84,8 @@ class Histories:
             raise IndexError(f"position {position} in a batch of {len(self)} users")
         position %= len(self)
         rows = slice(self.offsets[position], self.offsets[position + 1])
-        return History({name: column[rows] for name, column in self.columns.items()}, self._dictionary)
+        columns = {name: column[rows] for name, column in self.columns.items()}
+        return History(columns, self._dictionary, self.as_of, len(columns["time"]) < self._n)
 
     def __repr__(self) -> str:
         return f"Histories({len(self)} users, {self.num_events} events, columns: {', '.join(self.columns)})"

@@ -118,7 +118,7 @@ def ingest(
         out,
         opened.num_events,
         len(opened),
-        len(opened.index.parts),
+        len(opened.state.parts),
         writer.duplicates_dropped,
         time.monotonic() - started,
     )

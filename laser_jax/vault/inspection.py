@@ -7,12 +7,20 @@ import numpy as np
 
 from laser_jax.schema import Schema
 from laser_jax.vault import format as vault_format
+from laser_jax.vault.dictionary import Dictionary
 from laser_jax.vault.errors import CorruptionError, UnavailableError, VaultError
-from laser_jax.vault.files import Folder, read_manifest
-from laser_jax.vault.format import PAGE
-from laser_jax.vault.index import VaultIndex
-from laser_jax.vault.lookup import PageReader
-from laser_jax.vault.pages import page_times, run_of
+from laser_jax.vault.files import Folder
+from laser_jax.vault.follower import Follower
+from laser_jax.vault.format import DICTIONARIES, MANIFEST, MANIFEST_COPY, PAGE
+from laser_jax.vault.log import FILE_HEADER, LogFile, log_numbers, log_path, read_acknowledged
+from laser_jax.vault.lookup import LocalPages, RemotePages
+from laser_jax.vault.manifest import HeldManifest, parse_manifest, snapshots
+from laser_jax.vault.merge_plan import all_entries
+from laser_jax.vault.part import Part
+from laser_jax.vault.state import read_strings
+from laser_jax.vault.storage import KvStorage, LocalStorage, storage_of
+from laser_jax.vault.tasks import read_entries
+from laser_jax.vault.unpacking import SEQUENCE
 
 #: Pages that verify reads at once.
 _BLOCK = 256
@@ -22,63 +30,127 @@ def stats(vault: Any) -> dict[str, Any]:
     """Sizes and shape of an open vault, as plain JSON values.
 
     Returns:
-      users, events, parts, pages, bytes (on disk), bytes_per_event, fill (events over slots of the pages),
-      first_time, last_time, time_unit, parts_per_user (mean and largest), dictionaries (values of each string
-      field), index_bytes (memory), lengths: [[low, high, users], ...] with low <= events of a user < high.
+      users, events, parts, pages, bytes (of parts, dictionaries and manifest), bytes_per_event, log_bytes, fill (events
+      over slots of the pages), first_time, last_time, time_unit, parts_per_user (mean, p99 and largest), dictionaries
+      (values of each string field), index_bytes (memory), tail_events, tail_bytes, snapshots, lengths: [[low, high,
+      users], ...] with low <= events of a user < high; of the parts.
     """
-    manifest, index = vault.manifest, vault.index
+    state = vault.state
+    manifest, table = state.manifest, state.table
     entries = manifest["parts"]
     pieces = [piece for field in manifest["dictionaries"].values() for piece in field]
     size = sum(file[0] for entry in (*entries, *pieces) for file in entry["files"].values())
-    size += os.path.getsize(os.path.join(vault.path, vault_format.MANIFEST))
-    num_pages = len(index.count)
-    parts_per_user = np.diff(index.entry_start)
-    lengths = index.events_of_users()
+    log_bytes = 0
+    if vault.local:
+        size += os.path.getsize(os.path.join(vault.path, MANIFEST))
+        log_bytes = sum(os.path.getsize(log_path(vault.path, number)) for number in log_numbers(vault.path))
+    found = all_entries(state)
+    per_user, events = np.bincount(found.request), np.bincount(found.request, weights=found.size).astype(np.int64)
+    per_user, lengths = per_user[per_user > 0], events[events > 0]
     histogram = []
     if len(lengths):
         bins = np.bincount(np.log2(lengths).astype(np.int64))
         histogram = [[1 << power, 2 << power, count] for power, count in enumerate(bins.tolist()) if count]
+    num_events, num_pages = vault.num_events, sum(part.num_pages for part in state.parts.values())
+    in_parts = sum(entry["events"] for entry in entries)
+    times = [*(entry["first_time"] for entry in entries), *(entry["last_time"] for entry in entries)]
+    shares = None
+    if len(per_user):
+        shares = [float(per_user.mean()), float(np.percentile(per_user, 99)), int(per_user.max())]
     return {
         "path": vault.path,
         "users": len(vault),
-        "events": vault.num_events,
+        "events": num_events,
         "parts": len(entries),
         "pages": num_pages,
         "bytes": size,
-        "bytes_per_event": size / vault.num_events if vault.num_events else None,
-        "fill": vault.num_events / (num_pages * PAGE) if num_pages else None,
-        "first_time": min((entry["first_time"] for entry in entries), default=None),
-        "last_time": max((entry["last_time"] for entry in entries), default=None),
+        "bytes_per_event": size / in_parts if in_parts else None,
+        "log_bytes": log_bytes,
+        "fill": in_parts / (num_pages * PAGE) if num_pages else None,
+        "first_time": min(times, default=None),
+        "last_time": max(times, default=None),
         "time_unit": vault.schema.time_unit,
-        "parts_per_user": [float(parts_per_user.mean()), int(parts_per_user.max())] if len(vault) else None,
+        "parts_per_user": shares,
         "dictionaries": {field: len(vault.dictionary(field)) for field in manifest["dictionaries"]},
-        "index_bytes": index.num_bytes,
+        "index_bytes": table.num_bytes + sum(index.num_bytes for index in state.indexes),
+        "tail_events": sum(tail.size for tail in state.tails),
+        "tail_bytes": sum(tail.num_bytes for tail in state.tails),
+        "snapshots": vault.snapshots(),
         "lengths": histogram,
     }
 
 
 def verify(path: str) -> list[str]:
     """Reads all of the vault at `path`, checks checksums and consistency; returns every damage in words."""
+    storage = storage_of(path)
+    damages: list[str] = []
+    manifests = []
     try:
-        manifest = read_manifest(path)
+        manifests.append(HeldManifest(storage).content)
     except VaultError as error:
-        return [str(error)]
-    schema = Schema.from_json(manifest["schema"])
+        damages.append(str(error))
+    for name in snapshots(storage):
+        try:
+            manifests.append(HeldManifest(storage, name).content)
+        except VaultError as error:
+            damages.append(str(error))
+    seen: set[str] = set()
+    for manifest in manifests:
+        damages.extend(_damaged_files_of(storage, manifest, seen))
+    if manifests and storage.local:
+        copy = storage.read(MANIFEST_COPY)
+        try:
+            if copy is not None:
+                parse_manifest(copy, storage.path(MANIFEST_COPY), storage.root)
+        except VaultError as error:
+            damages.append(str(error))
+        damages.extend(_damaged_log(storage, manifests[0]))
+    # A damaged directory file is found by name and again when the part is opened.
+    return list(dict.fromkeys(damages))
+
+
+def _damaged_files_of(storage: LocalStorage | KvStorage, manifest: dict[str, Any], seen: set[str]) -> list[str]:
+    """Damages of the parts and dictionaries of a manifest, but those seen already."""
     damages: list[str] = []
     num_values = {}
     for field, pieces in manifest["dictionaries"].items():
         num_values[field] = sum(piece["values"] for piece in pieces)
         for piece in pieces:
-            folder = Folder(os.path.join(path, vault_format.DICTIONARIES, piece["name"]), piece["files"])
-            damages.extend(_damaged_files(folder))
+            folder = Folder(storage, f"{DICTIONARIES}/{piece['name']}", piece["files"])
+            if folder.name in seen:
+                continue
+            seen.add(folder.name)
+            found = _damaged_files(folder)
+            try:
+                read_strings(folder, piece["values"])
+            except (CorruptionError, UnavailableError, UnicodeDecodeError) as error:
+                found.append(str(error))
+            damages.extend(found)
+    schemas = [Schema.from_json(schema) for schema in manifest["schemas"]]
     for entry in manifest["parts"]:
-        folder = Folder(os.path.join(path, vault_format.PARTS, entry["name"]), entry["files"])
-        damages.extend(_damaged_files(folder))
-        damages.extend(_damaged_pages(path, manifest, entry, schema, num_values))
-    if sum(entry["events"] for entry in manifest["parts"]) > manifest["next_sequence"]:
-        damages.append(f"{path}: the parts hold more events than were ever numbered")
-    # A damaged directory file is found by name and again when the part is opened.
-    return list(dict.fromkeys(damages))
+        if entry["name"] in seen:
+            continue
+        seen.add(entry["name"])
+        damages.extend(_damaged_part(storage, manifest, entry, schemas, num_values))
+    return damages
+
+
+def _damaged_part(
+    storage: Any, manifest: dict[str, Any], entry: dict[str, Any], schemas: list[Schema], num_values: dict[str, int]
+) -> list[str]:
+    damages = _damaged_files(Folder(storage, f"{vault_format.PARTS}/{entry['name']}", entry["files"]))
+    try:
+        part = Part(storage, entry, schemas)
+    except (CorruptionError, UnavailableError) as error:
+        return [*damages, str(error)]
+    pages: Any = LocalPages(lambda: False) if storage.local else RemotePages(64 << 20)
+    for first in range(0, part.num_pages, _BLOCK):
+        end = min(first + _BLOCK, part.num_pages)
+        try:
+            damages.extend(_inconsistencies(part, pages, first, end, manifest, num_values))
+        except (CorruptionError, UnavailableError):
+            damages.extend(_damages_one_by_one(part, pages, first, end, manifest, num_values))
+    return damages
 
 
 def _damaged_files(folder: Folder) -> list[str]:
@@ -94,74 +166,104 @@ def _damaged_files(folder: Folder) -> list[str]:
     return damages
 
 
-def _damaged_pages(
-    path: str, manifest: dict[str, Any], entry: dict[str, Any], schema: Schema, num_values: dict[str, int]
+def _damages_one_by_one(
+    part: Part, pages: Any, first: int, end: int, manifest: dict[str, Any], num_values: dict[str, int]
 ) -> list[str]:
-    """Damages of one part, found by reading all its pages."""
-    damages: list[str] = []
-    try:
-        index = VaultIndex(path, manifest | {"parts": [entry]}, schema)
-        readers = {"pages": PageReader(index, "pages", (index.layout.num_words, PAGE), np.dtype(np.uint32))}
-        for field in schema.vectors:
-            name = vault_format.vector_path(field.name)
-            readers[name] = PageReader(index, name, (PAGE, field.size), field.dtype)
-    except (CorruptionError, UnavailableError) as error:
-        return [str(error)]
-    for name, reader in readers.items():
-        for first in range(0, len(index.count), _BLOCK):
-            end = min(first + _BLOCK, len(index.count))
-            try:
-                pages = reader.read(first, end)
-            except (CorruptionError, UnavailableError):
-                damages.extend(_damages_one_by_one(reader, first, end))
-                continue
-            if name == "pages":
-                damages.extend(_inconsistencies(index, pages, first, schema, num_values))
-    return damages
-
-
-def _damages_one_by_one(reader: PageReader, first: int, end: int) -> list[str]:
     damages = []
     for page in range(first, end):
-        try:
-            reader.read(page, page + 1)
-        except (CorruptionError, UnavailableError) as error:
-            damages.append(str(error))
+        whole = True
+        for field in (None, *part.schema.vectors):
+            try:
+                if field is None:
+                    pages.planes(part, page, page + 1)
+                else:
+                    pages.vectors(part, field, page, page + 1)
+            except (CorruptionError, UnavailableError) as error:
+                damages.append(str(error))
+                whole = False
+        if whole:
+            damages.extend(_inconsistencies(part, pages, page, page + 1, manifest, num_values))
     return damages
 
 
 def _inconsistencies(
-    index: VaultIndex, pages: np.ndarray, first: int, schema: Schema, num_values: dict[str, int]
+    part: Part, pages: Any, first: int, end: int, manifest: dict[str, Any], num_values: dict[str, int]
 ) -> list[str]:
-    """What the pages first, first + 1, ... of a part's only index say that the directory does not."""
-    page = np.arange(first, first + len(pages))
-    time = page_times(index.layout, pages)
-    count = index.count[page].astype(np.int64)
-    used = np.arange(PAGE) >= PAGE - count[:, None]
-    oldest = np.isin(page, index.first_page)
-    after = page[~oldest]
+    """What pages first..end-1 of a part hold that its directory does not say, or that cannot be."""
+    page = np.arange(first, end)
+    count = part.page_count[page].astype(np.int64)
+    oldest = np.isin(page, part.users.first_page)
     findings = {
         "holds no event or more than a page can": (count < 1) | (count > PAGE),
         "is partly filled but not its user's oldest": (count < PAGE) & ~oldest,
-        "has times that are not those of the directory": (
-            (time[np.arange(len(page)), np.minimum(PAGE - count, PAGE - 1)] != index.first_time[page])
-            | (time[:, -1] != index.last_time[page])
-        ),
-        "has times out of order": (np.diff(time, axis=1) < 0).any(axis=1),
-        "has times out of range": ((time < 0) | (time >= schema.time_limit)).any(axis=1),
-        "begins before the page before it ends": np.isin(
-            page, after[index.first_time[after] < index.last_time[after - 1]]
-        ),
-        "has unused slots that are not zero": (pages.any(axis=1) & ~used).any(axis=1),
     }
-    for field, values in num_values.items():
-        codes = run_of(pages, index.layout.places[field], 0, pages.shape[0] * PAGE).reshape(-1, PAGE)
-        findings[f"has codes of {field!r} outside the dictionary"] = (((codes < 0) | (codes >= values)) & used).any(
-            axis=1
+    if not any(wrong.any() for wrong in findings.values()):
+        rows, _ = read_entries(part, pages, part.schema, dict.fromkeys(part.schema.names, 0), page, page + 1)
+        starts = np.cumsum(count) - count
+        time = rows["time"]
+        steps = np.diff(time, prepend=time[:1])
+        steps[starts] = 0
+        number = np.repeat(np.arange(len(page)), count)
+
+        def any_in(wrong: np.ndarray) -> np.ndarray:
+            return np.bincount(number, weights=wrong, minlength=len(page)) > 0
+
+        ends = starts + count - 1
+        findings["has times that are not those of the directory"] = (time[starts] != part.first_time[page]) | (
+            time[ends] != part.last_time[page]
         )
-    part = index.parts[0]
+        findings["has times out of order"] = any_in(steps < 0)
+        findings["has times out of range"] = any_in((time < 0) | (time >= part.schema.time_limit))
+        after = page[~oldest & (page > 0)]
+        late = after[part.first_time[after] < part.last_time[after - 1]]
+        findings["begins before the page before it ends"] = np.isin(page, late)
+        sequence = rows[SEQUENCE]
+        findings["has sequence numbers that were never given"] = any_in(
+            (sequence < 0) | (sequence >= manifest["next_sequence"])
+        )
+        findings["has sequence numbers that are not those of the directory"] = (
+            np.maximum.reduceat(sequence, starts) != part.last_sequence[page]
+        )
+        for field, values in num_values.items():
+            if field in rows:
+                codes = rows[field]
+                findings[f"has codes of {field!r} outside the dictionary"] = any_in((codes < 0) | (codes >= values))
     return [
-        f"part {part.name}, page {number}, user {index.user_of_page(number)!r}: {what} ({part.folder.path})"
+        f"part {part.name}, page {number}, user {part.user_of_page(number)!r}: {what} ({part.folder.path})"
         for what, wrong in findings.items()
         for number in page[wrong].tolist()
     ]
+
+
+def _damaged_log(storage: LocalStorage, manifest: dict[str, Any]) -> list[str]:
+    """Damages of the log, found by reading all of it."""
+    damages = []
+    root = storage.root
+    schemas = [Schema.from_json(schema) for schema in manifest["schemas"]]
+    dictionaries: dict[str, Dictionary] = {}
+    try:
+        for field, pieces in manifest["dictionaries"].items():
+            values = []
+            for piece in pieces:
+                folder = Folder(storage, f"{DICTIONARIES}/{piece['name']}", piece["files"])
+                values += read_strings(folder, piece["values"])
+            dictionaries[field] = Dictionary(values)
+        follower = Follower(storage, manifest, schemas[-1], dictionaries)
+        if not follower.follow():
+            damages.append(f"{log_path(root, follower.file)} is missing")
+    except (CorruptionError, UnavailableError, UnicodeDecodeError) as error:
+        damages.append(str(error))
+    try:
+        end = read_acknowledged(root)
+    except CorruptionError as error:
+        return [*damages, str(error)]
+    for number in log_numbers(root):
+        if number < manifest["log"]["kept"] or end is None or number > end.file:
+            continue
+        try:
+            with LogFile(root, number) as file:
+                for _ in file.batches(schemas[file.schema], FILE_HEADER, end.offset if number == end.file else None):
+                    pass
+        except (CorruptionError, UnavailableError) as error:
+            damages.append(str(error))
+    return damages

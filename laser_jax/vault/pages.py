@@ -1,10 +1,10 @@
-"""Events to pages and back: the one place that knows how a field's values become words."""
+"""Events to pages: how the sorted rows of a part are cut into pages, and how values become words."""
 
 import dataclasses
 
 import numpy as np
 
-from laser_jax.vault.format import PAGE, PageLayout, Place
+from laser_jax.vault.format import PAGE, PageLayout
 
 _UNSIGNED = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16)}
 
@@ -41,18 +41,19 @@ class Paging:
         return len(self.page_start) - 1
 
 
-def time_deltas(time: np.ndarray, paging: Paging) -> np.ndarray:
-    """Differences to the row before, int64 [N]; the first row of a page keeps its whole time."""
-    deltas = np.empty_like(time)
-    deltas[1:] = time[1:] - time[:-1]
+def deltas(values: np.ndarray, paging: Paging) -> np.ndarray:
+    """Differences to the row before, int64 [N]; the first row of a page keeps its whole value."""
+    found = np.empty_like(values)
+    found[1:] = values[1:] - values[:-1]
     starts = paging.page_start[:-1]
-    deltas[starts] = time[starts]
-    return deltas
+    found[starts] = values[starts]
+    return found
 
 
 def pack(
     layout: PageLayout,
-    deltas: np.ndarray,
+    times: np.ndarray,
+    sequences: np.ndarray | None,
     columns: dict[str, np.ndarray],
     paging: Paging,
     first: int,
@@ -62,7 +63,8 @@ def pack(
 
     Args:
       layout: where fields go.
-      deltas: from time_deltas, int64 [N].
+      times: deltas of the times, int64 [N].
+      sequences: deltas of the sequence numbers, int64 [N], if the layout has them.
       columns: scalar fields of the sorted rows, [N] each.
       paging: of the same rows.
       first: first page.
@@ -77,9 +79,13 @@ def pack(
         plane[slot] = values
         pages[:, word] |= plane.reshape(-1, PAGE)
 
-    time = deltas[rows].view(np.uint32).reshape(-1, 2)
+    time = times[rows].view(np.uint32).reshape(-1, 2)
     for word in range(layout.time_words):
         put(word, time[:, word])
+    if sequences is not None:
+        halves = sequences[rows].view(np.uint32).reshape(-1, 2)
+        put(layout.sequence_word, halves[:, 0])
+        put(layout.sequence_word + 1, halves[:, 1])
     for name, place in layout.places.items():
         values = np.ascontiguousarray(columns[name][rows])
         if place.num_words == 2:
@@ -100,60 +106,3 @@ def pack_vectors(values: np.ndarray, paging: Paging, first: int, end: int) -> np
     pages = np.zeros(((end - first) * PAGE, values.shape[1]), values.dtype)
     pages[paging.slot[rows] - first * PAGE] = values[rows]
     return pages.reshape(end - first, PAGE, -1)
-
-
-def page_times(layout: PageLayout, pages: np.ndarray) -> np.ndarray:
-    """Times of all slots, int64 [P, PAGE]; 0 in unused slots."""
-    deltas = pages[:, 0].astype(np.int64)
-    if layout.time_words == 2:
-        deltas += pages[:, 1].astype(np.int64) << 32
-    return np.cumsum(deltas, axis=1, out=deltas)
-
-
-class Unpacker:
-    """Takes fields of chosen slots out of pages."""
-
-    def __init__(self, pages: np.ndarray, slots: np.ndarray):
-        """`pages` uint32 [P, words, PAGE], contiguous; `slots` int64 [N] into the pages laid end to end."""
-        self._flat = pages.reshape(-1)
-        self._words = slots + (slots >> 8) * ((pages.shape[1] - 1) * PAGE)
-        self._shared: dict[int, np.ndarray] = {}
-
-    def take(self, place: Place) -> np.ndarray:
-        """Values [N] of one field."""
-        if place.num_words == 2:
-            halves = np.empty((len(self._words), 2), np.uint32)
-            halves[:, 0] = self._word(place.word)
-            halves[:, 1] = self._word(place.word + 1)
-            return halves.reshape(-1).view(place.dtype)
-        if place.dtype.itemsize == 4:
-            return self._word(place.word).view(place.dtype)
-        if place.word not in self._shared:
-            self._shared[place.word] = self._word(place.word)
-        return _narrow(self._shared[place.word], place)
-
-    def _word(self, word: int) -> np.ndarray:
-        return self._flat[word * PAGE :].take(self._words)
-
-
-def run_of(pages: np.ndarray, place: Place, start: int, stop: int) -> np.ndarray:
-    """Values of one field in slots start..stop-1 of the pages laid end to end."""
-    if place.num_words == 2:
-        halves = np.empty((stop - start, 2), np.uint32)
-        halves[:, 0] = _run(pages, place.word, start, stop)
-        halves[:, 1] = _run(pages, place.word + 1, start, stop)
-        return halves.reshape(-1).view(place.dtype)
-    words = _run(pages, place.word, start, stop)
-    # A word of a single page is a view of it: a copy lets the other words go.
-    return words.copy().view(place.dtype) if place.dtype.itemsize == 4 else _narrow(words, place)
-
-
-def _run(pages: np.ndarray, word: int, start: int, stop: int) -> np.ndarray:
-    return pages[:, word].reshape(-1)[start:stop]
-
-
-def _narrow(words: np.ndarray, place: Place) -> np.ndarray:
-    if place.shift:
-        words = words >> np.uint32(place.shift)
-    narrow = words.astype(_UNSIGNED[place.dtype.itemsize])
-    return narrow.view(place.dtype)

@@ -1,145 +1,158 @@
-"""Writes one immutable part: sorted rows in, a durable zarr group out."""
+"""One part, opened: its directory arrays, checked against the manifest and each other."""
 
-import hashlib
-import os
+import copy
+import re
 from typing import Any
 
 import numpy as np
-import tensorstore as ts
 
 from laser_jax.schema import Schema
 from laser_jax.vault import format as vault_format
-from laser_jax.vault import pages as paging_of_rows
-from laser_jax.vault.errors import UnavailableError
-from laser_jax.vault.files import dump, inventory, sync_tree, write_array, write_file, write_strings
-from laser_jax.vault.format import SHARD_PAGES, PageLayout
-from laser_jax.vault.pages import Paging
-
-#: Shards encoded at the same time; a shard of the usual schema is some 45 MB before compression.
-_SHARDS_IN_FLIGHT = 2
+from laser_jax.vault.errors import CorruptionError
+from laser_jax.vault.files import Folder, crc32c
+from laser_jax.vault.format import CHECKSUM, INDEX_ENTRY, PARTS, SHARD_PAGES, PageLayout
+from laser_jax.vault.storage import KvStorage, LocalStorage
 
 
-def hash_string(key: str) -> int:
-    """The 64-bit hash under which a string user is found; part of the format."""
-    return int.from_bytes(hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
+class Part:
+    """What is known of a part without reading a page.
 
-
-def write_part(
-    path: str,
-    schema: Schema,
-    users: np.ndarray | list[str],
-    user_start: np.ndarray,
-    time: np.ndarray,
-    columns: dict[str, np.ndarray],
-) -> dict[str, Any]:
-    """Writes the part directory `path` and makes it durable.
-
-    Args:
-      path: a directory that does not exist yet.
-      schema: of the vault.
-      users: keys of the U users, each once, int64 [U] or strings.
-      user_start: int64 [U + 1], first row of each user.
-      time: int64 [N], ascending for each user.
-      columns: every field, [N] or [N, size]; strings as int32 codes.
-
-    Returns:
-      The part's entry for the manifest, without name and first sequence number.
-
-    Raises:
-      UnavailableError: the storage refused (disk full, no permission).
+    Attributes:
+      name: of the part's directory. number: by which parts are ordered, part of the name.
+      entry: of the manifest.
+      layout: of its pages; layout.schema is the schema it was written with.
+      num_pages: P. num_users: U.
+      page_count, first_time, last_time, last_sequence: of each page.
+      offset, length: uint32 [P], where a page's bytes lie in its shard file (local storage only).
     """
-    layout = PageLayout(schema)
-    paging = Paging.of(user_start)
-    try:
-        write_file(os.path.join(path, "zarr.json"), dump(vault_format.group_metadata(layout.to_json())))
-        if schema.vectors:
-            write_file(os.path.join(path, "vectors", "zarr.json"), dump(vault_format.group_metadata({})))
-        shards = _write_pages(path, schema, layout, paging, time, columns)
-        _write_directory(path, users, paging, time)
-        files = inventory(path, shards)
-        sync_tree(path)
-    except OSError as error:
-        raise UnavailableError(f"part {path} cannot be written: {error}") from error
-    return {
-        "events": len(time),
-        "users": len(users),
-        "pages": paging.num_pages,
-        "first_time": int(time.min()),
-        "last_time": int(time.max()),
-        "files": files,
-    }
+
+    def __init__(self, storage: LocalStorage | KvStorage, entry: dict[str, Any], schemas: list[Schema]):
+        self.name: str = entry["name"]
+        self.number = part_number(self.name)
+        self.entry = entry
+        self.layout = PageLayout(schemas[entry["schema"]], entry["sequence"])
+        self.schema = self.layout.schema
+        self.num_pages: int = entry["pages"]
+        self.num_users: int = entry["users"]
+        self.folder = Folder(storage, f"{PARTS}/{self.name}", entry["files"])
+        folder = self.folder
+        folder.read("zarr.json")
+        for name in ["pages", *(vault_format.vector_path(field.name) for field in self.schema.vectors)]:
+            folder.read(f"{name}/zarr.json")
+        if self.schema.vectors:
+            folder.read("vectors/zarr.json")
+        self._users: PartUsers | None = None
+        users = self.users
+        self.page_count = folder.array("page_count", np.uint16, self.num_pages)
+        self.first_time = folder.array("page_first_time", np.int64, self.num_pages)
+        self.last_time = folder.array("page_last_time", np.int64, self.num_pages)
+        if entry["sequence"]:
+            self.last_sequence = folder.array("page_last_sequence", np.int64, self.num_pages)
+        else:
+            self.last_sequence = np.cumsum(self.page_count, dtype=np.int64) + (entry["first_sequence"] - 1)
+        if users.first_page[-1] != self.num_pages or int(self.page_count.sum()) != entry["events"]:
+            raise CorruptionError(f"part {folder.path}: its directory does not add up to its manifest entry")
+        for name in folder.files:
+            if len(folder.files[name]) == 1:
+                folder.check_size(name)
+        if storage.local:
+            self.offset, self.length = self.locations("pages")
+        else:
+            self.offset = self.length = np.zeros(self.num_pages, np.uint32)
+
+    def reopened(self) -> "Part":
+        """The same part, to be put into another page table."""
+        return copy.copy(self)
+
+    def shards(self, array: str) -> list[str]:
+        """Paths of the shard files of an array inside the part, in order."""
+        return [vault_format.shard_path(array, shard) for shard in range(-(-self.num_pages // SHARD_PAGES))]
+
+    def locations(self, array: str) -> tuple[np.ndarray, np.ndarray]:
+        """Offset in its shard file and length of every page's bytes, uint32 [P] each (uint64 for vectors)."""
+        found = [
+            self._shard_index(name, min(SHARD_PAGES, self.num_pages - number * SHARD_PAGES))
+            for number, name in enumerate(self.shards(array))
+        ]
+        pairs = np.concatenate(found)
+        dtype = np.uint32 if array == "pages" else np.uint64
+        return pairs[:, 0].astype(dtype), pairs[:, 1].astype(dtype)
+
+    @property
+    def users(self) -> "PartUsers":
+        """The users of the part; read from its files unless they are at hand."""
+        found = self._users
+        if found is None:
+            found = self._users = PartUsers(self)
+        return found
+
+    def release_users(self) -> None:
+        """Lets go of what `users` keeps: the index has it."""
+        self._users = None
+
+    def user_of_page(self, page: int) -> Any:
+        """Key of the user whose events a page of the part holds."""
+        users = self.users
+        return users.key(int(np.searchsorted(users.first_page, page, side="right")) - 1)
+
+    def _shard_index(self, name: str, used: int) -> np.ndarray:
+        """(offset, length) of the `used` pages of one shard, uint64 [used, 2], checked."""
+        path = f"{self.folder.path}/{name}"
+        size = self.folder.check_size(name)
+        index_size = vault_format.shard_pages(self.num_pages) * INDEX_ENTRY
+        data_size = size - index_size - CHECKSUM
+        data = self.folder.storage.tail_of(f"{self.folder.name}/{name}", size, index_size + CHECKSUM)
+        if data_size < 0 or crc32c(data[:-CHECKSUM]) != int.from_bytes(data[-CHECKSUM:], "little"):
+            raise CorruptionError(f"{path}: the checksum of its shard index does not match")
+        pairs = np.frombuffer(data[:-CHECKSUM], "<u8").reshape(-1, 2)[:used]
+        outside = (pairs > data_size).any() or (pairs.sum(axis=1) > data_size).any()  # a missing page is 2^64 - 1
+        if outside or (pairs[:, 1] <= CHECKSUM).any():
+            raise CorruptionError(f"{path}: its shard index misses pages or points outside the file")
+        return pairs
 
 
-def _write_pages(
-    path: str,
-    schema: Schema,
-    layout: PageLayout,
-    paging: Paging,
-    time: np.ndarray,
-    columns: dict[str, np.ndarray],
-) -> list[str]:
-    """Writes the sharded arrays; returns the paths of their shard files inside the part."""
-    # part.py itself makes every file durable, once, at the end.
-    context = ts.Context({"file_io_sync": False})
-    num_pages = paging.num_pages
-    arrays = {"pages": vault_format.pages_metadata(num_pages, layout.num_words)}
-    for field in schema.vectors:
-        arrays[vault_format.vector_path(field.name)] = vault_format.vector_metadata(num_pages, field.size, field.dtype)
-    deltas = paging_of_rows.time_deltas(time, paging)
-    shards: list[str] = []
-    pending: list[Any] = []
-    try:
-        for name, metadata in arrays.items():
-            spec = {
-                "driver": "zarr3",
-                "kvstore": {"driver": "file", "path": os.path.join(path, name) + "/"},
-                "metadata": metadata,
-                # Without it a page of zeros is left out, and could not be told from one that was lost.
-                "store_data_equal_to_fill_value": True,
-            }
-            store = _result(ts.open(spec, create=True, context=context), path)
-            for shard, first in enumerate(range(0, num_pages, SHARD_PAGES)):
-                end = min(first + SHARD_PAGES, num_pages)
-                if name == "pages":
-                    block = paging_of_rows.pack(layout, deltas, columns, paging, first, end)
-                else:
-                    block = paging_of_rows.pack_vectors(columns[name.split("/")[-1]], paging, first, end)
-                if len(pending) == _SHARDS_IN_FLIGHT:
-                    _result(pending.pop(0), path)
-                # Whole shards only: writing part of one rewrites all of it.
-                pending.append(store[first:end].write(block, can_reference_source_data_indefinitely=True))
-                shards.append(vault_format.shard_path(name, shard))
-        for future in pending:
-            _result(future, path)
-    finally:
-        # No write may go on behind the back of whoever tidies up after an error.
-        for future in pending:
-            future.exception()
-    return shards
+class PartUsers:
+    """Who has pages in a part.
+
+    Attributes:
+      keys: int64 [U]; of string users the hashes.
+      texts: of string users the UTF-8 bytes of all keys, and offsets int64 [U + 1] into them; else None.
+      first_page: int64 [U + 1], pages of user u are first_page[u] to first_page[u + 1].
+      covers: int32 [U], see laser_jax.vault.format.
+    """
+
+    def __init__(self, part: Part):
+        folder, size = part.folder, part.num_users
+        self.texts: tuple[np.ndarray, np.ndarray] | None = None
+        if part.schema.user == "int64":
+            self.keys = folder.array("users", np.int64, size)
+        else:
+            self.keys = folder.array("user_hashes", np.uint64, size).view(np.int64)
+            self.texts = (folder.array("user_bytes", np.uint8), folder.array("user_offsets", np.int64, size + 1))
+        self.first_page = folder.array("user_first_page", np.int64, size + 1)
+        if part.entry["covers"]:
+            self.covers = folder.array("user_covers", np.int32, size)
+        else:
+            self.covers = np.full(size, part.number, np.int32)
+
+    def key(self, position: int) -> Any:
+        """Key of the user at a position of the part."""
+        if self.texts is None:
+            return int(self.keys[position])
+        data, offsets = self.texts
+        return data[offsets[position] : offsets[position + 1]].tobytes().decode()
+
+    def all(self) -> list[Any]:
+        """All keys."""
+        if self.texts is None:
+            return self.keys.tolist()
+        data, ends = self.texts[0].tobytes(), self.texts[1].tolist()
+        return [data[a:b].decode() for a, b in zip(ends[:-1], ends[1:], strict=True)]
 
 
-def _result(future: Any, path: str) -> Any:
-    """What tensorstore promised, or UnavailableError."""
-    try:
-        return future.result()
-    except (ValueError, NotImplementedError) as error:  # any failure of tensorstore's storage
-        raise UnavailableError(f"part {path} cannot be written: {error}") from error
-
-
-def _write_directory(path: str, users: np.ndarray | list[str], paging: Paging, time: np.ndarray) -> None:
-    """Writes the arrays from which a reader builds its index."""
-    if isinstance(users, list):
-        write_strings(path, "user_", users)
-        hashes = np.fromiter((hash_string(user) for user in users), np.uint64, len(users))
-        write_array(os.path.join(path, "user_hashes"), hashes)
-    else:
-        write_array(os.path.join(path, "users"), users)
-    starts, ends = paging.page_start[:-1], paging.page_start[1:]
-    directory = {
-        "user_first_page": paging.user_first_page,
-        "page_count": (ends - starts).astype(np.uint16),
-        "page_first_time": time[starts],
-        "page_last_time": time[ends - 1],
-    }
-    for name, array in directory.items():
-        write_array(os.path.join(path, name), array)
+def part_number(name: str) -> int:
+    """The number in a part's name."""
+    match = re.fullmatch(r"part-(\d+)-[0-9a-f]+", name)
+    if match is None:
+        raise CorruptionError(f"{name!r} is not the name of a part")
+    return int(match[1])

@@ -1,137 +1,204 @@
-"""A vault opened for reading: `get` for one user by pread, `gather` for a batch by tensorstore."""
+"""A vault opened: `get` for one user, `gather` for a batch, and the writing calls, which make the handle the writer."""
 
-import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
 
 from laser_jax.schema import Field, Schema, SchemaError
-from laser_jax.vault import format as vault_format
-from laser_jax.vault.batch import BatchReader, restore_blank
-from laser_jax.vault.errors import CorruptionError, UnknownFieldError
-from laser_jax.vault.files import Folder, read_manifest
+from laser_jax.vault import administration
+from laser_jax.vault.appender import Appender
+from laser_jax.vault.batch import BatchReader
+from laser_jax.vault.dictionary import Dictionary
+from laser_jax.vault.errors import CorruptionError, UnavailableError, UnknownFieldError, VaultError
+from laser_jax.vault.follower import Follower
 from laser_jax.vault.format import PAGE
 from laser_jax.vault.history import Histories, History
-from laser_jax.vault.index import VaultIndex, select_pages, spans
-from laser_jax.vault.lookup import PageReader
-from laser_jax.vault.pages import Unpacker, page_times, run_of
+from laser_jax.vault.history_cache import HistoryCache
+from laser_jax.vault.log import log_path
+from laser_jax.vault.lookup import LocalPages, RemotePages
+from laser_jax.vault.maintenance import WriterOptions
+from laser_jax.vault.manifest import HeldManifest, snapshots
+from laser_jax.vault.merging import NO_BOUND, RowReader
+from laser_jax.vault.state import State, build_state
+from laser_jax.vault.storage import storage_of
+from laser_jax.vault.unpacking import SEQUENCE, fill_values
 
-#: Memory for decoded pages that gather may keep.
-CACHE_BYTES = 256 << 20
+#: Memory for decoded histories of hot users.
+CACHE_BYTES = 64 << 20
+_OPEN_TRIES = 5
 
 
 class Vault:
     """See laser_jax.vault.open.
 
     Attributes:
-      path: absolute path of the vault.
+      path: absolute path of the vault, or its URL.
       schema: of its events.
-      num_events: events in all parts.
-      next_sequence: sequence number that the next event written would get.
+      num_events: events in parts and tail; one that a merge has yet to drop counts twice.
+      next_sequence: sequence number that the next event written gets.
     """
 
-    def __init__(self, path: str, cache_bytes: int = CACHE_BYTES):
-        self.path = os.path.abspath(path)
+    def __init__(
+        self,
+        path: str,
+        cache_bytes: int = CACHE_BYTES,
+        at: str | None = None,
+        writing: WriterOptions | None = None,
+    ):
+        self._storage = storage_of(path)
+        self.path = self._storage.root
         self.cache_bytes = cache_bytes
-        self.manifest = read_manifest(self.path)
-        self.schema = Schema.from_json(self.manifest["schema"])
-        self.next_sequence: int = self.manifest["next_sequence"]
-        self.num_events: int = sum(part["events"] for part in self.manifest["parts"])
-        self.index = VaultIndex(self.path, self.manifest, self.schema)
-        self._layout = self.index.layout
-        self._values = {name: self._load_dictionary(name) for name in self.manifest["dictionaries"]}
-        self._codes: dict[str, dict[str, int]] = {}
-        self._readers: dict[str, PageReader] = {}
-        self._batch = BatchReader(self.index, cache_bytes)
+        self.at = at
+        self._writing = writing or WriterOptions()
+        self._dictionaries: dict[str, Dictionary] = {}
+        self._fills: dict[str, int] = {}
+        self._lock = threading.RLock()
+        self._appender: Appender | None = None
+        self._follower: Follower | None = None
+        self._state = self._opened()
+        if self._storage.local:
+            self._pages: Any = LocalPages(lambda: not self._state.held.is_current(self._storage))
+        else:
+            self._pages = RemotePages(max(cache_bytes, 1))
+        self._cache = HistoryCache(cache_bytes) if cache_bytes else None
+        self._rows = RowReader(self._pages, self._fills)
+        self._batch = BatchReader(self._rows)
+        self._asked: dict[Any, tuple[Field, ...]] = {}
 
     def __reduce__(self):
-        return Vault, (self.path, self.cache_bytes)
+        return Vault, (self.path, self.cache_bytes, self.at, self._writing)
+
+    def __enter__(self) -> "Vault":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
 
     def __len__(self) -> int:
         """Number of users."""
-        return len(self.index.users)
+        return self._state.num_users()
 
     def __repr__(self) -> str:
-        return f"Vault({self.path!r}, {len(self)} users, {self.num_events} events)"
+        return f"Vault({self.path!r}, {self.num_events} events)"
+
+    @property
+    def local(self) -> bool:
+        """Whether the vault lies in a local directory."""
+        return self._storage.local
+
+    @property
+    def schema(self) -> Schema:
+        """Of the events, as it is today."""
+        return self._state.schema
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The manifest that is read from."""
+        return self._state.manifest
+
+    @property
+    def state(self) -> State:
+        """Parts, index and tails as a read would find them now."""
+        return self._state
+
+    @property
+    def num_events(self) -> int:
+        """Events in parts and tail; one that a merge has yet to drop counts twice."""
+        state = self._state
+        return sum(part["events"] for part in state.manifest["parts"]) + sum(tail.size for tail in state.tails)
+
+    @property
+    def next_sequence(self) -> int:
+        """Sequence number that the next event written gets."""
+        return self._state.next_sequence
 
     def users(self) -> np.ndarray:
         """All users in no particular order, int64 [U] or str objects [U]."""
-        return self.index.users.values()
+        found = self._state.users()
+        if self.schema.user == "int64":
+            return np.array(found, np.int64)
+        keys = np.empty(len(found), object)
+        keys[:] = found
+        return keys
 
     def dictionary(self, field: str) -> np.ndarray:
         """Values of a string field, str objects; the position is the code."""
-        if field not in self._values:
-            known = ", ".join(self._values) or "none"
+        if field not in self._dictionaries:
+            known = ", ".join(self._dictionaries) or "none"
             raise UnknownFieldError(f"{self.path}: {field!r} is not a string field; string fields: {known}")
-        return self._values[field]
+        return self._dictionaries[field].array
 
     def encode(self, field: str, values: Sequence[str]) -> np.ndarray:
         """Codes of strings in a field's dictionary, int32 [N]; -1 for a value that is not in it."""
-        if field not in self._codes:
-            self._codes[field] = {value: code for code, value in enumerate(self.dictionary(field).tolist())}
-        codes = self._codes[field]
+        self.dictionary(field)
+        dictionary = self._dictionaries[field]
         listed = values.tolist() if isinstance(values, np.ndarray) else values
-        return np.fromiter((codes.get(value, -1) for value in listed), np.int32, len(listed))
+        return np.fromiter((dictionary.code(value) for value in listed), np.int32, len(listed))
 
     def get(
-        self, user: int | str, n: int = 1000, before: int | None = None, fields: Sequence[str] | None = None
+        self,
+        user: int | str,
+        n: int = 1000,
+        before: int | None = None,
+        as_of: int | None = None,
+        fields: Sequence[str] | None = None,
+        where: Mapping[str, Any] | None = None,
+        max_scan: int | None = None,
     ) -> History:
-        """The newest n events of one user with time < before, oldest first.
+        """The newest n events of one user, oldest first; of equal times the one written first comes first.
 
         Args:
           user: an int64 or a string, as the schema says; an unknown user has an empty history.
           n: events at most.
           before: strict bound on event time in the schema's unit; None reads everything.
+          as_of: strict bound on the sequence number, that is on what had been written; None reads everything
+            that has been acknowledged.
           fields: names of the fields to read; None reads all but the vectors. `time` always comes.
+          where: field -> the value, or the values, that an event must have to count.
+          max_scan: events to look back at, at most, with `where`; None for no limit.
+
+        Returns:
+          The history; its `as_of`, `scanned` and `exhausted` say what it saw. Arrays may be shared with other readers
+          of the same user: they are read-only then.
 
         Raises:
           UnknownFieldError, CorruptionError, UnavailableError.
         """
         asked = self._fields(fields)
         n = _count(n)
-        slot = self.index.users.find_one(user)
-        bound = None if before is None else int(_bounds(before, 1)[0])
-        if slot < 0 or n == 0:
-            return self._empty_history(asked)
-        index = self.index
-        entry, entry_end = index.entry_start[slot : slot + 2].tolist()
-        if entry_end - entry > 1:
-            bounds = None if bound is None else np.array([bound])
-            _, firsts, ends = select_pages(index, np.array([slot]), bounds, n)
-            return self._merged_history(asked, firsts, ends, bound, n)
-        first, end = int(index.first_page[entry]), int(index.end_page[entry])
-        sure = 0
-        if bound is not None:
-            end = first + int(np.searchsorted(index.first_time[first:end], bound))
-            if end > first and index.last_time[end - 1] >= bound:
-                sure = PAGE - 1  # a page that the bound cuts has one sure event
-        if end == first:
-            return self._empty_history(asked)
-        first = max(first, end - -(-(n + sure) // PAGE))
-        pages, time, start, stop = self._read_run(first, end, bound, n)
-        columns = {"time": time.reshape(-1)[start:stop].copy()}
-        for field in asked:
-            if field.size is None:
-                columns[field.name] = run_of(pages, self._layout.places[field.name], start, stop)
-            else:
-                vectors = self._reader(field).read(first, end).reshape(-1, field.size)
-                columns[field.name] = vectors[start:stop]
-        return History(columns, self._values.get)
+        bound = NO_BOUND if before is None else _one_bound("before", before)
+        state = self._state
+        user = _one_user(state.schema, user)
+        seen = state.next_sequence
+        if as_of is not None:
+            seen = min(seen, _one_bound("as_of", as_of))
+        if where and user is not None:
+            return self._get_where(state, user, n, bound, seen, asked, where, max_scan)
+        if max_scan is not None:
+            raise VaultError("max_scan goes with `where`: without conditions n events are read, and no more")
+        rows = self._newest(state, user, asked, bound, seen, n, as_of is not None) if n and user is not None else None
+        if rows is None:
+            return History(_no_rows(asked), self._values, seen, n > 0)
+        return History(rows, self._values, seen, len(rows["time"]) < n)
 
     def gather(
         self,
         users: Any,
         before: Any = None,
         n: int = 1000,
+        as_of: Any = None,
         fields: Sequence[str] | None = None,
     ) -> Histories:
-        """The newest n events with time < before of every user of a batch, in one read.
+        """The newest n events of every user of a batch, in one read.
 
         Args:
           users: int64 [B] or B strings, repeats allowed; an unknown user has an empty history.
           before: strict bound on event time for all (a number) or each (int64 [B]) of them, or None.
           n: events of a user at most.
+          as_of: strict bound on the sequence number for all or each of them, or None.
           fields: as for get.
 
         Raises:
@@ -139,47 +206,112 @@ class Vault:
         """
         asked = self._fields(fields)
         n = _count(n)
-        slots = self.index.users.find(users)
-        bounds = None if before is None else _bounds(before, len(slots))
-        if n == 0:
-            slots = np.full(len(slots), -1, np.int64)
-        request, first, end = select_pages(self.index, slots, bounds, max(n, 1))
-        page = np.unique(spans(first, end - first))
-        single = self._reader(None)
-        pages = self._batch.read(page, single)
-        restore_blank(pages, page, np.flatnonzero(self.index.last_time[page] == 0), single)
-        time = page_times(self._layout, pages)
-        self._check_times(page, time)
-        time = time.reshape(-1)
-        row, last_row = np.searchsorted(page, first), np.searchsorted(page, end - 1)
-        # Slots of each run that lie before the bound; a page's unused slots lead it and hold time 0.
-        stop = (last_row + 1) * PAGE
-        if bounds is not None:
-            cut = time.reshape(-1, PAGE)[last_row] < bounds[request][:, None]
-            stop = last_row * PAGE + cut.sum(axis=1)
-        start = np.maximum(stop - n, (row + 1) * PAGE - self.index.count[first])
-        slot = spans(start, stop - start)
-        lengths = np.zeros(len(slots), np.int64)
-        np.add.at(lengths, request, stop - start)
-        if len(np.unique(request)) != len(request):
-            slot, lengths = _merge(slot, time, np.repeat(request, stop - start), lengths, n)
-        columns = {"time": time.take(slot)}
-        unpacker = Unpacker(pages, slot)
-        for field in asked:
-            if field.size is None:
-                columns[field.name] = unpacker.take(self._layout.places[field.name])
-            else:
-                single = self._reader(field)
-                vectors = self._batch.read(page, single)
-                restore_blank(vectors, page, np.flatnonzero(~vectors.any(axis=(1, 2))), single)
-                columns[field.name] = vectors.reshape(-1, field.size)[slot]
-        return Histories(columns, np.concatenate(([0], np.cumsum(lengths))), self._values.get)
+        state = self._state
+        users, beyond = _many_users(state.schema, users)
+        size = len(users)
+        seen = state.next_sequence
+        bounds = np.full(size, NO_BOUND) if before is None else _bounds("before", before, size)
+        hidden = np.full(size, NO_BOUND) if as_of is None else _bounds("as_of", as_of, size)
+        # Appends go on meanwhile: every user of the batch is read as of the same moment.
+        hidden = np.minimum(hidden, seen)
+        if beyond is not None:
+            bounds = np.where(beyond, np.iinfo(np.int64).min, bounds)
+        if not n or not size:
+            return Histories(_no_rows(asked), np.zeros(size + 1, np.int64), self._values, seen, n)
+        columns, offsets = self._batch.read(state, users, bounds, hidden, n, asked)
+        return Histories(columns, offsets, self._values, seen, n)
+
+    def append(self, events: Mapping[str, Any]) -> int:
+        """Adds events: durable when it returns, and seen by the next read.
+
+        Args:
+          events: `user`, `time` and every field of the schema, one value (or vector) an event, in any order.
+
+        Returns:
+          The sequence number that the next event will get: a read with it as `as_of` sees these events and all before.
+
+        Raises:
+          SchemaError: the events do not fit the schema; none of them is taken.
+          LockedError: another handle, here or in another process, is the writer.
+          UnavailableError: the storage refused; none of them is taken.
+        """
+        return self._writer().append(events)
+
+    def append_async(self, events: Mapping[str, Any]) -> "Future[int]":
+        """As append, without waiting: the future's result is append's. Blocks only while too much is under way."""
+        return self._writer().append_async(events)
+
+    def flush(self) -> None:
+        """Moves all events from the log and the tail into a part."""
+        self._writer().maintenance.flush()
+
+    def merge(self) -> None:
+        """Flushes, merges every user into one part, applies retention, and frees what nobody needs."""
+        self._writer().maintenance.merge()
+
+    def snapshot(self, name: str | None = None) -> str:
+        """Pins everything that has been acknowledged, to be opened by `open(path, at=name)`; returns the name."""
+        return administration.snapshot(self._writer(), name)
+
+    def snapshots(self) -> list[str]:
+        """Names of the snapshots."""
+        return snapshots(self._storage)
+
+    def drop_snapshot(self, name: str) -> None:
+        """Unpins a snapshot."""
+        administration.unpin(self._writer(), name)
+
+    def forget(self, users: Any) -> int:
+        """Removes every event of some users, from old parts, log and snapshots too: no file holds them afterwards.
+
+        Returns:
+          Events removed, those of copies included.
+        """
+        keys, beyond = _many_users(self.schema, users)
+        if self.schema.user == "int64":
+            keys = (keys if beyond is None else keys[~beyond]).tolist()
+        removed = administration.forget(self._writer(), keys)
+        if self._cache is not None:
+            self._cache.clear()
+        return removed
+
+    def evolve(self, schema: Schema) -> None:
+        """Changes the schema: adds fields that have a default, widens numbers. What was written stays as it is."""
+        administration.evolve(self._writer(), schema, self._dictionaries)
+
+    def retain(self, events: int | None = None, age: int | None = None) -> None:
+        """Sets what merges keep: a user's newest `events`, and those younger than `age` (in the schema's unit)."""
+        administration.retain(self._writer(), events, age)
+
+    def refresh(self) -> None:
+        """Takes in what another handle or process has written since; nothing to do for the writer itself."""
+        if self._appender is not None or self.at is not None:
+            return
+        with self._lock:
+            if not self._state.held.is_current(self._storage):
+                self._change(self._opened())
+            elif self._follower is not None:
+                if not self._follower.follow():
+                    self._change(self._opened())
+
+    def close(self) -> None:
+        """Ends writing: waits for what is under way, and gives the lock back. Reading goes on."""
+        with self._lock:
+            appender, self._appender = self._appender, None
+        if appender is not None:
+            appender.close()
+            with self._lock:
+                self._change(self._opened())
 
     def stats(self) -> dict[str, Any]:
         """Sizes and shape of the vault; see laser_jax.vault.inspection.stats."""
         from laser_jax.vault import inspection
 
-        return inspection.stats(self)
+        found = inspection.stats(self)
+        found["cache"] = self._cache.stats() if self._cache else None
+        if self._appender is not None:
+            found["writer"] = self._appender.stats()
+        return found
 
     def verify(self) -> list[str]:
         """Reads everything and names every damage; empty if the vault is whole."""
@@ -187,138 +319,222 @@ class Vault:
 
         return inspection.verify(self.path)
 
-    def _fields(self, names: Sequence[str] | None) -> list[Field]:
-        if names is None:
-            return list(self.schema.scalars)
-        if isinstance(names, str):
-            raise UnknownFieldError(f"fields={names!r}: give a sequence of names")
-        asked = []
-        for name in names:
-            if name == "time":
-                continue
-            if name not in self.schema.names:
-                known = ", ".join(("time", *self.schema.names))
-                raise UnknownFieldError(f"{self.path} has no field {name!r}; its fields: {known}")
-            asked.append(self.schema.field(name))
-        return asked
+    def _opened(self) -> State:
+        """A state from what is on disk now."""
+        before = getattr(self, "_state", None)
+        for _ in range(_OPEN_TRIES):
+            held = HeldManifest(self._storage, self.at)
+            try:
+                state = build_state(self._storage, held, self._dictionaries, before, ())
+                self._fills.update(fill_values(state.schema, self._dictionaries))
+                if self.at is None and self._storage.local:
+                    follower = Follower(self._storage, held.content, state.schema, self._dictionaries)
+                    if not follower.follow():
+                        raise CorruptionError(f"{log_path(self.path, follower.file)} is missing")
+                    self._follower = follower
+                    state = state.with_tails((follower.tail,))
+                return state
+            except (CorruptionError, UnavailableError):
+                # Forgetting removes files even from under a manifest that is held.
+                if self.at is not None or not self._storage.local or held.is_current(self._storage):
+                    raise
+        raise UnavailableError(f"{self.path} changes all the time: try again")
 
-    def _load_dictionary(self, field: str) -> np.ndarray:
-        values: list[str] = []
-        for piece in self.manifest["dictionaries"][field]:
-            path = os.path.join(self.path, vault_format.DICTIONARIES, piece["name"])
-            folder = Folder(path, piece["files"])
-            data = folder.array("bytes", np.uint8).tobytes()
-            offsets = folder.array("offsets", np.int64, piece["values"] + 1).tolist()
-            values.extend(data[a:b].decode() for a, b in zip(offsets[:-1], offsets[1:], strict=True))
-        array = np.empty(len(values), object)
-        array[:] = values
-        array.flags.writeable = False
+    def _change(self, state: State) -> None:
+        """Makes a state the one that reads start from."""
+        self._fills.update(fill_values(state.schema, self._dictionaries))
+        if state.schema != self._state.schema:
+            self._asked.clear()
+        self._state = state
+        self._pages.forget(set(state.parts))
+
+    def _writer(self) -> Appender:
+        if self._appender is None:
+            with self._lock:
+                if self._appender is None:
+                    if self.at is not None:
+                        raise VaultError(f"{self.path} was opened at snapshot {self.at!r}, which cannot be written")
+                    if not self._storage.local:
+                        raise VaultError(f"{self.path}: appending and merging need a vault in a local directory")
+                    self._appender = Appender(
+                        self._storage, self._writing, self._dictionaries, self._state, self._change
+                    )
+        return self._appender
+
+    def _values(self, field: str) -> np.ndarray | None:
+        dictionary = self._dictionaries.get(field)
+        return None if dictionary is None else dictionary.array
+
+    def _newest(
+        self, state: State, user: Any, asked: tuple[Field, ...], before: int, seen: int, n: int, bounded: bool
+    ) -> dict[str, np.ndarray] | None:
+        """RowReader.newest, through the cache; `bounded` is whether the caller set `seen`."""
+        as_of = seen
+        cache = self._cache
+        if cache is None or any(field.size is not None for field in asked):
+            return self._rows.newest(state, user, asked, before, as_of, n)
+        entries = state.entries(user)
+        if not entries:
+            return self._rows.newest(state, user, asked, before, as_of, n, entries=entries)
+        version = (state.epoch, entries)
+        found = cache.find(user, version)
+        if before == NO_BOUND and (found is None or not (found[1] or len(found[0]["time"]) >= n)):
+            everything = state.schema.scalars
+            parts_only = state.with_tails(())
+            rows = self._rows.newest(parts_only, user, everything, NO_BOUND, NO_BOUND, n, True, entries)
+            found = (rows, len(rows["time"]) < n)
+            cache.keep(user, version, *found)
+        if found is None:
+            return self._rows.newest(state, user, asked, before, as_of, n, entries=entries)
+        columns, complete = found
+        names = ["time", SEQUENCE, *(field.name for field in asked)]
+        size = len(columns["time"])
+        if before == NO_BOUND and not bounded:
+            if size < n and not complete:
+                return self._rows.newest(state, user, asked, before, as_of, n, entries=entries)
+            if not any(tail.size for tail in state.tails):
+                return {name: columns[name][-n:] for name in names if name != SEQUENCE}
+            known = {name: columns[name][-n:] for name in names}
+        else:
+            stop = size if before == NO_BOUND else int(np.searchsorted(columns["time"], before))
+            known = {name: columns[name][:stop] for name in names}
+            if bounded:
+                visible = np.flatnonzero(known[SEQUENCE] < seen)
+                known = {name: column[visible] for name, column in known.items()}
+            if len(known["time"]) < n and not complete:
+                return self._rows.newest(state, user, asked, before, as_of, n, entries=entries)
+            known = {name: column[-n:] for name, column in known.items()}
+        if not len(known["time"]):
+            known = None
+        return self._rows.newest(state, user, asked, before, as_of, n, entries=[], known=known)
+
+    def _get_where(
+        self,
+        state: State,
+        user: Any,
+        n: int,
+        before: int,
+        seen: int,
+        asked: tuple[Field, ...],
+        where: Mapping[str, Any],
+        max_scan: int | None,
+    ) -> History:
+        limit = NO_BOUND - 1 if max_scan is None else _count(max_scan)
+        conditions = {name: self._allowed(name, value) for name, value in where.items()}
+        names = [field.name for field in asked]
+        extra = tuple(field for field in self._fields(list(conditions)) if field.name not in names)
+        scan = max(2 * n, PAGE)
+        while True:
+            scan = min(scan, limit)
+            # One more than may be looked at, to know whether there is one.
+            rows = self._rows.newest(state, user, asked + extra, before, seen, scan + 1)
+            if rows is None:
+                return History(_no_rows(asked), self._values, seen, True, 0)
+            exhausted = len(rows["time"]) <= scan
+            rows = {name: column[-scan:] for name, column in rows.items()} if scan else _no_rows(asked + extra)
+            size = len(rows["time"])
+            kept = np.ones(size, bool)
+            for name, allowed in conditions.items():
+                kept &= np.isin(rows[name], allowed)
+            found = np.flatnonzero(kept)
+            if len(found) >= n or exhausted or scan == limit:
+                break
+            scan *= 4
+        found = found[len(found) - min(n, len(found)) :]
+        if len(found) == n and n and found[0] > 0:
+            # It need not have looked further back than that.
+            size, exhausted = size - int(found[0]), False
+        columns = {name: rows[name][found] for name in ("time", *names)}
+        return History(columns, self._values, seen, exhausted, size)
+
+    def _allowed(self, name: str, value: Any) -> np.ndarray:
+        """The values of a field that a condition lets through; codes of a string field."""
+        field = next(iter(self._fields([name])), None)
+        if field is None or field.size is not None:
+            raise UnknownFieldError(
+                f"{self.path}: where={name!r}: conditions are on scalar fields; `before` bounds time"
+            )
+        listed = list(value) if isinstance(value, (list, tuple, set, frozenset, np.ndarray)) else [value]
+        if field.type == "string":
+            if not all(isinstance(one, str) for one in listed):
+                raise SchemaError(f"where={name!r}: {value!r}: this field holds strings")
+            return self.encode(name, listed)
+        array = np.array(listed)
+        if array.size and array.dtype.kind not in "iufb":
+            raise SchemaError(f"where={name!r}: {value!r}: this field holds {field.type}")
         return array
 
-    def _empty_history(self, asked: list[Field]) -> History:
-        columns = {"time": np.zeros(0, np.int64)}
-        for field in asked:
-            columns[field.name] = np.zeros((0,) if field.size is None else (0, field.size), field.dtype)
-        return History(columns, self._values.get)
-
-    def _read_run(self, first: int, end: int, bound: int | None, n: int) -> tuple[np.ndarray, np.ndarray, int, int]:
-        """Adjacent pages of a user, their times, and the slots of the newest n events before `bound`."""
-        pages = self._reader(None).read(first, end)
-        time = page_times(self._layout, pages)
-        self._check_times(np.arange(first, end), time)
-        stop = (end - first) * PAGE
-        if bound is not None:
-            # Unused slots lead the oldest page and hold time 0: all slots together are in order.
-            stop -= PAGE - int(np.searchsorted(time[-1], bound))
-        start = max(stop - n, PAGE - int(self.index.count[first]))
-        return pages, time, start, stop
-
-    def _merged_history(
-        self, asked: list[Field], firsts: np.ndarray, ends: np.ndarray, bound: int | None, n: int
-    ) -> History:
-        """Merges one user's runs of pages from several parts."""
-        runs = []
-        for first, end in zip(firsts.tolist(), ends.tolist(), strict=True):
-            runs.append((first, end, *self._read_run(first, end, bound, n)))
-        if not runs:
-            return self._empty_history(asked)
-        time = np.concatenate([times.reshape(-1)[start:stop] for _, _, _, times, start, stop in runs])
-        # Stable: of equal times the part that comes first in the manifest was written first.
-        order = np.argsort(time, kind="stable")[-n:]
-        columns = {"time": time[order]}
-        for field in asked:
-            if field.size is None:
-                place = self._layout.places[field.name]
-                values = [run_of(pages, place, start, stop) for _, _, pages, _, start, stop in runs]
-            else:
-                reader = self._reader(field)
-                values = [reader.read(run[0], run[1]).reshape(-1, field.size)[run[4] : run[5]] for run in runs]
-            columns[field.name] = np.concatenate(values)[order]
-        return History(columns, self._values.get)
-
-    def _reader(self, field: Field | None) -> PageReader:
-        """The pread path to the pages, or to a vector field's array."""
-        name = "pages" if field is None else vault_format.vector_path(field.name)
-        reader = self._readers.get(name)
-        if reader is None:
-            shape = (self._layout.num_words, PAGE) if field is None else (PAGE, field.size)
-            reader = PageReader(self.index, name, shape, np.dtype(np.uint32) if field is None else field.dtype)
-            self._readers[name] = reader
-        return reader
-
-    def _check_times(self, page: np.ndarray, time: np.ndarray) -> None:
-        """Decoded times must be those of the directory: finds a lost shard, which zarr reads as zeros."""
-        index = self.index
-        first = time[np.arange(len(page)), PAGE - index.count[page].astype(np.int64)]
-        wrong = (first != index.first_time[page]) | (time[:, -1] != index.last_time[page])
-        if wrong.any():
-            bad = int(page[np.argmax(wrong)])
-            part = index.part_of(bad)
-            raise CorruptionError(
-                f"part {part.name}, page {bad - part.page_base}, user {index.user_of_page(bad)!r}: "
-                f"its times are not those of the directory ({part.folder.path}); is a shard file missing?"
-            )
+    def _fields(self, names: Sequence[str] | None) -> tuple[Field, ...]:
+        key = None if names is None else names if isinstance(names, (str, tuple)) else tuple(names)
+        found = self._asked.get(key)
+        if found is not None:
+            return found
+        if names is None:
+            found = self.schema.scalars
+        elif isinstance(names, str):
+            raise UnknownFieldError(f"fields={names!r}: give a sequence of names")
+        else:
+            unknown = [name for name in key if name != "time" and name not in self.schema.names]
+            if unknown:
+                known = ", ".join(("time", *self.schema.names))
+                raise UnknownFieldError(f"{self.path} has no field {unknown[0]!r}; its fields: {known}")
+            found = tuple(self.schema.field(name) for name in dict.fromkeys(key) if name != "time")
+        self._asked[key] = found
+        return found
 
 
-def _merge(
-    slot: np.ndarray, time: np.ndarray, request: np.ndarray, lengths: np.ndarray, n: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Merges the runs of users who live in several parts, and keeps the newest n events of each.
-
-    Args:
-      slot: int64 [R], rows in order of request, part and time.
-      time: of every slot.
-      request: int64 [R], ascending.
-      lengths: int64 [B], rows of each request.
-      n: events of a request at most.
-
-    Returns:
-      slot and lengths of the result.
-    """
-    # Stable: of equal times the part that comes first in the manifest was written first.
-    times = time[slot]
-    times -= times.min()
-    span = int(times.max()) + 1
-    # One key, made of sorted runs, sorts ten times faster than two keys.
-    if len(lengths) < 2**63 // span:
-        order = np.argsort(request * span + times, kind="stable")
-    else:
-        order = np.lexsort((times, request))
-    slot = slot[order]
-    kept = np.minimum(lengths, n)
-    return slot[spans(np.cumsum(lengths) - kept, kept)], kept
+def _no_rows(asked: tuple[Field, ...]) -> dict[str, np.ndarray]:
+    columns = {"time": np.zeros(0, np.int64)}
+    for field in asked:
+        columns[field.name] = np.zeros((0,) if field.size is None else (0, field.size), field.dtype)
+    return columns
 
 
 def _count(n: int) -> int:
     if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 0:
         raise SchemaError(f"n={n!r}: need the number of events, an integer >= 0")
-    return int(n)
+    return min(int(n), NO_BOUND - 1)
 
 
-def _bounds(before: Any, size: int) -> np.ndarray:
-    array = np.asarray(before)
+def _one_bound(name: str, value: Any) -> int:
+    if type(value) is int and -(2**63) <= value < 2**63:
+        return value
+    return int(_bounds(name, value, 1)[0])
+
+
+def _bounds(name: str, value: Any, size: int) -> np.ndarray:
+    array = np.asarray(value)
     if array.dtype.kind not in "iu" and array.size:
-        raise SchemaError(f"before of type {array.dtype}: need integer times in the schema's unit")
+        raise SchemaError(f"{name} of type {array.dtype}: need integers (times in the schema's unit)")
     if array.ndim > 1 or (array.ndim == 1 and len(array) != size):
-        raise SchemaError(f"before of shape {array.shape} for {size} users: need one time, or one for each")
+        raise SchemaError(f"{name} of shape {array.shape} for {size} users: need one number, or one for each")
     return np.broadcast_to(array.astype(np.int64), (size,))
+
+
+def _one_user(schema: Schema, user: Any) -> Any:
+    if schema.user == "string":
+        if not isinstance(user, str):
+            raise SchemaError(f"user {user!r}: this vault's users are strings")
+        return user
+    if type(user) is not int and (isinstance(user, bool) or not isinstance(user, (int, np.integer))):
+        raise SchemaError(f"user {user!r}: this vault's users are int64")
+    user = int(user)
+    # An id beyond int64 is nobody's.
+    return user if -(2**63) <= user < 2**63 else None
+
+
+def _many_users(schema: Schema, users: Any) -> tuple[Any, np.ndarray | None]:
+    """Keys as the schema has them, and which of them are beyond int64: these are nobody's."""
+    if schema.user == "string":
+        if isinstance(users, str):
+            raise SchemaError(f"users {users!r}: need a sequence of strings")
+        listed = users.tolist() if isinstance(users, np.ndarray) else list(users)
+        for user in listed:
+            if not isinstance(user, str):
+                raise SchemaError(f"user {user!r}: this vault's users are strings")
+        return listed, None
+    array = np.asarray(users)
+    if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
+        raise SchemaError(f"users of type {array.dtype} and shape {array.shape}: need int64 [B]")
+    beyond = array > np.iinfo(np.int64).max
+    return array.astype(np.int64), beyond if beyond.any() else None

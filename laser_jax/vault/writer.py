@@ -12,9 +12,11 @@ import numpy as np
 from laser_jax.schema import Schema, SchemaError
 from laser_jax.vault import format as vault_format
 from laser_jax.vault.columns import Coded, check_columns
+from laser_jax.vault.dictionary import Dictionary
 from laser_jax.vault.errors import UnavailableError, VaultError, VaultExistsError
-from laser_jax.vault.files import commit_manifest, inventory, sync_path, sync_tree, write_strings, writer_lock
-from laser_jax.vault.part import write_part
+from laser_jax.vault.files import inventory, sync_path, sync_tree, write_strings, writer_lock
+from laser_jax.vault.manifest import commit_manifest, new_manifest
+from laser_jax.vault.part_writer import write_part
 from laser_jax.vault.sorting import repeated_events, sort_events, trailing_rows
 
 #: Rows buffered before they become a part: about a hundred bytes of memory each for a usual schema.
@@ -24,23 +26,10 @@ _OWN_NAMES = {
     vault_format.DICTIONARIES,
     vault_format.LOCK,
     vault_format.MANIFEST + ".draft",
+    vault_format.MANIFEST_COPY,
+    vault_format.MANIFEST_COPY + ".draft",
+    vault_format.MANIFESTS,
 }
-
-
-class Dictionary:
-    """Codes of a string field, given out in order of first appearance."""
-
-    def __init__(self):
-        self.values: list[str] = []
-        self._codes: dict[str, int] = {}
-
-    def encode(self, column: Coded) -> np.ndarray:
-        """Codes int32 [N] of a column; new values get new codes."""
-        for value in column.values:
-            if self._codes.setdefault(value, len(self.values)) == len(self.values):
-                self.values.append(value)
-        codes = np.fromiter((self._codes[value] for value in column.values), np.int32, len(column.values))
-        return codes[column.codes]
 
 
 class VaultWriter:
@@ -175,7 +164,7 @@ class VaultWriter:
         fields = {field: rows[field] for field in self.schema.names}
         target = os.path.join(self.path, vault_format.PARTS, name)
         entry = write_part(target, self.schema, users, np.append(starts, len(user)), rows["time"], fields)
-        self._parts.append({"name": name, "first_sequence": self.events, **entry})
+        self._parts.append({"name": name, "schema": 0, "first_sequence": self.events, **entry})
         self.events += len(user)
 
     def _commit(self) -> None:
@@ -184,20 +173,13 @@ class VaultWriter:
         for field, dictionary in self._dictionaries.items():
             name = f"{field}-000000-{secrets.token_hex(4)}"
             piece = os.path.join(folder, name)
-            write_strings(piece, "", dictionary.values)
-            dictionaries[field] = [{"name": name, "values": len(dictionary.values), "files": inventory(piece, [])}]
+            write_strings(piece, "", dictionary.since(0))
+            dictionaries[field] = [{"name": name, "values": len(dictionary), "files": inventory(piece, [])}]
             sync_tree(piece)
         for parent in (folder, os.path.join(self.path, vault_format.PARTS)):
             if os.path.isdir(parent):
                 sync_path(parent)
-        manifest = {
-            "format": vault_format.FORMAT,
-            "version": vault_format.VERSION,
-            "schema": self.schema.to_json(),
-            "parts": self._parts,
-            "dictionaries": dictionaries,
-            "next_sequence": self.events,
-        }
+        manifest = new_manifest(self.schema, self._parts, dictionaries, self.events)
         commit_manifest(self.path, manifest)
         sync_path(os.path.dirname(self.path))
         self._parts = None

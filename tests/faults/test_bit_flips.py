@@ -24,14 +24,15 @@ def whole(tmp_path_factory):
         writer.write(take(log, slice(None, 500)))
         writer.write(take(log, slice(500, None)))
     vault = seqvault.open(path)
-    assert len(vault.index.parts) == 2
+    assert len(vault.state.parts) == 2
     return path, users, read_by_get(vault, users), read_by_gather(vault, users)
 
 
 def files_of(path) -> list[str]:
-    """Every file of a vault but the lock, which holds nothing."""
+    """Every file that a reader of a vault needs: not the lock, which holds nothing, nor the copies of the manifest."""
     names = [os.path.relpath(os.path.join(folder, name), path) for folder, _, names in os.walk(path) for name in names]
-    return sorted(name for name in names if name != "writer.lock")
+    spare = ("writer.lock", "manifest.copy.json")
+    return sorted(name for name in names if name not in spare and not name.startswith("manifests/"))
 
 
 def read_by_get(vault, users) -> list:
@@ -87,10 +88,9 @@ def test_a_damaged_page_is_named(whole, tmp_path):
     copy = tmp_path / "vault"
     shutil.copytree(path, copy)
     vault = seqvault.open(copy)
-    part = vault.index.parts[1]
-    page = part.page_base + 1
-    user = vault.index.user_of_page(page)
-    flip(os.path.join(part.folder.path, "pages/c/0/0/0"), int(vault.index.offset[page]) + 9, 3)
+    part = list(vault.state.parts.values())[1]
+    user = part.user_of_page(1)
+    flip(os.path.join(part.folder.path, "pages/c/0/0/0"), int(part.offset[1]) + 9, 3)
     text = rf"part {part.name}, page 1 of pages, user '{user}': its checksum does not match"
     with pytest.raises(seqvault.CorruptionError, match=text):
         vault.get(user, 9999)
@@ -107,7 +107,7 @@ def test_verify_names_every_damage(whole, tmp_path):
     copy = tmp_path / "vault"
     shutil.copytree(path, copy)
     vault = seqvault.open(copy)
-    part, other = (part.folder.path for part in vault.index.parts)
+    part, other = (part.folder.path for part in vault.state.parts.values())
     flip(os.path.join(part, "pages/c/0/0/0"), 5, 1)
     flip(os.path.join(part, "vectors/tiny/c/0/0/0"), 5, 1)
     flip(os.path.join(other, "page_count/c/0"), 0, 1)
@@ -145,24 +145,25 @@ def test_a_shard_that_vanishes_under_an_open_vault(whole, tmp_path):
             copy = tmp_path / "vault"
             shutil.copytree(path, copy)
             vault = seqvault.open(copy)
-            os.remove(os.path.join(vault.index.parts[0].folder.path, lost))
-            with pytest.raises(seqvault.CorruptionError, match=vault.index.parts[0].name):
+            os.remove(os.path.join(list(vault.state.parts.values())[0].folder.path, lost))
+            with pytest.raises(seqvault.CorruptionError, match=list(vault.state.parts.values())[0].name):
                 read(vault, users)
             shutil.rmtree(copy)
 
 
 def test_a_shard_index_damaged_under_an_open_vault(whole, tmp_path):
-    """get has the index in memory and reads on; gather must notice."""
-    path, users, expected, _ = whole
+    """An open vault has the index in memory and reads on; verify and the next one to open it notice."""
+    path, users, by_get, by_gather = whole
     copy = tmp_path / "vault"
     shutil.copytree(path, copy)
     vault = seqvault.open(copy)
-    part = vault.index.parts[0]
+    part = list(vault.state.parts.values())[0]
     shard = os.path.join(part.folder.path, "pages/c/0/0/0")
     flip(shard, os.path.getsize(shard) - 8, 2)
-    assert read_by_get(vault, users) == expected
+    assert read_by_get(vault, users) == by_get and read_by_gather(vault, users) == by_gather
     with pytest.raises(seqvault.CorruptionError, match=f"{part.name}.*shard index"):
-        vault.gather(users)
+        seqvault.open(copy)
+    assert any("shard index" in damage for damage in vault.verify())
 
 
 def test_blank_pages_are_told_from_lost_ones(tmp_path):
@@ -174,6 +175,6 @@ def test_blank_pages_are_told_from_lost_ones(tmp_path):
     vault = seqvault.open(tmp_path / "vault")
     assert vault.gather([0], fields=["item", "tiny"]).columns["tiny"].tolist() == [[0] * 5] * 2
     assert vault.get(0)["item"].tolist() == [0, 0]
-    os.remove(os.path.join(vault.index.parts[0].folder.path, "pages/c/0/0/0"))
+    os.remove(os.path.join(list(vault.state.parts.values())[0].folder.path, "pages/c/0/0/0"))
     with pytest.raises(seqvault.CorruptionError, match="missing"):
         seqvault.open(tmp_path / "vault")

@@ -13,7 +13,8 @@ import pytest
 
 from laser_jax import vault as seqvault
 from laser_jax.schema import Field, Schema
-from laser_jax.vault import files
+from laser_jax.vault import files, manifest
+from laser_jax.vault.storage import LocalStorage
 
 ROWS, PARTS = 3000, 4
 WRITER = """
@@ -139,8 +140,8 @@ def test_parent_that_cannot_hold_a_vault(tmp_path):
 
 def write_manifest(path, **changes) -> None:
     """Rewrites a vault's manifest with changes and a checksum that fits."""
-    manifest = files.read_manifest(str(path))
-    files.commit_manifest(str(path), manifest | changes)
+    content = manifest.read_manifest(LocalStorage(str(path)))
+    manifest.commit_manifest(str(path), content | changes)
 
 
 def test_not_a_vault(tmp_path):
@@ -161,6 +162,6 @@ def test_not_a_vault(tmp_path):
 def test_newer_version(tmp_path):
     with seqvault.create(tmp_path / "vault", Schema()) as writer:
         writer.write({"user": [1], "time": [1]})
-    write_manifest(tmp_path / "vault", version=2)
-    with pytest.raises(seqvault.VersionError, match="version 2.*up to 1: install a newer laser_jax"):
+    write_manifest(tmp_path / "vault", version=3)
+    with pytest.raises(seqvault.VersionError, match="version 3.*up to 2: install a newer laser_jax"):
         seqvault.open(tmp_path / "vault")

@@ -93,8 +93,8 @@ def test_a_user_in_grouped_input_lives_in_one_part(make_vault, small_schema):
     users = np.repeat(np.arange(50), 97)
     log = random_log(small_schema, [0], len(users), 0) | {"user": users}
     vault = make_vault(small_schema, log, parts=7)
-    assert len(vault.index.parts) >= 7
-    assert vault.stats()["parts_per_user"] == [1.0, 1]
+    assert len(vault.state.parts) >= 7
+    assert vault.stats()["parts_per_user"] == [1.0, 1.0, 1]
 
 
 def test_vault_knows_no_jax():
@@ -115,7 +115,7 @@ def test_stats(make_vault):
         os.path.getsize(os.path.join(folder, name))
         for folder, _, names in os.walk(vault.path)
         for name in names
-        if name != "writer.lock"
+        if name not in ("writer.lock", "manifest.copy.json") and not folder.endswith("manifests")
     )
     assert stats["bytes"] == on_disk
     assert stats["bytes_per_event"] == on_disk / 1001

@@ -54,13 +54,13 @@ def test_reads_equal_brute_force(tmp_path_factory, user_type, time_unit, data):
         bounds = [bounds[0]] * len(batch)
     before = {"none": None, "one": bounds[0], "each": np.array(bounds)}[kind]
 
-    histories = vault.gather(batch if user_type == "string" else np.array(batch), before, n, names)
+    histories = vault.gather(batch if user_type == "string" else np.array(batch), before, n, fields=names)
     assert len(histories) == len(batch)
     assert histories.offsets[0] == 0 and histories.offsets[-1] == len(histories.columns["time"])
     for position, (user, bound) in enumerate(zip(batch, bounds, strict=True)):
         expected = model.read(user, n, bound)
         assert_same(vault, histories[position], expected, names)
-        assert_same(vault, vault.get(user, n, bound, names), expected, names)
+        assert_same(vault, vault.get(user, n, bound, fields=names), expected, names)
 
 
 def test_all_columns_but_vectors_by_default(make_vault):
@@ -84,7 +84,7 @@ def test_sixty_day_gap_in_milliseconds(make_vault):
 def test_parts_that_overlap_in_time_are_read_as_one_history(make_vault, small_schema):
     log = random_log(small_schema, [5, 6, 7], 6000, 1, span=900)
     vault = make_vault(small_schema, log, parts=5)
-    assert len(vault.index.parts) >= 5
+    assert len(vault.state.parts) >= 5
     model = Model(log)
     for user in (5, 6, 7):
         for n in (1, 300, 1000, 9999):
@@ -97,11 +97,17 @@ def test_reads_no_more_parts_than_needed(make_vault, small_schema):
     times = np.arange(4000)
     log = {"user": np.ones(4000, np.int64), "time": times, "item": times, "action": np.zeros(4000, np.uint8)}
     vault = make_vault(small_schema, log, parts=4)
-    assert len(vault.index.parts) >= 4
-    from laser_jax.vault.index import select_pages
-
-    _, first, end = select_pages(vault.index, np.array([0]), np.array([3900]), 500)
-    assert (end - first).sum() <= 4
+    assert len(vault.state.parts) >= 4
+    read = []
+    decoded = vault._pages.planes
+    vault._pages.planes = lambda part, first, end: read.append(end - first) or decoded(part, first, end)
+    for before, pages in ((3900, 4), (None, 3)):
+        assert len(vault.gather([1], before, 500)) == len(vault.gather([1], before, 500)) == 1
+        assert sum(read) // 2 <= pages
+        read.clear()
+        assert len(vault.get(1, 500, before, as_of=4000)) == 500
+        assert sum(read) <= pages
+        read.clear()
 
 
 def test_many_users_find_their_own(make_vault):
@@ -115,8 +121,8 @@ def test_many_users_find_their_own(make_vault):
 
 
 def test_string_users_whose_hashes_collide_stay_apart(make_vault, monkeypatch):
-    monkeypatch.setattr("laser_jax.vault.part.hash_string", lambda key: len(key))
-    monkeypatch.setattr("laser_jax.vault.users.hash_string", lambda key: len(key))
+    monkeypatch.setattr("laser_jax.vault.hashing.hash_string", lambda key: len(key))
+    monkeypatch.setattr("laser_jax.vault.state.hash_string", lambda key: len(key))
     users = np.array(["aa", "bb", "c", "bb", "aa", "dd", "c", "aa"], object)
     vault = make_vault(Schema(user="string"), {"user": users, "time": np.arange(8)}, parts=4)
     assert sorted(vault.users()) == ["aa", "bb", "c", "dd"]
@@ -185,8 +191,8 @@ def test_threads_share_a_handle(make_vault):
 
     def read(user):
         names = ("item", "embedding")
-        assert_same(vault, vault.get(user, 300, 5000, names), model.read(user, 300, 5000), names)
-        assert_same(vault, vault.gather([user], 5000, 300, names)[0], model.read(user, 300, 5000), names)
+        assert_same(vault, vault.get(user, 300, 5000, fields=names), model.read(user, 300, 5000), names)
+        assert_same(vault, vault.gather([user], 5000, 300, fields=names)[0], model.read(user, 300, 5000), names)
 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         list(pool.map(read, list(range(20)) * 4))

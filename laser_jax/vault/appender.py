@@ -1,0 +1,405 @@
+"""The one writer of a vault: appends to the log and the tail, and what goes on behind them."""
+
+import contextlib
+import dataclasses
+import os
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+
+from laser_jax.schema import Schema
+from laser_jax.vault.columns import Coded, check_columns
+from laser_jax.vault.dedup import Window
+from laser_jax.vault.dictionary import Dictionary
+from laser_jax.vault.errors import CorruptionError, UnavailableError, VaultError
+from laser_jax.vault.files import sync_path, writer_lock
+from laser_jax.vault.follower import Follower
+from laser_jax.vault.format import LOG
+from laser_jax.vault.log import (
+    FILE_HEADER,
+    Acknowledged,
+    Batch,
+    LogFile,
+    encode_acknowledged,
+    encode_header,
+    encode_record,
+    log_numbers,
+    log_path,
+)
+from laser_jax.vault.maintenance import LogPiece, Maintenance, WriterOptions
+from laser_jax.vault.manifest import HeldManifest
+from laser_jax.vault.state import State, build_state
+from laser_jax.vault.storage import LocalStorage
+from laser_jax.vault.tail import Tail
+
+#: Bytes of events that append_async lets wait before it lends a hand.
+_QUEUE_BYTES = 8 << 20
+
+
+@dataclasses.dataclass
+class _Item:
+    """Events on their way to the log."""
+
+    columns: dict[str, Any]
+    size: int
+    future: "Future[int]"
+
+
+class Appender:
+    """Holds the writer's lock until `close`. Safe to share among threads."""
+
+    def __init__(
+        self,
+        storage: LocalStorage,
+        options: WriterOptions,
+        dictionaries: dict[str, Dictionary],
+        state: State,
+        change: Callable[[State], None],
+    ):
+        """Takes the lock and brings the log in order.
+
+        Args:
+          storage: of the vault.
+          options: see WriterOptions.
+          dictionaries: of the string fields, shared with the reader.
+          state: that the reader has.
+          change: called with every new state.
+
+        Raises:
+          LockedError: there is another writer.
+          CorruptionError: the log is damaged.
+        """
+        self._root = storage.root
+        self._options = options
+        self._dictionaries = dictionaries
+        self._queue: list[_Item] = []
+        self._queue_lock = threading.Lock()
+        self._commit_lock = threading.RLock()
+        self._descriptor = -1
+        self._mark = -1
+        self._broken: str | None = None
+        self._logged: dict[str, int] = {}
+        self._wake = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        self.log_bytes = 0
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(writer_lock(self._root))
+            held = HeldManifest(storage)
+            state = build_state(storage, held, dictionaries, state, ())
+            tail = self._recover(storage, state)
+            self._window = Window(state.schema, options.dedup_window)
+            self._refill_window(state)
+            change(state.with_tails((tail,)))
+            self._logged = {name: len(dictionary) for name, dictionary in dictionaries.items()}
+            self.maintenance = Maintenance(storage, options, dictionaries, state.with_tails((tail,)), self, change)
+            self._held = stack.pop_all()
+
+    @property
+    def commit_lock(self) -> threading.RLock:
+        """Held while events are being written; who holds it sees no append."""
+        return self._commit_lock
+
+    def append(self, events: Mapping[str, Any]) -> int:
+        """See Vault.append."""
+        item = self._enqueue(events)
+        self._commit()
+        return item.future.result()
+
+    def append_async(self, events: Mapping[str, Any]) -> "Future[int]":
+        """See Vault.append_async."""
+        item = self._enqueue(events)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._commit_forever, name="vault-append", daemon=True)
+            self._thread.start()
+        with self._queue_lock:
+            waiting = sum(queued.size for queued in self._queue)
+        if waiting > _QUEUE_BYTES:
+            self._commit()
+        with self._wake:
+            self._wake.notify()
+        return item.future
+
+    def seal(self) -> list[LogPiece]:
+        """Closes the tail and its log files, so that they can become a part; begins new ones. For maintenance."""
+        with self._commit_lock:
+            tail = self._state.tails[-1]
+            if tail.size:
+                self._pieces.append(LogPiece(tail, tuple(self._files)))
+                self._begin(self._state.schema)
+            return list(self._pieces)
+
+    @property
+    def pieces(self) -> list[LogPiece]:
+        """Closed tails that are in no part yet."""
+        return self._pieces
+
+    def oldest_file(self, sequence: int, first: int) -> int:
+        """The log file that holds the event of a sequence number, or the oldest one there is; at most `first`."""
+        oldest = first
+        for number in reversed([number for number in log_numbers(self._root) if number < first]):
+            oldest = number
+            with LogFile(self._root, number) as file:
+                if file.first_sequence <= sequence:
+                    break
+        return oldest
+
+    def flushed(self, pieces: list[LogPiece]) -> None:
+        """These pieces are in a part now."""
+        with self._commit_lock:
+            self._pieces = [piece for piece in self._pieces if piece not in pieces]
+
+    def begin_schema(self, schema: Schema) -> None:
+        """Begins a tail and a log file of another schema; the old tail is empty. Under the commit lock."""
+        self._begin(schema)
+        self._window = Window(schema, self._options.dedup_window)
+        self._refill_window(self._state)
+
+    def stats(self) -> dict[str, Any]:
+        """Bytes written and what is under way."""
+        return self.maintenance.stats() | {"log_bytes_written": self.log_bytes}
+
+    def close(self) -> None:
+        """Ends everything that is under way and gives the lock back."""
+        self._commit()
+        with self._wake:
+            self._closed = True
+            self._wake.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+        self.maintenance.close()
+        with self._commit_lock:
+            self._close_files()
+            self._broken = "the vault was closed"
+        self._held.close()
+
+    @property
+    def _state(self) -> State:
+        return self.maintenance.state
+
+    # Recovery.
+
+    def _recover(self, storage: LocalStorage, state: State) -> Tail:
+        """The tail that the log holds; cuts off what a crash left of an event that nobody was told of."""
+        first = state.manifest["log"]["first"]
+        follower = Follower(storage, state.manifest, state.schema, self._dictionaries)
+        try:
+            numbers = [number for number in log_numbers(self._root) if number >= first]
+            if numbers and os.path.getsize(log_path(self._root, numbers[-1])) < FILE_HEADER:
+                # Its header was not yet whole: nothing was ever acknowledged there.
+                os.remove(log_path(self._root, numbers.pop()))
+            if not follower.follow():
+                raise CorruptionError(f"{log_path(self._root, follower.file)} is missing; see `repair`")
+            ends = follower.replay(numbers)
+            if numbers:
+                path = log_path(self._root, numbers[-1])
+                if os.path.getsize(path) > ends[numbers[-1]]:
+                    os.truncate(path, ends[numbers[-1]])
+                sync_path(path)
+        except OSError as error:
+            raise UnavailableError(f"{self._root}: its log cannot be read: {error}") from error
+        self._files: list[tuple[int, int]] = [(number, ends[number]) for number in numbers]
+        self._pieces: list[LogPiece] = []
+        newest = log_numbers(self._root)
+        self._number = max([first, *(number + 1 for number in newest)])
+        self._offset = 0
+        if numbers:
+            self._acknowledge(Acknowledged(numbers[-1], ends[numbers[-1]], follower.tail.next_sequence))
+        return follower.tail
+
+    def _refill_window(self, state: State) -> None:
+        """Reads the keys of the newest events from the log files that are kept for it."""
+        if not self._window.active:
+            return
+        schemas = [Schema.from_json(schema) for schema in state.manifest["schemas"]]
+        for number in log_numbers(self._root):
+            if number < state.manifest["log"]["kept"]:
+                continue
+            with LogFile(self._root, number) as file:
+                schema = schemas[file.schema]
+                for batch, _ in file.batches(schema, FILE_HEADER):
+                    columns = {name: batch.columns.get(name) for name in ("time", *state.schema.names)}
+                    if file.schema == len(schemas) - 1 or state.schema.event_key is not None:
+                        self._window.add(self._window.keys(batch.users, columns))
+
+    # Writing.
+
+    def _enqueue(self, events: Mapping[str, Any]) -> _Item:
+        columns = check_columns(self._state.schema, events)
+        size = sum(_size_of(column) for column in columns.values())
+        self.maintenance.wait_for_room()
+        item = _Item(columns, size, Future())
+        with self._queue_lock:
+            self._queue.append(item)
+        return item
+
+    def _commit_forever(self) -> None:
+        while not self._closed:
+            with self._wake:
+                if not self._queue and not self._closed:
+                    self._wake.wait(0.05)
+            self._commit()
+
+    def _commit(self) -> None:
+        """Writes everything that waits, in one go: many appends share a flush."""
+        with self._commit_lock:
+            with self._queue_lock:
+                items, self._queue = self._queue, []
+            if not items:
+                return
+            try:
+                results = self._write(items)
+            except (VaultError, OSError) as error:
+                for item in items:
+                    item.future.set_exception(_explained(error, self._root))
+                return
+            for item, result in zip(items, results, strict=True):
+                item.future.set_result(result)
+            tail = self._state.tails[-1]
+            full = tail.num_bytes >= self._options.tail_bytes // 2
+        if full:
+            self.maintenance.tail_is_full()
+
+    def _write(self, items: list[_Item]) -> list[int]:
+        if self._broken:
+            raise UnavailableError(
+                f"{self._root} cannot be written any more: {self._broken}; close it and open it again"
+            )
+        tail, schema = self._state.tails[-1], self._state.schema
+        sequence = tail.next_sequence
+        batches, results, keys = [], [], []
+        pending: set[Any] = set()
+        logged = dict(self._logged)
+        for item in items:
+            batch, fresh = self._batch(schema, item.columns, sequence, logged, pending)
+            if len(batch):
+                batches.append(batch)
+                keys.extend(fresh)
+                sequence += len(batch)
+            results.append(sequence)
+        if not batches:
+            return results
+        data = b"".join([encode_record(schema, batch) for batch in batches])
+        self._flush_bytes(data)
+        for batch in batches:
+            tail.append(batch.users, batch.columns)
+        if self._window.active:
+            self._window.add(keys)
+        self._logged = logged
+        self._files[-1] = (self._number, self._offset)
+        self._acknowledge(Acknowledged(self._number, self._offset, sequence))
+        return results
+
+    def _batch(
+        self, schema: Schema, columns: dict[str, Any], sequence: int, logged: dict[str, int], pending: set[Any]
+    ) -> tuple[Batch, list[Any]]:
+        """Checked columns as a record's batch, without repeated events; and the keys of its events."""
+        user = columns["user"]
+        if isinstance(user, Coded):
+            values = user.values
+            users: list[Any] = [values[code] for code in user.codes.tolist()]
+        else:
+            users = user.tolist()
+        rows = {}
+        new = {}
+        for name in ("time", *schema.names):
+            column = columns[name]
+            if isinstance(column, Coded):
+                dictionary = self._dictionaries[name]
+                column = dictionary.encode(column)
+                if len(dictionary) > logged.get(name, 0):
+                    new[name] = (logged.get(name, 0), dictionary.since(logged.get(name, 0)))
+                    logged[name] = len(dictionary)
+            rows[name] = column
+        keys: list[Any] = []
+        if self._window.active:
+            keys = self._window.keys(users, rows)
+            fresh = self._window.fresh(keys, pending)
+            if not fresh.all():
+                chosen = np.flatnonzero(fresh)
+                users = [users[row] for row in chosen.tolist()]
+                keys = [keys[row] for row in chosen.tolist()]
+                rows = {name: column[chosen] for name, column in rows.items()}
+        return Batch(sequence, users, rows, new), keys
+
+    def _flush_bytes(self, data: bytes) -> None:
+        """Appends to the log file, durably: all of it, or nothing and an error."""
+        if self._descriptor < 0:
+            self._open_file()
+        try:
+            view, at = memoryview(data), self._offset
+            while view:
+                written = os.pwrite(self._descriptor, view, at)
+                view, at = view[written:], at + written
+        except OSError:
+            try:
+                os.ftruncate(self._descriptor, self._offset)
+            except OSError as error:
+                self._broken = f"its log could not be put right after a failed write ({error})"
+            raise
+        try:
+            os.fdatasync(self._descriptor)
+        except OSError as error:
+            # What is on the disk now is unknown: nothing after it may be acknowledged.
+            self._broken = f"its log could not be flushed ({error})"
+            raise
+        self._offset = at
+        self.log_bytes += len(data)
+
+    def _open_file(self) -> None:
+        path = log_path(self._root, self._number)
+        header = encode_header(
+            self._number, self._state.tails[-1].next_sequence, len(self._state.manifest["schemas"]) - 1
+        )
+        folder = os.path.dirname(path)
+        os.makedirs(folder, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        try:
+            if os.pwrite(descriptor, header, 0) != len(header):
+                raise OSError("no room for the header of a log file")
+            os.fsync(descriptor)
+            sync_path(folder)
+            sync_path(self._root)
+        except OSError:
+            os.close(descriptor)
+            os.remove(path)
+            raise
+        self._descriptor, self._offset = descriptor, len(header)
+        self._files.append((self._number, self._offset))
+
+    def _acknowledge(self, value: Acknowledged) -> None:
+        """Says how far readers may read; needs no flush, see laser_jax.vault.log."""
+        if self._mark < 0:
+            path = os.path.join(self._root, LOG, "acknowledged")
+            self._mark = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        os.pwrite(self._mark, encode_acknowledged(value), 0)
+
+    def _begin(self, schema: Schema) -> None:
+        """A new tail and, with the next append, a new log file."""
+        self._close_file()
+        if self._files and self._files[-1][0] >= self._number:
+            self._number = self._files[-1][0] + 1
+        self._files = []
+        self.maintenance.add_tail(Tail(schema, self._state.next_sequence))
+
+    def _close_file(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _close_files(self) -> None:
+        self._close_file()
+        if self._mark >= 0:
+            os.close(self._mark)
+            self._mark = -1
+
+
+def _size_of(column: Any) -> int:
+    return column.codes.nbytes + 8 * len(column) if isinstance(column, Coded) else column.nbytes
+
+
+def _explained(error: Exception, root: str) -> Exception:
+    return error if isinstance(error, VaultError) else UnavailableError(f"{root} cannot be written: {error}")

@@ -1,0 +1,66 @@
+"""Codes of a string field, given out in order of first appearance; they are never taken back."""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from laser_jax.vault.columns import Coded
+from laser_jax.vault.errors import CorruptionError
+
+
+class Dictionary:
+    """Values of a string field; the position is the code. Grows only."""
+
+    def __init__(self, values: Iterable[str] = ()):
+        self._codes: dict[str, int] = {}
+        self._store = np.empty(16, object)
+        self.extend(0, list(values))
+
+    def __len__(self) -> int:
+        return len(self._codes)
+
+    @property
+    def array(self) -> np.ndarray:
+        """Values, str objects [V], read-only."""
+        found = self._store[: len(self._codes)]
+        found.flags.writeable = False
+        return found
+
+    def since(self, code: int) -> list[str]:
+        """Values with that code or a greater one."""
+        return self._store[code : len(self._codes)].tolist()
+
+    def extend(self, code: int, values: list[str]) -> None:
+        """Takes over values whose codes begin at `code`; those that are known already are compared.
+
+        Raises:
+          CorruptionError: they are not those that are known, or leave a gap.
+        """
+        size = len(self._codes)
+        known = self._store[code:size].tolist()[: len(values)]
+        if code > size or values[: len(known)] != known:
+            raise CorruptionError(f"dictionary values from code {code} on do not follow the {size} known ones")
+        for value in values[len(known) :]:
+            self._add(value)
+
+    def encode(self, column: Coded) -> np.ndarray:
+        """Codes int32 [N] of a column; new values get new codes."""
+        for value in column.values:
+            if value not in self._codes:
+                self._add(value)
+        codes = np.fromiter((self._codes[value] for value in column.values), np.int32, len(column.values))
+        return codes[column.codes]
+
+    def code(self, value: str) -> int:
+        """Code of a value, -1 if it has none."""
+        return self._codes.get(value, -1)
+
+    def _add(self, value: str) -> None:
+        size = len(self._codes)
+        if size == len(self._store):
+            grown = np.empty(2 * size, object)
+            grown[:size] = self._store
+            self._store = grown
+        self._store[size] = value
+        # The code comes last: whoever sees it finds the value.
+        self._codes[value] = size

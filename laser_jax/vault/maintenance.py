@@ -1,0 +1,359 @@
+"""What goes on behind the writer: tails become parts, users are merged, old files go. One manifest after the other."""
+
+import contextlib
+import dataclasses
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from laser_jax.schema import Schema
+from laser_jax.vault.dictionary import Dictionary
+from laser_jax.vault.errors import UnavailableError, VaultError
+from laser_jax.vault.files import inventory, sync_path, sync_tree, write_strings
+from laser_jax.vault.format import DICTIONARIES, MANIFEST, PARTS
+from laser_jax.vault.manifest import HeldManifest, collect_garbage, commit_manifest
+from laser_jax.vault.merge_plan import MergePlan, all_entries, plan_everything, plan_newest
+from laser_jax.vault.state import State, build_state
+from laser_jax.vault.storage import LocalStorage
+from laser_jax.vault.tail import Tail
+from laser_jax.vault.tasks import LogTask, MergeTask
+from laser_jax.vault.unpacking import fill_values
+from laser_jax.vault.worker import Worker
+
+#: Seconds between tries after the storage refused.
+_RETRY = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class WriterOptions:
+    """How a handle writes.
+
+    Attributes:
+      tail_bytes: memory for events that are in no part yet. At half of it they begin to become a part, at all of it
+        appends wait.
+      background: whether tails are flushed and users merged as needed, by a process of its own. If not, a full tail
+        is flushed by the append that fills it, and nothing is merged but by `merge`.
+      merge_bytes_per_s: bytes of decoded pages that background merges read and write in a second, at most; 0 for no
+        limit.
+      merge_parts: parts that a user may live in before it is merged.
+      dedup_window: newest appended events among which repeated ones are found, if the schema drops duplicates.
+    """
+
+    tail_bytes: int = 128 << 20
+    background: bool = True
+    merge_bytes_per_s: int = 32 << 20
+    merge_parts: int = 4
+    dedup_window: int = 1 << 18
+
+    def __post_init__(self):
+        for name in ("tail_bytes", "merge_parts"):
+            if getattr(self, name) < 1:
+                raise VaultError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("merge_bytes_per_s", "dedup_window"):
+            if getattr(self, name) < 0:
+                raise VaultError(f"{name} must not be negative, got {getattr(self, name)}")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LogPiece:
+    """A closed tail and the log files (number, bytes) that hold its events."""
+
+    tail: Tail
+    files: tuple[tuple[int, int], ...]
+
+
+class Maintenance:
+    """Owns the writer's state: everything that changes the manifest goes through here, one change at a time.
+
+    Attributes:
+      state: newest state.
+    """
+
+    def __init__(
+        self,
+        storage: LocalStorage,
+        options: WriterOptions,
+        dictionaries: dict[str, Dictionary],
+        state: State,
+        appender: Any,
+        change: Callable[[State], None],
+    ):
+        self.state = state
+        self.options = options
+        self.root = storage.root
+        self._storage = storage
+        self._dictionaries = dictionaries
+        self._appender = appender
+        self._change = change
+        self._lock = threading.RLock()
+        self._state_lock = threading.Lock()
+        self._work = threading.Event()
+        self._room = threading.Condition()
+        self._failure: Exception | None = None
+        self._closing = False
+        self._worker = Worker()
+        self.bytes_written = 0
+        self.events_merged = 0
+        self._thread: threading.Thread | None = None
+        self._new_parts: list[str] = []
+        self._given = 0
+        self._collect()
+
+    # Called by the appender.
+
+    def add_tail(self, tail: Tail) -> None:
+        """Puts a new tail behind the others."""
+        with self._state_lock:
+            self._set(self.state.with_tails((*(old for old in self.state.tails if old.size), tail)))
+
+    def tail_is_full(self) -> None:
+        """The newest tail has reached its budget."""
+        if not self.options.background:
+            self.flush()
+            return
+        self._appender.seal()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="vault-maintenance", daemon=True)
+            self._thread.start()
+        self._work.set()
+
+    def wait_for_room(self) -> None:
+        """Waits while the tails are over their budget.
+
+        Raises:
+          UnavailableError: they cannot be made into parts.
+        """
+        if not self.options.background:
+            return
+        with self._room:
+            while self._tail_bytes() >= self.options.tail_bytes:
+                if self._failure is not None:
+                    raise UnavailableError(
+                        f"{self.root}: the tail is full and cannot be made into a part: {self._failure}"
+                    ) from self._failure
+                self._work.set()
+                self._room.wait(0.1)
+
+    def close(self) -> None:
+        """Ends the background work after the task at hand."""
+        self._closing = True
+        self._work.set()
+        if self._thread is not None:
+            self._thread.join()
+        self._worker.close()
+
+    def stats(self) -> dict[str, Any]:
+        """Bytes written into parts and manifests, events rewritten by merges, bytes in tails."""
+        return {
+            "part_bytes_written": self.bytes_written,
+            "events_merged": self.events_merged,
+            "tail_bytes": self._tail_bytes(),
+        }
+
+    # Work.
+
+    def flush(self) -> None:
+        """Everything in the tails becomes a part."""
+        with self._lock:
+            pieces = self._appender.seal()
+            if pieces:
+                self._flush(pieces)
+
+    def merge(self) -> None:
+        """Everything of a user becomes one entry; retention is applied, and what nobody needs goes."""
+        with self._lock:
+            self.flush()
+            retention = self.state.manifest["retention"]
+            plan = plan_everything(self.state, trim=bool(retention), keep_one=False)
+            self._merge(plan, 0, keep_one=False)
+            self._collect()
+
+    def commit(self, **changes: Any) -> None:
+        """Writes a manifest with these changes, and makes its state the newest."""
+        with self._lock:
+            manifest = self.state.manifest | {"version": 2} | changes
+            manifest["number"] = self.state.manifest["number"] + 1
+            try:
+                commit_manifest(self.root, manifest)
+            except OSError as error:
+                raise UnavailableError(f"{self.root}: its manifest cannot be written: {error}") from error
+            self.bytes_written += 2 * os.path.getsize(os.path.join(self.root, MANIFEST))
+            held = HeldManifest(self._storage)
+            before = self.state
+            state = build_state(self._storage, held, self._dictionaries, before, ())
+            with self._state_lock:
+                # Tails may have come meanwhile; those whose events are in parts now go.
+                end = manifest["next_sequence"]
+                tails = [tail for tail in self.state.tails if tail.next_sequence > end or tail is self.state.tails[-1]]
+                self._set(state.with_tails(tuple(tails)))
+
+    def locked(self) -> threading.RLock:
+        """Held while the manifest is changed."""
+        return self._lock
+
+    def new_part_name(self, number: int | None = None) -> str:
+        """A name that no part ever had, with the next number or a given one."""
+        with self._lock:
+            if number is None:
+                number = self._next_part()
+                self._given = number + 1
+            return f"part-{number:06d}-{secrets.token_hex(4)}"
+
+    def run_task(self, task: Any) -> Any:
+        """The result of a task, from the worker process if there is background work."""
+        try:
+            result = self._worker.run(task) if self.options.background else task.run()
+        except OSError as error:
+            raise UnavailableError(f"{self.root}: {error}") from error
+        if result is not None:
+            self.bytes_written += sum(file[0] for file in result["files"].values())
+        return result
+
+    def dictionary_pieces(self, schema: Schema | None = None) -> dict[str, Any]:
+        """The manifest's dictionaries, with pieces for values that no piece holds yet, which are written now."""
+        found = {name: list(pieces) for name, pieces in self.state.manifest["dictionaries"].items()}
+        for field in (schema or self.state.schema).fields:
+            if field.type != "string":
+                continue
+            pieces = found.setdefault(field.name, [])
+            values = self._dictionaries[field.name].since(sum(piece["values"] for piece in pieces))
+            if values or not pieces:
+                name = f"{field.name}-{len(pieces):06d}-{secrets.token_hex(4)}"
+                folder = os.path.join(self.root, DICTIONARIES, name)
+                write_strings(folder, "", values)
+                sync_tree(folder)
+                sync_path(os.path.dirname(folder))
+                pieces.append({"name": name, "values": len(values), "files": inventory(folder, [])})
+        return found
+
+    def _next_part(self) -> int:
+        return max(self.state.manifest["next_part"], self._given)
+
+    def _set(self, state: State) -> None:
+        self.state = state
+        self._change(state)
+
+    def _tail_bytes(self) -> int:
+        return sum(tail.num_bytes for tail in self.state.tails)
+
+    def _run(self) -> None:
+        while not self._closing:
+            self._work.wait()
+            self._work.clear()
+            try:
+                with self._lock:
+                    self.flush_sealed()
+                    if not self._closing:
+                        self._merge_newest()
+                self._failure = None
+            except (VaultError, OSError) as error:
+                self._failure = error
+                time.sleep(_RETRY)
+                self._work.set()
+            with self._room:
+                self._room.notify_all()
+
+    def flush_sealed(self) -> None:
+        """Makes a part of the tails that were closed."""
+        with self._appender.commit_lock:
+            pieces = list(self._appender.pieces)
+        if pieces:
+            self._flush(pieces)
+
+    def _flush(self, pieces: list[LogPiece]) -> None:
+        files = tuple(file for piece in pieces for file in piece.files)
+        schemas = self.state.manifest["schemas"]
+        name = self.new_part_name()
+        entry = self.run_task(LogTask(self.root, name, files, schemas[-1]))
+        self._sync_parts()
+        end = pieces[-1].tail.next_sequence
+        first = files[-1][0] + 1
+        self.commit(
+            parts=[*self.state.manifest["parts"], {"name": name, "schema": len(schemas) - 1, **entry}],
+            next_part=self._next_part(),
+            next_sequence=end,
+            dictionaries=self.dictionary_pieces(),
+            log={"first": first, "kept": self._kept(first, end)},
+        )
+        self._appender.flushed(pieces)
+        with self._room:
+            self._room.notify_all()
+        self._new_parts = [*self._new_parts, name]
+        self._collect()
+
+    def _kept(self, first: int, end: int) -> int:
+        """The oldest log file that the window of repeated events reaches back to."""
+        if self.state.schema.duplicates != "drop":
+            return first
+        return self._appender.oldest_file(end - self.options.dedup_window, first)
+
+    def _merge_newest(self) -> None:
+        """Merges those users of the newest parts who live in too many parts; then small and mostly dead parts."""
+        new = [name for name in self._new_parts if name in self.state.parts]
+        self._new_parts = []
+        plan = plan_newest(self.state, new, self.options.merge_parts)
+        if plan is not None:
+            self._merge(plan, self.options.merge_bytes_per_s, keep_one=True)
+            self._collect()
+
+    def _merge(self, plan: MergePlan, bytes_per_s: int, keep_one: bool) -> None:
+        retention = self.state.manifest["retention"]
+        keep_from = 0
+        if retention.get("age"):
+            # By the store's newest event, not by a clock that may be wrong.
+            newest = max((part.entry["last_time"] for part in self.state.parts.values()), default=0)
+            keep_from = max(0, newest - retention["age"] + 1)
+        schemas = self.state.manifest["schemas"]
+        fills = fill_values(self.state.schema, self._dictionaries)
+        added = []
+        for piece in plan.pieces:
+            name = self.new_part_name()
+            task = MergeTask(
+                self.root,
+                name,
+                schemas,
+                fills,
+                [self.state.by_number[number].entry for number in piece.parts],
+                piece.part,
+                piece.first,
+                piece.end,
+                piece.user,
+                piece.users,
+                piece.covers,
+                retention.get("events") or 0,
+                keep_from,
+                keep_one,
+                bytes_per_s,
+            )
+            entry = self.run_task(task)
+            if entry is not None:
+                added.append({"name": name, "schema": len(schemas) - 1, **entry})
+                self.events_merged += entry["events"]
+            elif keep_one:
+                raise VaultError(f"{self.root}: a merge of {len(piece.users)} users left nothing; this is a bug")
+        self._sync_parts()
+        kept = [entry for entry in self.state.manifest["parts"] if entry["name"] not in plan.emptied]
+        if added or len(kept) < len(self.state.manifest["parts"]):
+            self.commit(parts=[*kept, *added], next_part=self._next_part())
+        # Parts in which nothing counts any more go.
+        dead = [part.name for part, alive in all_entries(self.state).live_pages.items() if not alive]
+        if dead:
+            self.commit(parts=[entry for entry in self.state.manifest["parts"] if entry["name"] not in dead])
+
+    def _sync_parts(self) -> None:
+        folder = os.path.join(self.root, PARTS)
+        with contextlib.suppress(FileNotFoundError):
+            sync_path(folder)
+
+    def _collect(self, force: bool = False) -> None:
+        try:
+            collect_garbage(self.root, force)
+        except OSError as error:
+            raise UnavailableError(f"{self.root}: old files cannot be removed: {error}") from error
+
+    def collect(self, force: bool) -> None:
+        """Removes what no manifest or snapshot names; with `force` also what readers hold."""
+        self._collect(force)

@@ -1,0 +1,187 @@
+"""Rows of one user from several places -> one history, in order of (time, sequence number)."""
+
+from typing import Any
+
+import numpy as np
+
+from laser_jax.schema import Field
+from laser_jax.vault import kernels
+from laser_jax.vault.format import PAGE, PageLayout
+from laser_jax.vault.lookup import damage
+from laser_jax.vault.state import State
+from laser_jax.vault.unpacking import SEQUENCE, Unpacking
+
+#: No bound on time or sequence numbers.
+NO_BOUND = np.iinfo(np.int64).max
+_ANY_TIME = np.iinfo(np.int64).min
+
+
+class RowReader:
+    """Reads the newest rows of a user from the pages of a state."""
+
+    def __init__(self, pages: Any, fills: dict[str, int]):
+        """`pages` is a LocalPages or RemotePages; `fills` the values that events lack from before a field was added."""
+        self.pages = pages
+        self._fills = fills
+        self._unpackings: dict[tuple[int, int, tuple[Field, ...], bool], Unpacking] = {}
+
+    def unpacking(self, state: State, part: Any, asked: tuple[Field, ...], sequence: bool) -> Unpacking:
+        """The plan for some fields of the pages of a part; made once."""
+        key = (part.entry["schema"], part.layout.sequence_word, asked, sequence)
+        found = self._unpackings.get(key)
+        if found is None:
+            scalars = [field for field in asked if field.size is None]
+            found = self._unpackings[key] = Unpacking(part.layout, scalars, sequence, self._fills)
+        return found
+
+    def result_unpacking(self, state: State, asked: tuple[Field, ...]) -> Unpacking:
+        """The plan for some fields of a page as today's schema would write it."""
+        key = (-1, -1, asked, False)
+        found = self._unpackings.get(key)
+        if found is None:
+            scalars = [field for field in asked if field.size is None]
+            found = self._unpackings[key] = Unpacking(PageLayout(state.schema), scalars, False, self._fills)
+        return found
+
+    def newest(
+        self,
+        state: State,
+        user: Any,
+        asked: tuple[Field, ...],
+        before: int,
+        as_of: int,
+        n: int,
+        sequence: bool = False,
+        entries: list[tuple[int, int, int]] | None = None,
+        known: dict[str, np.ndarray] | None = None,
+    ) -> dict[str, np.ndarray] | None:
+        """The newest n events of a user with time < before and sequence number < as_of, oldest first.
+
+        Args:
+          state: to read from.
+          user: the key.
+          asked: fields, vectors included.
+          before, as_of: bounds, NO_BOUND for none.
+          n: events at most, >= 1.
+          sequence: whether sequence numbers are wanted.
+          entries: of the user in parts, newest part first, if they are known.
+          known: what is to be taken for all that the entries hold: columns with sequence numbers, within the bounds.
+
+        Returns:
+          Columns, with `sequence` also one of sequence numbers; None if there are no such events.
+        """
+        if known is not None:
+            entries = []
+        elif entries is None:
+            entries = state.entries(user)
+        names = [field.name for field in asked]
+        runs = [
+            rows for tail in state.tails if tail.size and (rows := tail.read(user, names, before, as_of, n)) is not None
+        ]
+        if known is not None:
+            runs.append(known)
+        if as_of >= state.parts_end:
+            as_of = NO_BOUND  # nothing in the parts is hidden
+        several = sequence or len(runs) + len(entries) > 1
+        total = sum(len(rows["time"]) for rows in runs)
+        for entry in entries:
+            horizon = _ANY_TIME
+            if total >= n:
+                # The newest n are not older than that.
+                times = np.concatenate([rows["time"] for rows in runs])
+                horizon = int(np.partition(times, total - n)[total - n])
+            rows = self._run(state, entry, asked, before, as_of, horizon, n, several)
+            if rows is not None:
+                runs.append(rows)
+                total += len(rows["time"])
+        if not runs:
+            return None
+        rows = runs[0]
+        if len(runs) > 1:
+            rows = {name: np.concatenate([run[name] for run in runs]) for name in ("time", SEQUENCE, *names)}
+            order = np.lexsort((rows[SEQUENCE], rows["time"]))[-n:]
+            rows = {name: column[order] for name, column in rows.items()}
+        if not sequence:
+            rows.pop(SEQUENCE, None)
+        return rows
+
+    def _run(
+        self,
+        state: State,
+        entry: tuple[int, int, int],
+        asked: tuple[Field, ...],
+        before: int,
+        as_of: int,
+        horizon: int,
+        n: int,
+        sequence: bool,
+    ) -> dict[str, np.ndarray] | None:
+        """The newest n events that one part holds of a user."""
+        number, first, end = entry
+        table = state.table
+        low, high = kernels.newest_pages(
+            first,
+            end,
+            table.first_time,
+            table.last_time,
+            table.last_sequence,
+            table.count,
+            before,
+            as_of,
+            horizon,
+            n,
+        )
+        if low == high:
+            return None
+        part = state.by_number[number]
+        base = table.base[part.name]
+        # Some events of these pages may have been written too late to be seen.
+        filtered = as_of != NO_BOUND and bool((table.last_sequence[low:high] >= as_of).any())
+        sequence |= filtered
+        unpacking = self.unpacking(state, part, asked, sequence)
+        raw = self.pages.planes(part, low - base, high - base)
+        count = int(table.count[low])
+        capacity = (high - low - 1) * PAGE + count
+        if not filtered:
+            capacity = min(capacity, n)
+        buffer, begins = unpacking.allocate(capacity)
+        bad, start, rows = kernels.unpack_run(
+            raw,
+            part.layout.num_words,
+            part.layout.time_words == 2,
+            count,
+            table.first_time[low],
+            table.last_time[low:high],
+            before,
+            capacity,
+            unpacking.plan,
+            buffer,
+            begins,
+        )
+        if bad >= 0:
+            raise wrong_times(part, low - base + bad)
+        columns = unpacking.columns(buffer, capacity, rows)
+        for field in asked:
+            if field.size is not None:
+                columns[field.name] = self.vectors(part, field, low - base, high - base)[start : start + rows]
+        if sequence and part.layout.sequence_word < 0:
+            # The bulk writer's events are numbered as they lie.
+            last = int(table.last_sequence[high - 1]) - ((high - low) * PAGE - 1)
+            columns[SEQUENCE] = np.arange(last + start, last + start + rows)
+        if filtered:
+            seen = np.flatnonzero(columns[SEQUENCE] < as_of)[-n:]
+            columns = {name: column[seen] for name, column in columns.items()}
+        return columns if len(columns["time"]) else None
+
+    def vectors(self, part: Any, field: Field, first: int, end: int) -> np.ndarray:
+        """A vector field of pages of a part laid end to end, [slots, size], as today's schema has it."""
+        if field.name not in part.schema.names:
+            fill = 0 if field.default is None else field.default
+            return np.full(((end - first) * PAGE, field.size), fill, field.dtype)
+        stored = part.schema.field(field.name)
+        return self.pages.vectors(part, stored, first, end).reshape(-1, field.size).astype(field.dtype, copy=False)
+
+
+def wrong_times(part: Any, page: int) -> Exception:
+    """The error for a page whose times are not those of the directory: zarr reads a lost shard as zeros."""
+    return damage(part, "pages", page, "its times are not those of the directory; is a shard file missing?")

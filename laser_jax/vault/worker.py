@@ -1,0 +1,94 @@
+"""Runs tasks in a process of its own, so that making parts never takes Python's lock from those who read.
+
+`python -m laser_jax.vault.worker` reads tasks from its input and answers each on its output, until the input ends.
+Both ends are one program's, over a private pipe.
+"""
+
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import threading
+from typing import Any, BinaryIO
+
+from laser_jax.vault.errors import UnavailableError, VaultError
+
+_SIZE = struct.Struct("<Q")
+#: Below everything that answers somebody.
+_NICENESS = 10
+
+
+class Worker:
+    """A worker process, started with the first task. One task at a time."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+
+    def run(self, task: Any) -> Any:
+        """The result of task.run() in the worker.
+
+        Raises:
+          VaultError: what the task raised.
+          UnavailableError: the worker died.
+        """
+        with self._lock:
+            if self._process is None or self._process.poll() is not None:
+                command = [sys.executable, "-m", "laser_jax.vault.worker"]
+                self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            try:
+                _send(self._process.stdin, task)
+                done, value = _receive(self._process.stdout)
+            except (OSError, EOFError) as error:
+                status = self._process.wait()
+                raise UnavailableError(f"the process that makes parts died (status {status})") from error
+        if done:
+            return value
+        raise value
+
+    def close(self) -> None:
+        """Ends the worker, after the task at hand."""
+        with self._lock:
+            if self._process is not None:
+                self._process.stdin.close()
+                self._process.wait()
+                self._process.stdout.close()
+                self._process = None
+
+
+def _send(stream: BinaryIO, value: Any) -> None:
+    data = pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
+    stream.write(_SIZE.pack(len(data)))
+    stream.write(data)
+    stream.flush()
+
+
+def _receive(stream: BinaryIO) -> Any:
+    header = stream.read(_SIZE.size)
+    if len(header) < _SIZE.size:
+        raise EOFError
+    data = stream.read(_SIZE.unpack(header)[0])
+    return pickle.loads(data)
+
+
+def main() -> None:
+    """Answers tasks until the input ends."""
+    requests, answers = sys.stdin.buffer, sys.stdout.buffer
+    # Whatever is printed must not get among the answers.
+    sys.stdout = sys.stderr
+    os.nice(_NICENESS)
+    while True:
+        try:
+            task = _receive(requests)
+        except EOFError:
+            return
+        try:
+            answer = (True, task.run())
+        except (VaultError, OSError) as error:
+            answer = (False, error if isinstance(error, VaultError) else UnavailableError(str(error)))
+        _send(answers, answer)
+
+
+if __name__ == "__main__":
+    main()

@@ -265,9 +265,7 @@ class Appender:
 
     def _write(self, items: list[_Item]) -> list[int]:
         if self._broken:
-            raise UnavailableError(
-                f"{self._root} cannot be written any more: {self._broken}; close it and open it again"
-            )
+            raise UnavailableError(f"{self._root} cannot be written: {self._broken}; close it and open it again")
         tail, schema = self._state.tails[-1], self._state.schema
         sequence = tail.next_sequence
         batches, results, keys = [], [], []

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from laser_jax.schema import Field
 from laser_jax.vault import kernels
 from laser_jax.vault.format import PAGE
 from laser_jax.vault.merging import RowReader, wrong_times
 from laser_jax.vault.state import State
+from laser_jax.vault.unpacking import Asked
 
 #: Pages of a task; some milliseconds of work.
 _TASK_PAGES = 256
@@ -25,7 +25,7 @@ class BatchReader:
         self._pool: concurrent.futures.ThreadPoolExecutor | None = None
 
     def read(
-        self, state: State, users: Any, before: np.ndarray, as_of: np.ndarray, n: int, asked: tuple[Field, ...]
+        self, state: State, users: Any, before: np.ndarray, as_of: np.ndarray, n: int, asked: Asked
     ) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """The newest n events of every user before a bound.
 
@@ -120,9 +120,7 @@ class _Plan:
         if (as_of < state.parts_end).any():
             kernels.late_runs(low, high, table.last_sequence, as_of[request], late)
         inexact = [
-            number
-            for number, part in state.by_number.items()
-            if not rows.unpacking(state, part, asked, sequence=False).exact
+            number for number, part in state.by_number.items() if not rows.unpacking(part, asked, sequence=False).exact
         ]
         if inexact:
             late |= np.isin(number, inexact)
@@ -177,9 +175,8 @@ class _Plan:
         unpacking = self.rows.result_unpacking(self.state, self.asked)
         buffer, begins = unpacking.allocate(rows)
         columns = unpacking.columns(buffer, rows, rows)
-        for field in self.asked:
-            if field.size is not None:
-                columns[field.name] = np.empty((rows, field.size), field.dtype)
+        for field in self.asked.vectors:
+            columns[field.name] = np.empty((rows, field.size), field.dtype)
         return columns, buffer, begins
 
 
@@ -195,20 +192,21 @@ class _Task:
         state, table = plan.state, plan.state.table
         numbers, lows, highs = (array[runs].tolist() for array in (plan.number, plan.low, plan.high))
         self._layout = state.by_number[numbers[0]].layout
-        pieces = []
-        for number, low, high in zip(numbers, lows, highs, strict=True):
-            part = state.by_number[number]
-            base = table.base[part.name]
-            pieces.append(plan.rows.pages.planes(part, low - base, high - base))
-        self._raw = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        parts = {number: state.by_number[number] for number in set(numbers)}
+        bases = {number: table.base[part.name] for number, part in parts.items()}
+        self._pages = plan.rows.pages.words(
+            [
+                (parts[number], low - bases[number], high - bases[number])
+                for number, low, high in zip(numbers, lows, highs, strict=True)
+            ]
+        )
         low, high = plan.low[runs], plan.high[runs]
         pages = high - low
         self._first = np.cumsum(pages) - pages
         start, stop = np.empty(len(runs), np.int64), np.empty(len(runs), np.int64)
-        page = np.repeat(low - self._first, pages) + np.arange(len(self._raw))
+        page = np.repeat(low - self._first, pages) + np.arange(len(self._pages))
         bad = kernels.run_bounds(
-            self._raw,
-            self._layout.num_words,
+            self._pages,
             self._layout.time_words == 2,
             self._first,
             pages,
@@ -235,18 +233,17 @@ class _Task:
         part = state.by_number[int(plan.number[runs[0]])]
         start, stop, row = plan.start[runs], plan.stop[runs], plan.row[runs]
         kernels.unpack_runs(
-            self._raw,
-            layout.num_words,
+            self._pages,
             layout.time_words == 2,
             self._first,
             start,
             stop,
             row,
-            plan.rows.unpacking(state, part, plan.asked, sequence=False).plan,
+            plan.rows.unpacking(part, plan.asked, sequence=False).plan,
             self._buffer,
             self._begins,
         )
-        vectors = [field for field in plan.asked if field.size is not None]
+        vectors = plan.asked.vectors
         if not vectors:
             return
         for run, begin, end, target in zip(runs.tolist(), start.tolist(), stop.tolist(), row.tolist(), strict=True):

@@ -14,8 +14,8 @@ def check_evolution(old: Schema, new: Schema) -> None:
     for name in ("user", "time_unit", "event_key", "duplicates"):
         if getattr(old, name) != getattr(new, name):
             raise SchemaError(
-                f"schema: {name} cannot change from {getattr(old, name)!r} to {getattr(new, name)!r}; ingest into a new "
-                "vault"
+                f"schema: {name} cannot change from {getattr(old, name)!r} to {getattr(new, name)!r}; ingest into a "
+                "new vault"
             )
     for field in old.fields:
         if field.name not in new.names:
@@ -42,6 +42,6 @@ def _check_field(old: Field, new: Field) -> None:
         widened = new.dtype.itemsize > old.dtype.itemsize
     if not widened:
         raise SchemaError(
-            f"field {old.name!r}: {old.type} cannot become {new.type}: only a type that holds every value it has; add a "
-            "new field instead"
+            f"field {old.name!r}: {old.type} cannot become {new.type}: only a type that holds every value; add a new "
+            "field instead"
         )

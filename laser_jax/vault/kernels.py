@@ -13,49 +13,27 @@ PLAN_WIDTH = 7
 
 
 @njit(nogil=True, cache=True)
-def _word64(page, words, word, slot):
-    """Two words of a slot as one number; `page` holds the four byte planes of all words, one after the other."""
-    plane = words * PAGE
-    at = word * PAGE + slot
-    value = np.uint64(page[at]) | np.uint64(page[at + plane]) << np.uint64(8)
-    value |= np.uint64(page[at + 2 * plane]) << np.uint64(16) | np.uint64(page[at + 3 * plane]) << np.uint64(24)
-    at += PAGE
-    value |= np.uint64(page[at]) << np.uint64(32) | np.uint64(page[at + plane]) << np.uint64(40)
-    value |= np.uint64(page[at + 2 * plane]) << np.uint64(48) | np.uint64(page[at + 3 * plane]) << np.uint64(56)
-    return value
-
-
-@njit(nogil=True, cache=True)
-def _word32(page, words, word, slot):
-    plane = words * PAGE
-    at = word * PAGE + slot
-    low = np.uint32(page[at]) | np.uint32(page[at + plane]) << np.uint32(8)
-    return low | np.uint32(page[at + 2 * plane]) << np.uint32(16) | np.uint32(page[at + 3 * plane]) << np.uint32(24)
-
-
-@njit(nogil=True, cache=True)
-def _running_sum(page, words, word, wide, out):
-    """Sums of a delta column over a whole page."""
-    total = np.uint64(0)
+def _running_sum(page, word, wide, out):
+    """Sums of a delta column over a whole page, uint32 [words, PAGE]."""
+    total = np.int64(0)
     if wide:
         for slot in range(PAGE):
-            total += _word64(page, words, word, slot)
-            out[slot] = np.int64(total)
+            total += np.int64(page[word, slot]) | np.int64(page[word + 1, slot]) << 32
+            out[slot] = total
     else:
         for slot in range(PAGE):
-            total += np.uint64(_word32(page, words, word, slot))
-            out[slot] = np.int64(total)
+            total += np.int64(page[word, slot])
+            out[slot] = total
 
 
 @njit(nogil=True, cache=True)
-def run_bounds(raw, words, wide, run_page, run_pages, run_count, run_first, last_time, before, start, stop):
+def run_bounds(pages, wide, run_page, run_pages, run_count, run_first, last_time, before, start, stop):
     """Where the valid slots of each run of pages lie, and whether its times are those of the directory.
 
     Args:
-      raw: uint8 [P, bytes], byte planes of pages.
-      words: of a page.
+      pages: uint32 [P, words, PAGE].
       wide: whether times have two words.
-      run_page, run_pages: int64 [R], rows of `raw` of each run.
+      run_page, run_pages: int64 [R], first page and number of pages of each run.
       run_count: int64 [R], events in the run's first page.
       run_first: int64 [R], time of the first event of the run by the directory.
       last_time: int64 [P], time of the last event of each page by the directory.
@@ -63,74 +41,68 @@ def run_bounds(raw, words, wide, run_page, run_pages, run_count, run_first, last
       start, stop: int64 [R], filled: valid slots when the run's pages are laid end to end.
 
     Returns:
-      The first row of `raw` whose times are not those of the directory, or -1.
+      The first page whose times are not those of the directory, or -1.
     """
     times = np.empty(PAGE, np.int64)
     for run in range(len(run_page)):
-        first, pages = run_page[run], run_pages[run]
+        first, count = run_page[run], run_pages[run]
         start[run] = PAGE - run_count[run]
-        stop[run] = pages * PAGE
-        for number in range(pages):
-            row = first + number
-            _running_sum(raw[row], words, 0, wide, times)
-            if times[PAGE - 1] != last_time[row]:
-                return row
+        stop[run] = count * PAGE
+        for number in range(count):
+            page = first + number
+            _running_sum(pages[page], 0, wide, times)
+            if times[PAGE - 1] != last_time[page]:
+                return page
             if number == 0 and times[PAGE - run_count[run]] != run_first[run]:
-                return row
-            if number == pages - 1 and times[PAGE - 1] >= before[run]:
+                return page
+            if number == count - 1 and times[PAGE - 1] >= before[run]:
                 # Unused slots lead the first page and hold time 0: all slots together are in order.
-                kept = np.searchsorted(times, before[run])
-                stop[run] = number * PAGE + kept
+                stop[run] = number * PAGE + np.searchsorted(times, before[run])
         if stop[run] < start[run]:
             stop[run] = start[run]
     return -1
 
 
 @njit(nogil=True, cache=True)
-def _unpack_bits(page, words, word, shift, stored, signed, size, begin, end, target):
+def _unpack_bits(page, word, shift, stored, signed, size, begin, end, target):
     """Slots begin..end-1 of one field of one page into `target`, uint8 [(end - begin) * size]."""
-    plane = words * PAGE
-    base = word * PAGE
+    rows = end - begin
+    low = page[word, begin:end]
     if stored == size:
         if size == 8:
+            high = page[word + 1, begin:end]
             wide = target.view(np.uint64)
-            for slot in range(begin, end):
-                wide[slot - begin] = _word64(page, words, word, slot)
+            for row in range(rows):
+                wide[row] = np.uint64(low[row]) | np.uint64(high[row]) << np.uint64(32)
         elif size == 4:
-            narrow = target.view(np.uint32)
-            for slot in range(begin, end):
-                narrow[slot - begin] = _word32(page, words, word, slot)
+            target.view(np.uint32)[:] = low
         elif size == 2:
             half = target.view(np.uint16)
-            low = base + plane * shift
-            for slot in range(begin, end):
-                half[slot - begin] = np.uint16(page[low + slot]) | np.uint16(page[low + plane + slot]) << np.uint16(8)
+            for row in range(rows):
+                half[row] = np.uint16(low[row] >> np.uint32(8 * shift))
         else:
-            low = base + plane * shift
-            for slot in range(begin, end):
-                target[slot - begin] = page[low + slot]
+            for row in range(rows):
+                target[row] = np.uint8(low[row] >> np.uint32(8 * shift))
         return
     # An integer that was stored narrower than it is now.
-    for slot in range(begin, end):
-        value = np.uint64(0)
-        for byte in range(stored):
-            value |= np.uint64(page[base + plane * (shift + byte) + slot]) << np.uint64(8 * byte)
+    for row in range(rows):
+        value = np.uint64(low[row] >> np.uint32(8 * shift))
+        if stored < 4:
+            value &= (np.uint64(1) << np.uint64(8 * stored)) - np.uint64(1)
         if signed and value >> np.uint64(8 * stored - 1):
-            for byte in range(stored, 8):
-                value |= np.uint64(255) << np.uint64(8 * byte)
+            value |= ~((np.uint64(1) << np.uint64(8 * stored)) - np.uint64(1))
         for byte in range(size):
-            target[(slot - begin) * size + byte] = np.uint8(value >> np.uint64(8 * byte))
+            target[row * size + byte] = np.uint8(value >> np.uint64(8 * byte))
 
 
 @njit(nogil=True, cache=True)
-def unpack_runs(raw, words, wide, run_page, start, stop, run_row, plan, out, base):
+def unpack_runs(pages, wide, run_page, start, stop, run_row, plan, out, base):
     """Columns of runs of pages into one buffer.
 
     Args:
-      raw: uint8 [P, bytes], byte planes of pages.
-      words: of a page.
+      pages: uint32 [P, words, PAGE].
       wide: whether times have two words.
-      run_page: int64 [R], first row of `raw` of each run.
+      run_page: int64 [R], first page of each run.
       start, stop: int64 [R], slots of the run to take.
       run_row: int64 [R], where the run's rows go in every column.
       plan: int64 [F, PLAN_WIDTH], for each column: kind, word, shift in bytes, stored bytes, whether signed, bytes of
@@ -144,7 +116,7 @@ def unpack_runs(raw, words, wide, run_page, start, stop, run_row, plan, out, bas
         row = run_row[run]
         while slot < stop[run]:
             number = slot // PAGE
-            page = raw[run_page[run] + number]
+            page = pages[run_page[run] + number]
             begin = slot - number * PAGE
             end = min(PAGE, stop[run] - number * PAGE)
             rows = end - begin
@@ -154,12 +126,11 @@ def unpack_runs(raw, words, wide, run_page, start, stop, run_row, plan, out, bas
                 target = out[at : at + rows * size]
                 kind = plan[column, KIND]
                 if kind == TIME or kind == SEQUENCE:
-                    _running_sum(page, words, plan[column, WORD], wide or kind == SEQUENCE, sums)
+                    _running_sum(page, plan[column, WORD], wide or kind == SEQUENCE, sums)
                     target.view(np.int64)[:] = sums[begin:end]
                 elif kind == BITS:
                     _unpack_bits(
                         page,
-                        words,
                         plan[column, WORD],
                         plan[column, SHIFT],
                         plan[column, STORED],
@@ -178,25 +149,31 @@ def unpack_runs(raw, words, wide, run_page, start, stop, run_row, plan, out, bas
 
 
 @njit(nogil=True, cache=True)
-def unshuffle(block, size, out):
-    """Byte planes of values of `size` bytes back to values; what is left over at the end is copied."""
-    values = len(block) // size
-    for byte in range(size):
-        for value in range(values):
-            out[value * size + byte] = block[byte * values + value]
-    for rest in range(values * size, len(block)):
-        out[rest] = block[rest]
+def unpack_run(pages, wide, count, first_time, last_time, before, n, plan, out, base):
+    """run_bounds and unpack_runs for one run, whose newest n events before a bound go into `out`.
 
-
-@njit(nogil=True, cache=True)
-def shuffle(values, size, out):
-    """The inverse of unshuffle."""
-    count = len(values) // size
-    for byte in range(size):
-        for value in range(count):
-            out[byte * count + value] = values[value * size + byte]
-    for rest in range(count * size, len(values)):
-        out[rest] = values[rest]
+    Returns:
+      The first page whose times are not those of the directory, or -1; the first slot taken; the number of events.
+    """
+    run_page = np.zeros(1, np.int64)
+    start, stop = np.empty(1, np.int64), np.empty(1, np.int64)
+    bad = run_bounds(
+        pages,
+        wide,
+        run_page,
+        np.full(1, len(pages)),
+        np.full(1, count),
+        np.full(1, first_time),
+        last_time,
+        np.full(1, before),
+        start,
+        stop,
+    )
+    if bad >= 0:
+        return bad, 0, 0
+    start[0] = max(start[0], stop[0] - n)
+    unpack_runs(pages, wide, run_page, start, stop, run_page, plan, out, base)
+    return -1, start[0], stop[0] - start[0]
 
 
 @njit(nogil=True, cache=True)
@@ -326,27 +303,6 @@ def walk_rows(newest, ordered, count, previous, time, before, end_row, n):
     if not ordered:
         rows = rows[np.argsort(time[rows], kind="mergesort")]
     return rows[max(0, len(rows) - n) :]
-
-
-@njit(nogil=True, cache=True)
-def unpack_run(raw, words, wide, count, first_time, last_time, before, n, plan, out, base):
-    """run_bounds and unpack_runs for one run, whose newest n events before a bound go into `out`.
-
-    Returns:
-      The first page whose times are not those of the directory, or -1; the first slot taken; the number of events.
-    """
-    pages = len(raw)
-    run_page = np.zeros(1, np.int64)
-    counts, bounds = np.full(1, count), np.full(1, before)
-    start, stop = np.empty(1, np.int64), np.empty(1, np.int64)
-    bad = run_bounds(
-        raw, words, wide, run_page, np.full(1, pages), counts, np.full(1, first_time), last_time, bounds, start, stop
-    )
-    if bad >= 0:
-        return bad, 0, 0
-    start[0] = max(start[0], stop[0] - n)
-    unpack_runs(raw, words, wide, run_page, start, stop, run_page, plan, out, base)
-    return -1, start[0], stop[0] - start[0]
 
 
 @njit(nogil=True, cache=True)

@@ -9,8 +9,7 @@ import numpy as np
 
 from laser_jax.schema import Field
 from laser_jax.vault import format as vault_format
-from laser_jax.vault import kernels
-from laser_jax.vault.decode import DamagedPage, PageDecoder
+from laser_jax.vault.decode import DamagedPage, check_pages, decode_pages
 from laser_jax.vault.errors import CorruptionError, UnavailableError
 from laser_jax.vault.format import PAGE, SHARD_PAGES
 from laser_jax.vault.part import Part
@@ -38,32 +37,28 @@ class LocalPages:
         """`gone` says whether the vault has moved on since it was opened, so that a missing file is no damage."""
         self._gone = gone
         self._files: dict[tuple[str, str, int], _ShardFile] = {}
-        self._decoders: dict[tuple[int, int], PageDecoder] = {}
         self._locations: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
         self._lock = threading.Lock()
 
-    def planes(self, part: Part, first: int, end: int) -> np.ndarray:
-        """Pages first..end-1 of a part as byte planes, uint8 [end - first, bytes of a page].
+    def words(self, runs: list[tuple[Part, int, int]]) -> np.ndarray:
+        """Pages of runs (part, first page, one past the last page), all of one layout: uint32 [P, words, PAGE].
 
         Raises:
           CorruptionError: names part, page and user.
           UnavailableError: a file cannot be read.
         """
-        size = part.layout.page_bytes
-        decode = self._decoder(size, 4).planes
-        pages = self._decoded(part, "pages", first, end, part.offset, part.length, decode)
-        joined = pages[0] if len(pages) == 1 else b"".join(pages)
-        return np.frombuffer(joined, np.uint8).reshape(len(pages), size)
+        layout = runs[0][0].layout
+        stored = [(part, first, end, part.offset, part.length) for part, first, end in runs]
+        return self._decoded("pages", stored, layout.page_bytes).view(np.uint32).reshape(-1, layout.num_words, PAGE)
 
     def vectors(self, part: Part, field: Field, first: int, end: int) -> np.ndarray:
-        """Pages first..end-1 of a vector field: [end - first, PAGE, size]; errors as for `planes`."""
+        """Pages first..end-1 of a vector field: [end - first, PAGE, size]; errors as for `words`."""
         array = vault_format.vector_path(field.name)
         found = self._locations.get((part.name, array))
         if found is None:
             found = self._locations[part.name, array] = part.locations(array)
-        decode = self._decoder(PAGE * field.size * field.dtype.itemsize, field.dtype.itemsize).values
-        pages = self._decoded(part, array, first, end, *found, decode)
-        return np.stack(pages).view(field.dtype).reshape(len(pages), PAGE, field.size)
+        pages = self._decoded(array, [(part, first, end, *found)], PAGE * field.size * field.dtype.itemsize)
+        return pages.view(field.dtype).reshape(-1, PAGE, field.size)
 
     def forget(self, names: set[str]) -> None:
         """Lets go of everything but the parts of these names."""
@@ -71,49 +66,54 @@ class LocalPages:
             self._files = {key: file for key, file in self._files.items() if key[0] in names}
             self._locations = {key: found for key, found in self._locations.items() if key[0] in names}
 
-    def _decoder(self, size: int, typesize: int) -> PageDecoder:
-        found = self._decoders.get((size, typesize))
-        if found is None:
-            found = self._decoders[size, typesize] = PageDecoder(size, typesize)
-        return found
-
     def _decoded(
-        self,
-        part: Part,
-        array: str,
-        first: int,
-        end: int,
-        offset: np.ndarray,
-        length: np.ndarray,
-        decode: Callable[[bytes], Any],
-    ) -> list[Any]:
-        pages: list[Any] = []
-        while first < end:
-            shard = first // SHARD_PAGES
-            stop = min(end, (shard + 1) * SHARD_PAGES)
-            offsets, lengths = offset[first:stop].tolist(), length[first:stop].tolist()
-            begin = min(offsets)
-            size = max(map(int.__add__, offsets, lengths)) - begin
-            try:
-                file = self._file(part, array, shard)  # held: another thread may push it out of the table meanwhile
-                data = os.pread(file.descriptor, size, begin)
-            except FileNotFoundError as error:
-                if self._gone():
-                    raise UnavailableError(
-                        f"part {part.name} is gone since this handle was opened or refreshed: call refresh() and read "
-                        "again"
-                    ) from error
-                raise damage(part, array, first, "its shard file is missing") from error
-            except OSError as error:
-                raise UnavailableError(f"{_shard_name(part, array, shard)} cannot be read: {error}") from error
-            for at, size in zip(offsets, lengths, strict=True):
-                at -= begin
+        self, array: str, stored: list[tuple[Part, int, int, np.ndarray, np.ndarray]], page_bytes: int
+    ) -> np.ndarray:
+        """Pages of runs (part, first, end, offset and length of the part's pages) as uint8 [P, page_bytes]."""
+        pieces: list[bytes] = []
+        offsets: list[int] = []
+        lengths: list[int] = []
+        total = 0
+        for part, first, end, offset, length in stored:
+            while first < end:
+                shard = first // SHARD_PAGES
+                stop = min(end, (shard + 1) * SHARD_PAGES)
+                begins, sizes = offset[first:stop].tolist(), length[first:stop].tolist()
+                start = min(begins)
+                data = self._read(part, array, shard, start, max(map(int.__add__, begins, sizes)) - start)
+                begins = [begin - start for begin in begins]
                 try:
-                    pages.append(decode(data[at : at + size]))
+                    check_pages(data, begins, sizes)
                 except DamagedPage as error:
-                    raise damage(part, array, first, error) from error
-                first += 1
-        return pages
+                    raise damage(part, array, first + error.position, error) from error
+                pieces.append(data)
+                offsets.extend([begin + total for begin in begins] if total else begins)
+                lengths.extend(sizes)
+                total += len(data)
+                first = stop
+        joined = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        try:
+            return decode_pages(joined, np.array(offsets, np.int64), np.array(lengths, np.int64), page_bytes)
+        except DamagedPage as error:
+            position = error.position
+            for part, first, end, *_ in stored:
+                if position < end - first:
+                    raise damage(part, array, first + position, error) from error
+                position -= end - first
+            raise
+
+    def _read(self, part: Part, array: str, shard: int, offset: int, size: int) -> bytes:
+        try:
+            file = self._file(part, array, shard)  # held: another thread may push it out of the table meanwhile
+            return os.pread(file.descriptor, size, offset)
+        except FileNotFoundError as error:
+            if self._gone():
+                raise UnavailableError(
+                    f"part {part.name} is gone since this handle was opened or refreshed: call refresh() and read again"
+                ) from error
+            raise damage(part, array, shard * SHARD_PAGES, "its shard file is missing") from error
+        except OSError as error:
+            raise UnavailableError(f"{_shard_name(part, array, shard)} cannot be read: {error}") from error
 
     def _file(self, part: Part, array: str, shard: int) -> _ShardFile:
         key = (part.name, array, shard)
@@ -137,13 +137,11 @@ class RemotePages:
         self._stores: dict[tuple[str, str], Any] = {}
         self._lock = threading.Lock()
 
-    def planes(self, part: Part, first: int, end: int) -> np.ndarray:
-        """As LocalPages.planes."""
-        words = np.ascontiguousarray(self._read(part, "pages", first, end)).view(np.uint8).reshape(end - first, -1)
-        planes = np.empty_like(words)
-        for page in range(len(words)):
-            kernels.shuffle(words[page], 4, planes[page])
-        return planes
+    def words(self, runs: list[tuple[Part, int, int]]) -> np.ndarray:
+        """As LocalPages.words."""
+        futures = [(part, first, end, self._store(part, "pages")[first:end].read()) for part, first, end in runs]
+        found = [self._result(part, "pages", first, end, future) for part, first, end, future in futures]
+        return found[0] if len(found) == 1 else np.concatenate(found)
 
     def vectors(self, part: Part, field: Field, first: int, end: int) -> np.ndarray:
         """As LocalPages.vectors."""
@@ -163,8 +161,11 @@ class RemotePages:
             self._stores = {key: store for key, store in self._stores.items() if key[0] in names}
 
     def _read(self, part: Part, array: str, first: int, end: int) -> np.ndarray:
+        return self._result(part, array, first, end, self._store(part, array)[first:end].read())
+
+    def _result(self, part: Part, array: str, first: int, end: int, future: Any) -> np.ndarray:
         try:
-            return self._store(part, array)[first:end].read().result()
+            return np.ascontiguousarray(future.result())
         except (ValueError, NotImplementedError) as error:  # any failure of the store
             if "DATA_LOSS" not in str(error) and "checksum" not in str(error):
                 raise UnavailableError(f"part {part.folder.path} cannot be read: {error}") from error

@@ -8,8 +8,9 @@ from laser_jax.schema import Field
 from laser_jax.vault import kernels
 from laser_jax.vault.format import PAGE, PageLayout
 from laser_jax.vault.lookup import damage
+from laser_jax.vault.part import Part
 from laser_jax.vault.state import State
-from laser_jax.vault.unpacking import SEQUENCE, Unpacking
+from laser_jax.vault.unpacking import SEQUENCE, Asked, Unpacking
 
 #: No bound on time or sequence numbers.
 NO_BOUND = np.iinfo(np.int64).max
@@ -23,31 +24,29 @@ class RowReader:
         """`pages` is a LocalPages or RemotePages; `fills` the values that events lack from before a field was added."""
         self.pages = pages
         self._fills = fills
-        self._unpackings: dict[tuple[int, int, tuple[Field, ...], bool], Unpacking] = {}
 
-    def unpacking(self, state: State, part: Any, asked: tuple[Field, ...], sequence: bool) -> Unpacking:
-        """The plan for some fields of the pages of a part; made once."""
-        key = (part.entry["schema"], part.layout.sequence_word, asked, sequence)
-        found = self._unpackings.get(key)
+    def unpacking(self, part: Part, asked: Asked, sequence: bool) -> Unpacking:
+        """The plan for the scalar fields of the pages of a part; made once."""
+        key = (part.entry["schema"], part.layout.sequence_word, sequence)
+        found = asked.plans.get(key)
         if found is None:
-            scalars = [field for field in asked if field.size is None]
-            found = self._unpackings[key] = Unpacking(part.layout, scalars, sequence, self._fills)
+            scalars = [field for field in asked.fields if field.size is None]
+            found = asked.plans[key] = Unpacking(part.layout, scalars, sequence, self._fills)
         return found
 
-    def result_unpacking(self, state: State, asked: tuple[Field, ...]) -> Unpacking:
-        """The plan for some fields of a page as today's schema would write it."""
-        key = (-1, -1, asked, False)
-        found = self._unpackings.get(key)
+    def result_unpacking(self, state: State, asked: Asked) -> Unpacking:
+        """The plan for the scalar fields of a page as today's schema would write it."""
+        found = asked.plans.get(None)
         if found is None:
-            scalars = [field for field in asked if field.size is None]
-            found = self._unpackings[key] = Unpacking(PageLayout(state.schema), scalars, False, self._fills)
+            scalars = [field for field in asked.fields if field.size is None]
+            found = asked.plans[None] = Unpacking(PageLayout(state.schema), scalars, False, self._fills)
         return found
 
     def newest(
         self,
         state: State,
         user: Any,
-        asked: tuple[Field, ...],
+        asked: Asked,
         before: int,
         as_of: int,
         n: int,
@@ -74,7 +73,7 @@ class RowReader:
             entries = []
         elif entries is None:
             entries = state.entries(user)
-        names = [field.name for field in asked]
+        names = asked.names
         runs = [
             rows for tail in state.tails if tail.size and (rows := tail.read(user, names, before, as_of, n)) is not None
         ]
@@ -109,7 +108,7 @@ class RowReader:
         self,
         state: State,
         entry: tuple[int, int, int],
-        asked: tuple[Field, ...],
+        asked: Asked,
         before: int,
         as_of: int,
         horizon: int,
@@ -138,16 +137,15 @@ class RowReader:
         # Some events of these pages may have been written too late to be seen.
         filtered = as_of != NO_BOUND and bool((table.last_sequence[low:high] >= as_of).any())
         sequence |= filtered
-        unpacking = self.unpacking(state, part, asked, sequence)
-        raw = self.pages.planes(part, low - base, high - base)
+        unpacking = self.unpacking(part, asked, sequence)
+        pages = self.pages.words([(part, low - base, high - base)])
         count = int(table.count[low])
         capacity = (high - low - 1) * PAGE + count
         if not filtered:
             capacity = min(capacity, n)
         buffer, begins = unpacking.allocate(capacity)
         bad, start, rows = kernels.unpack_run(
-            raw,
-            part.layout.num_words,
+            pages,
             part.layout.time_words == 2,
             count,
             table.first_time[low],
@@ -161,9 +159,8 @@ class RowReader:
         if bad >= 0:
             raise wrong_times(part, low - base + bad)
         columns = unpacking.columns(buffer, capacity, rows)
-        for field in asked:
-            if field.size is not None:
-                columns[field.name] = self.vectors(part, field, low - base, high - base)[start : start + rows]
+        for field in asked.vectors:
+            columns[field.name] = self.vectors(part, field, low - base, high - base)[start : start + rows]
         if sequence and part.layout.sequence_word < 0:
             # The bulk writer's events are numbered as they lie.
             last = int(table.last_sequence[high - 1]) - ((high - low) * PAGE - 1)

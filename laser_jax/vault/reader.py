@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from laser_jax.schema import Field, Schema, SchemaError
+from laser_jax.schema import Schema, SchemaError
 from laser_jax.vault import administration
 from laser_jax.vault.appender import Appender
 from laser_jax.vault.batch import BatchReader
@@ -24,7 +24,7 @@ from laser_jax.vault.manifest import HeldManifest, snapshots
 from laser_jax.vault.merging import NO_BOUND, RowReader
 from laser_jax.vault.state import State, build_state
 from laser_jax.vault.storage import storage_of
-from laser_jax.vault.unpacking import SEQUENCE, fill_values
+from laser_jax.vault.unpacking import SEQUENCE, Asked, fill_values
 
 #: Memory for decoded histories of hot users.
 CACHE_BYTES = 64 << 20
@@ -66,7 +66,7 @@ class Vault:
         self._cache = HistoryCache(cache_bytes) if cache_bytes else None
         self._rows = RowReader(self._pages, self._fills)
         self._batch = BatchReader(self._rows)
-        self._asked: dict[Any, tuple[Field, ...]] = {}
+        self._asked: dict[Any, Asked] = {}
 
     def __reduce__(self):
         return Vault, (self.path, self.cache_bytes, self.at, self._writing)
@@ -366,12 +366,12 @@ class Vault:
         return None if dictionary is None else dictionary.array
 
     def _newest(
-        self, state: State, user: Any, asked: tuple[Field, ...], before: int, seen: int, n: int, bounded: bool
+        self, state: State, user: Any, asked: Asked, before: int, seen: int, n: int, bounded: bool
     ) -> dict[str, np.ndarray] | None:
         """RowReader.newest, through the cache; `bounded` is whether the caller set `seen`."""
         as_of = seen
         cache = self._cache
-        if cache is None or any(field.size is not None for field in asked):
+        if cache is None or asked.vectors:
             return self._rows.newest(state, user, asked, before, as_of, n)
         entries = state.entries(user)
         if not entries:
@@ -379,7 +379,7 @@ class Vault:
         version = (state.epoch, entries)
         found = cache.find(user, version)
         if before == NO_BOUND and (found is None or not (found[1] or len(found[0]["time"]) >= n)):
-            everything = state.schema.scalars
+            everything = self._fields(None)
             parts_only = state.with_tails(())
             rows = self._rows.newest(parts_only, user, everything, NO_BOUND, NO_BOUND, n, True, entries)
             found = (rows, len(rows["time"]) < n)
@@ -387,7 +387,7 @@ class Vault:
         if found is None:
             return self._rows.newest(state, user, asked, before, as_of, n, entries=entries)
         columns, complete = found
-        names = ["time", SEQUENCE, *(field.name for field in asked)]
+        names = ["time", SEQUENCE, *asked.names]
         size = len(columns["time"])
         if before == NO_BOUND and not bounded:
             if size < n and not complete:
@@ -415,23 +415,23 @@ class Vault:
         n: int,
         before: int,
         seen: int,
-        asked: tuple[Field, ...],
+        asked: Asked,
         where: Mapping[str, Any],
         max_scan: int | None,
     ) -> History:
         limit = NO_BOUND - 1 if max_scan is None else _count(max_scan)
         conditions = {name: self._allowed(name, value) for name, value in where.items()}
-        names = [field.name for field in asked]
-        extra = tuple(field for field in self._fields(list(conditions)) if field.name not in names)
+        names = asked.names
+        needed = self._fields(tuple(dict.fromkeys((*names, *conditions))))
         scan = max(2 * n, PAGE)
         while True:
             scan = min(scan, limit)
             # One more than may be looked at, to know whether there is one.
-            rows = self._rows.newest(state, user, asked + extra, before, seen, scan + 1)
+            rows = self._rows.newest(state, user, needed, before, seen, scan + 1)
             if rows is None:
                 return History(_no_rows(asked), self._values, seen, True, 0)
             exhausted = len(rows["time"]) <= scan
-            rows = {name: column[-scan:] for name, column in rows.items()} if scan else _no_rows(asked + extra)
+            rows = {name: column[-scan:] for name, column in rows.items()} if scan else _no_rows(needed)
             size = len(rows["time"])
             kept = np.ones(size, bool)
             for name, allowed in conditions.items():
@@ -449,11 +449,9 @@ class Vault:
 
     def _allowed(self, name: str, value: Any) -> np.ndarray:
         """The values of a field that a condition lets through; codes of a string field."""
-        field = next(iter(self._fields([name])), None)
+        field = next(iter(self._fields((name,)).fields), None)
         if field is None or field.size is not None:
-            raise UnknownFieldError(
-                f"{self.path}: where={name!r}: conditions are on scalar fields; `before` bounds time"
-            )
+            raise UnknownFieldError(f"where={name!r}: conditions are on scalar fields, before bounds time")
         listed = list(value) if isinstance(value, (list, tuple, set, frozenset, np.ndarray)) else [value]
         if field.type == "string":
             if not all(isinstance(one, str) for one in listed):
@@ -464,13 +462,13 @@ class Vault:
             raise SchemaError(f"where={name!r}: {value!r}: this field holds {field.type}")
         return array
 
-    def _fields(self, names: Sequence[str] | None) -> tuple[Field, ...]:
+    def _fields(self, names: Sequence[str] | None) -> Asked:
         key = None if names is None else names if isinstance(names, (str, tuple)) else tuple(names)
         found = self._asked.get(key)
         if found is not None:
             return found
         if names is None:
-            found = self.schema.scalars
+            found = Asked(self.schema.scalars)
         elif isinstance(names, str):
             raise UnknownFieldError(f"fields={names!r}: give a sequence of names")
         else:
@@ -478,14 +476,14 @@ class Vault:
             if unknown:
                 known = ", ".join(("time", *self.schema.names))
                 raise UnknownFieldError(f"{self.path} has no field {unknown[0]!r}; its fields: {known}")
-            found = tuple(self.schema.field(name) for name in dict.fromkeys(key) if name != "time")
+            found = Asked(tuple(self.schema.field(name) for name in dict.fromkeys(key) if name != "time"))
         self._asked[key] = found
         return found
 
 
-def _no_rows(asked: tuple[Field, ...]) -> dict[str, np.ndarray]:
+def _no_rows(asked: Asked) -> dict[str, np.ndarray]:
     columns = {"time": np.zeros(0, np.int64)}
-    for field in asked:
+    for field in asked.fields:
         columns[field.name] = np.zeros((0,) if field.size is None else (0, field.size), field.dtype)
     return columns
 

@@ -129,7 +129,7 @@ def shared_context() -> Any:
 
 
 def _spec_of(root: str) -> Any:
-    """What tensorstore opens for a URL or JSON spec; S3 listens to AWS_ENDPOINT_URL and AWS_REGION as AWS's tools do."""
+    """What tensorstore opens for a URL or JSON spec; S3 minds AWS_ENDPOINT_URL and AWS_REGION."""
     if root.startswith("{"):
         spec = json.loads(root)
         spec["path"] = spec.get("path", "").rstrip("/") + "/"

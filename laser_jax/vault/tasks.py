@@ -170,8 +170,7 @@ def read_entries(
     Returns:
       Columns: `time`, sequence numbers, every field; and the number of events of each run.
     """
-    raws = [pages.planes(part, a, b) for a, b in _adjacent(first, end)]
-    raw = raws[0] if len(raws) == 1 else np.concatenate(raws)
+    words = pages.words([(part, a, b) for a, b in _adjacent(first, end)])
     count = end - first
     run_page = np.cumsum(count) - count
     start = PAGE - part.page_count[first].astype(np.int64)
@@ -183,8 +182,7 @@ def read_entries(
     unpacking = Unpacking(part.layout, scalars, True, fills)
     buffer, begins = unpacking.allocate(total)
     kernels.unpack_runs(
-        raw,
-        part.layout.num_words,
+        words,
         part.layout.time_words == 2,
         run_page,
         start,
@@ -197,7 +195,7 @@ def read_entries(
     columns = unpacking.columns(buffer, total, total)
     slots = spans(run_page * PAGE + start, lengths)
     if part.layout.sequence_word < 0:
-        page = np.repeat(first - run_page, count) + np.arange(len(raw))
+        page = np.repeat(first - run_page, count) + np.arange(len(words))
         columns[SEQUENCE] = part.last_sequence[page][slots // PAGE] - (PAGE - 1 - slots % PAGE)
     for field in schema.vectors:
         if field.name in part.schema.names:

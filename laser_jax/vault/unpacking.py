@@ -13,6 +13,21 @@ from laser_jax.vault.format import PageLayout
 SEQUENCE = "log sequence"
 
 
+class Asked:
+    """Fields that a read asks for; made once for each choice, and compared by identity.
+
+    Attributes:
+      fields: of today's schema. names: their names. vectors: those that hold vectors.
+      plans: unpackings by what they depend on; see RowReader.unpacking.
+    """
+
+    def __init__(self, fields: tuple[Field, ...]):
+        self.fields = fields
+        self.names = [field.name for field in fields]
+        self.vectors = [field for field in fields if field.size is not None]
+        self.plans: dict[Any, Unpacking] = {}
+
+
 class Unpacking:
     """A plan for `time`, the sequence numbers if asked for, and scalar fields, as today's schema has them.
 

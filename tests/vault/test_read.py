@@ -99,8 +99,8 @@ def test_reads_no_more_parts_than_needed(make_vault, small_schema):
     vault = make_vault(small_schema, log, parts=4)
     assert len(vault.state.parts) >= 4
     read = []
-    decoded = vault._pages.planes
-    vault._pages.planes = lambda part, first, end: read.append(end - first) or decoded(part, first, end)
+    decoded = vault._pages.words
+    vault._pages.words = lambda runs: read.extend(end - first for _, first, end in runs) or decoded(runs)
     for before, pages in ((3900, 4), (None, 3)):
         assert len(vault.gather([1], before, 500)) == len(vault.gather([1], before, 500)) == 1
         assert sum(read) // 2 <= pages

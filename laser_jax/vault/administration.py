@@ -52,14 +52,19 @@ def evolve(appender: Appender, schema: Schema, dictionaries: dict[str, Dictionar
         maintenance.flush()
         with appender.commit_lock:
             maintenance.flush()  # what came in between
-            for field in schema.fields:
-                if field.type == "string" and field.name not in dictionaries:
-                    dictionaries[field.name] = Dictionary([field.default or ""])
-            maintenance.commit(
-                schema=schema.to_json(),
-                schemas=[*maintenance.state.manifest["schemas"], schema.to_json()],
-                dictionaries=maintenance.dictionary_pieces(schema),
-            )
+            new = [field for field in schema.fields if field.type == "string" and field.name not in dictionaries]
+            for field in new:
+                dictionaries[field.name] = Dictionary([field.default or ""])
+            try:
+                maintenance.commit(
+                    schema=schema.to_json(),
+                    schemas=[*maintenance.state.manifest["schemas"], schema.to_json()],
+                    dictionaries=maintenance.dictionary_pieces(schema),
+                )
+            except (VaultError, OSError):
+                for field in new:
+                    del dictionaries[field.name]
+                raise
             appender.begin_schema(schema)
 
 
@@ -76,7 +81,8 @@ def forget(appender: Appender, users: list[Any]) -> int:
     """See Vault.forget: rewrites every part, of snapshots too, in which one of the users lives.
 
     The new parts are written first, then snapshots and manifest are changed to them, then the old ones go: whoever
-    kills it in between leaves a whole vault, and calls it again.
+    kills it in between leaves a whole vault, and calls it again. The log files that were kept for finding repeated
+    events go too: a later writer does not know the events in them.
     """
     maintenance = appender.maintenance
     storage = LocalStorage(maintenance.root)

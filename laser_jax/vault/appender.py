@@ -81,21 +81,21 @@ class Appender:
         self._descriptor = -1
         self._mark = -1
         self._broken: str | None = None
-        self._logged: dict[str, int] = {}
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closed = False
         self.log_bytes = 0
         with contextlib.ExitStack() as stack:
-            stack.enter_context(writer_lock(self._root))
+            lock = stack.enter_context(writer_lock(self._root))
             held = HeldManifest(storage)
             state = build_state(storage, held, dictionaries, state, ())
             tail = self._recover(storage, state)
             self._window = Window(state.schema, options.dedup_window)
             self._refill_window(state)
-            change(state.with_tails((tail,)))
-            self._logged = {name: len(dictionary) for name, dictionary in dictionaries.items()}
-            self.maintenance = Maintenance(storage, options, dictionaries, state.with_tails((tail,)), self, change)
+            self.maintenance = Maintenance(
+                storage, options, dictionaries, state.with_tails((tail,)), self, change, lock
+            )
+            change(self.maintenance.state)
             self._held = stack.pop_all()
 
     @property
@@ -219,11 +219,14 @@ class Appender:
             if number < state.manifest["log"]["kept"]:
                 continue
             with LogFile(self._root, number) as file:
-                schema = schemas[file.schema]
-                for batch, _ in file.batches(schema, FILE_HEADER):
-                    columns = {name: batch.columns.get(name) for name in ("time", *state.schema.names)}
-                    if file.schema == len(schemas) - 1 or state.schema.event_key is not None:
-                        self._window.add(self._window.keys(batch.users, columns))
+                if file.schema < len(schemas) - 1 and state.schema.event_key is None:
+                    continue  # events of other fields: none of today's can repeat one
+                for batch, _ in file.batches(schemas[file.schema], FILE_HEADER):
+                    columns: dict[str, Any] = dict(batch.columns)
+                    for name, dictionary in self._dictionaries.items():
+                        if name in columns:
+                            columns[name] = dictionary.array[columns[name]].tolist()
+                    self._window.add(self._window.keys(batch.users, columns))
 
     # Writing.
 
@@ -267,32 +270,44 @@ class Appender:
         if self._broken:
             raise UnavailableError(f"{self._root} cannot be written: {self._broken}; close it and open it again")
         tail, schema = self._state.tails[-1], self._state.schema
+        known = {name: len(dictionary) for name, dictionary in self._dictionaries.items()}
         sequence = tail.next_sequence
         batches, results, keys = [], [], []
         pending: set[Any] = set()
-        logged = dict(self._logged)
-        for item in items:
-            batch, fresh = self._batch(schema, item.columns, sequence, logged, pending)
-            if len(batch):
-                batches.append(batch)
-                keys.extend(fresh)
-                sequence += len(batch)
-            results.append(sequence)
-        if not batches:
-            return results
-        data = b"".join([encode_record(schema, batch) for batch in batches])
-        self._flush_bytes(data)
+        try:
+            for item in items:
+                batch, fresh = self._batch(schema, item.columns, sequence, pending)
+                if len(batch):
+                    batches.append(batch)
+                    keys.extend(fresh)
+                    sequence += len(batch)
+                results.append(sequence)
+            if not batches:
+                return results
+            self._flush_bytes(b"".join([encode_record(schema, batch) for batch in batches]))
+        except (VaultError, OSError):
+            # No event with these codes was written: the next ones get them.
+            for name, size in known.items():
+                self._dictionaries[name].truncate(size)
+            raise
         for batch in batches:
             tail.append(batch.users, batch.columns)
         if self._window.active:
             self._window.add(keys)
-        self._logged = logged
         self._files[-1] = (self._number, self._offset)
-        self._acknowledge(Acknowledged(self._number, self._offset, sequence))
+        try:
+            self._acknowledge(Acknowledged(self._number, self._offset, sequence))
+        except OSError as error:
+            # These events are durable; but other processes do not hear of them, so there must be no more.
+            self.refuse(f"log/acknowledged could not be written ({error})")
         return results
 
+    def refuse(self, why: str) -> None:
+        """From now on nothing is written: memory and disk may not agree."""
+        self._broken = why
+
     def _batch(
-        self, schema: Schema, columns: dict[str, Any], sequence: int, logged: dict[str, int], pending: set[Any]
+        self, schema: Schema, columns: dict[str, Any], sequence: int, pending: set[Any]
     ) -> tuple[Batch, list[Any]]:
         """Checked columns as a record's batch, without repeated events; and the keys of its events."""
         user = columns["user"]
@@ -301,26 +316,28 @@ class Appender:
             users: list[Any] = [values[code] for code in user.codes.tolist()]
         else:
             users = user.tolist()
-        rows = {}
-        new = {}
-        for name in ("time", *schema.names):
-            column = columns[name]
-            if isinstance(column, Coded):
-                dictionary = self._dictionaries[name]
-                column = dictionary.encode(column)
-                if len(dictionary) > logged.get(name, 0):
-                    new[name] = (logged.get(name, 0), dictionary.since(logged.get(name, 0)))
-                    logged[name] = len(dictionary)
-            rows[name] = column
+        rows = {name: columns[name] for name in ("time", *schema.names)}
         keys: list[Any] = []
         if self._window.active:
-            keys = self._window.keys(users, rows)
+            plain = {
+                name: [column.values[code] for code in column.codes.tolist()] if isinstance(column, Coded) else column
+                for name, column in rows.items()
+            }
+            keys = self._window.keys(users, plain)
             fresh = self._window.fresh(keys, pending)
             if not fresh.all():
                 chosen = np.flatnonzero(fresh)
                 users = [users[row] for row in chosen.tolist()]
                 keys = [keys[row] for row in chosen.tolist()]
-                rows = {name: column[chosen] for name, column in rows.items()}
+                rows = {name: _taken(column, chosen) for name, column in rows.items()}
+        new = {}
+        for name, column in rows.items():
+            if isinstance(column, Coded):
+                dictionary = self._dictionaries[name]
+                size = len(dictionary)
+                rows[name] = dictionary.encode(column)
+                if len(dictionary) > size:
+                    new[name] = (size, dictionary.since(size))
         return Batch(sequence, users, rows, new), keys
 
     def _flush_bytes(self, data: bytes) -> None:
@@ -361,6 +378,8 @@ class Appender:
             os.fsync(descriptor)
             sync_path(folder)
             sync_path(self._root)
+            # Before the first record: without it a reader takes every whole record for acknowledged.
+            self._acknowledge(Acknowledged(self._number, len(header), self._state.tails[-1].next_sequence))
         except OSError:
             os.close(descriptor)
             os.remove(path)
@@ -393,6 +412,10 @@ class Appender:
         if self._mark >= 0:
             os.close(self._mark)
             self._mark = -1
+
+
+def _taken(column: Any, rows: np.ndarray) -> Any:
+    return Coded(column.codes[rows], column.values) if isinstance(column, Coded) else column[rows]
 
 
 def _size_of(column: Any) -> int:

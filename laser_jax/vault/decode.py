@@ -9,13 +9,15 @@ import importlib.util
 import os
 import sys
 import threading
+from typing import Any
 
 import google_crc32c
 import llvmlite.binding
 import numpy as np
 from numba import njit, types
 
-from laser_jax.vault.format import CHECKSUM
+from laser_jax.vault import kernels
+from laser_jax.vault.format import CHECKSUM, PAGE
 
 
 class DamagedPage(Exception):
@@ -88,6 +90,24 @@ def _decode(context, data, offset, length, out):
     return -1
 
 
+@njit(nogil=True, cache=True)
+def _decode_run(context, data, offset, length, words, wide, count, first_time, last_time, before, n, plan, out, base):
+    """Decodes the pages of one run and unpacks its newest n events before a bound.
+
+    Returns:
+      The first page that fails or -1, whether it could be decompressed, the first slot taken, the number of events.
+    """
+    pages = np.empty((len(offset), words, PAGE), np.uint32)
+    size = words * PAGE * 4
+    for page in range(len(offset)):
+        source = data.ctypes.data + offset[page]
+        target = pages.ctypes.data + page * size
+        if _decompress(context, source, length[page] - CHECKSUM, target, size) != size:
+            return page, False, 0, 0
+    bad, start, rows = kernels.unpack_run(pages, wide, count, first_time, last_time, before, n, plan, out, base)
+    return bad, True, start, rows
+
+
 def check_pages(data: bytes, offsets: list[int], lengths: list[int]) -> None:
     """Checks the checksum at the end of each page.
 
@@ -100,6 +120,33 @@ def check_pages(data: bytes, offsets: list[int], lengths: list[int]) -> None:
         body = end - CHECKSUM
         if end > len(data) or value(data[at:body]) != int.from_bytes(data[body:end], "little"):
             raise DamagedPage(position, "its checksum does not match")
+
+
+def decode_run(data: bytes, offsets: np.ndarray, lengths: np.ndarray, *run: Any) -> tuple[int, int, int]:
+    """Decodes and unpacks the pages of one run, which were checked, in one go.
+
+    Args:
+      data, offsets, lengths: as for decode_pages.
+      *run: words of a page, then the arguments of kernels.unpack_run but the pages.
+
+    Returns:
+      What kernels.unpack_run returns.
+
+    Raises:
+      DamagedPage: one cannot be decompressed.
+    """
+    bad, decoded, start, rows = _decode_run(_context(), np.frombuffer(data, np.uint8), offsets, lengths, *run)
+    if not decoded:
+        raise DamagedPage(bad, "it cannot be decompressed")
+    return bad, start, rows
+
+
+def _context() -> int:
+    """This thread's context."""
+    context = getattr(_local, "context", None)
+    if context is None:
+        context = _local.context = _Context()
+    return context.address
 
 
 def decode_pages(data: bytes, offsets: np.ndarray, lengths: np.ndarray, page_bytes: int) -> np.ndarray:
@@ -116,11 +163,8 @@ def decode_pages(data: bytes, offsets: np.ndarray, lengths: np.ndarray, page_byt
     Raises:
       DamagedPage: one cannot be decompressed.
     """
-    context = getattr(_local, "context", None)
-    if context is None:
-        context = _local.context = _Context()
     out = np.empty((len(offsets), page_bytes), np.uint8)
-    bad = _decode(context.address, np.frombuffer(data, np.uint8), offsets, lengths - CHECKSUM, out)
+    bad = _decode(_context(), np.frombuffer(data, np.uint8), offsets, lengths - CHECKSUM, out)
     if bad >= 0:
         raise DamagedPage(bad, "it cannot be decompressed")
     return out

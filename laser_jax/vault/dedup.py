@@ -18,14 +18,16 @@ class Window:
         self._order: collections.deque[Any] = collections.deque()
         self._known: set[Any] = set()
 
-    def keys(self, users: list[Any], columns: dict[str, np.ndarray]) -> list[Any]:
-        """What has to be equal for two events to be the same one."""
+    def keys(self, users: list[Any], columns: dict[str, Any]) -> list[Any]:
+        """What has to be equal for two events to be the same one; string fields as lists of strings."""
         if self._schema.event_key is not None:
             return list(zip(users, columns[self._schema.event_key].tolist(), strict=True))
         rows = len(users)
-        pieces = [np.ascontiguousarray(columns[name]).reshape(rows, -1) for name in ("time", *self._schema.names)]
+        names = [field.name for field in self._schema.fields if field.type != "string"]
+        pieces = [np.ascontiguousarray(columns[name]).reshape(rows, -1) for name in ("time", *names)]
         whole = np.concatenate([piece.view(np.uint8).reshape(rows, -1) for piece in pieces], axis=1)
-        return [(user, row.tobytes()) for user, row in zip(users, whole, strict=True)]
+        texts = [columns[field.name] for field in self._schema.fields if field.type == "string"]
+        return list(zip(users, [row.tobytes() for row in whole], *texts, strict=True))
 
     def fresh(self, keys: list[Any], pending: set[Any]) -> np.ndarray:
         """True where an event is neither known nor among `pending`, to which the fresh keys are added; bool [N]."""

@@ -45,11 +45,20 @@ class Dictionary:
 
     def encode(self, column: Coded) -> np.ndarray:
         """Codes int32 [N] of a column; new values get new codes."""
-        for value in column.values:
+        used = np.zeros(len(column.values), bool)
+        used[column.codes] = True
+        codes = np.full(len(column.values), -1, np.int32)
+        for position in np.flatnonzero(used).tolist():
+            value = column.values[position]
             if value not in self._codes:
                 self._add(value)
-        codes = np.fromiter((self._codes[value] for value in column.values), np.int32, len(column.values))
+            codes[position] = self._codes[value]
         return codes[column.codes]
+
+    def truncate(self, size: int) -> None:
+        """Takes back the codes from `size` on; nobody may have been told of them."""
+        for value in self.since(size):
+            del self._codes[value]
 
     def code(self, value: str) -> int:
         """Code of a value, -1 if it has none."""

@@ -42,5 +42,9 @@ class CorruptionError(VaultError):
     """Stored bytes are not what was written: a flipped bit, a truncated or missing file."""
 
 
+class MissingError(CorruptionError):
+    """A file that the manifest names is not there."""
+
+
 class UnavailableError(VaultError):
     """The storage refused: no permission, no space, an I/O error. The data may well be whole."""

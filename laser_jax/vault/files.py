@@ -5,6 +5,7 @@ import contextlib
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,8 +13,11 @@ import google_crc32c
 import numpy as np
 
 from laser_jax.vault import format as vault_format
-from laser_jax.vault.errors import CorruptionError, LockedError, UnavailableError
+from laser_jax.vault.errors import CorruptionError, LockedError, MissingError, UnavailableError
 from laser_jax.vault.storage import KvStorage, LocalStorage, must_read
+
+#: How long a killed writer's worker may hold the lock.
+_ORPHAN_SECONDS = 10.0
 
 
 def crc32c(data: bytes | memoryview) -> int:
@@ -108,7 +112,7 @@ class Folder:
             return wanted
         size = self.storage.size(f"{self.name}/{name}")
         if size is None:
-            raise CorruptionError(f"{path} is missing")
+            raise MissingError(f"{path} is missing")
         if size != wanted:
             raise CorruptionError(f"{path}: {size} bytes instead of {wanted}")
         return size
@@ -145,18 +149,39 @@ def try_flock(descriptor: int, exclusive: bool) -> bool:
 
 
 @contextlib.contextmanager
-def writer_lock(path: str) -> Iterator[None]:
-    """Holds the lock of the vault at `path`, or LockedError. A dead writer's lock is free."""
+def writer_lock(path: str) -> Iterator[int]:
+    """Holds the lock of the vault at `path`, or LockedError; gives its descriptor. A dead writer's lock is free."""
     name = os.path.join(path, vault_format.LOCK)
     try:
         descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise UnavailableError(f"{path} cannot be written: {error}") from error
     try:
-        if not try_flock(descriptor, exclusive=True):
-            raise LockedError(f"{path} is being written by another writer (it holds {name}): close that one first")
+        deadline = time.monotonic() + _ORPHAN_SECONDS
+        while not try_flock(descriptor, exclusive=True):
+            holder = os.pread(descriptor, 20, 0)
+            if _is_alive(holder) or time.monotonic() > deadline:
+                raise LockedError(
+                    f"{path} is being written by another writer (process {holder.decode() or 'unknown'} holds {name}): "
+                    "close that one first"
+                )
+            time.sleep(0.02)  # the writer was killed, and its worker is about to notice
         if not os.path.exists(name) or not os.path.samestat(os.fstat(descriptor), os.stat(name)):
             raise LockedError(f"{path} was removed by another writer at this moment: try again")
-        yield
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _is_alive(process: bytes) -> bool:
+    if not process.isdigit():
+        return True
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

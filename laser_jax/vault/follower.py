@@ -6,7 +6,7 @@ from typing import Any
 from laser_jax.schema import Schema
 from laser_jax.vault.dictionary import Dictionary
 from laser_jax.vault.errors import CorruptionError
-from laser_jax.vault.log import FILE_HEADER, LogFile, log_path, read_acknowledged
+from laser_jax.vault.log import FILE_HEADER, LogFile, log_numbers, log_path, read_acknowledged
 from laser_jax.vault.storage import LocalStorage
 from laser_jax.vault.tail import Tail
 
@@ -37,7 +37,11 @@ class Follower:
           CorruptionError: an acknowledged record is damaged or missing.
         """
         end = read_acknowledged(self._root)
-        if end is None or end.file < self.file:
+        if end is None:
+            # Gone with a crash of the machine, perhaps: it is not flushed. Whole records were durable then.
+            self.replay([number for number in log_numbers(self._root) if number >= self.file])
+            return True
+        if end.file < self.file:
             return True
         while self.file <= end.file:
             last = self.file == end.file

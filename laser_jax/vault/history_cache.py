@@ -2,13 +2,35 @@
 
 import collections
 import threading
-from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
 
+from laser_jax.vault.state import State
+
 #: Memory of an entry beside its columns.
 _OVERHEAD = 600
+
+
+class Cached:
+    """What is kept of a user.
+
+    Attributes:
+      stamp: of the state at which it was last known to be right.
+      entries: of the user in the parts, and the epoch of their page numbers.
+      columns: `time` and every scalar field, read-only, of the newest events in the parts.
+      complete: whether these are all.
+      size: bytes.
+    """
+
+    __slots__ = ("columns", "complete", "entries", "size", "stamp")
+
+    def __init__(self, stamp: int, entries: Any, columns: dict[str, np.ndarray], complete: bool):
+        self.stamp = stamp
+        self.entries = entries
+        self.columns = columns
+        self.complete = complete
+        self.size = sum(column.nbytes for column in columns.values()) + _OVERHEAD
 
 
 class HistoryCache:
@@ -23,36 +45,38 @@ class HistoryCache:
         self.hits = 0
         self.misses = 0
         self._size = 0
-        self._entries: collections.OrderedDict[Any, tuple[Hashable, dict[str, np.ndarray], bool, int]]
-        self._entries = collections.OrderedDict()
+        self._entries: collections.OrderedDict[Any, Cached] = collections.OrderedDict()
         self._lock = threading.Lock()
 
-    def find(self, user: Any, version: Hashable) -> tuple[dict[str, np.ndarray], bool] | None:
-        """Columns of a user and whether they are all that the parts hold; None if this version is not here."""
+    def find(self, user: Any, state: State) -> Cached | None:
+        """What is known of a user, if it is what the parts of this state hold."""
         with self._lock:
-            entry = self._entries.get(user)
-            if entry is None or entry[0] != version:
+            found = self._entries.get(user)
+            if found is None:
                 self.misses += 1
                 return None
             self._entries.move_to_end(user)
-            self.hits += 1
-            return entry[1], entry[2]
+        if found.stamp != state.stamp:
+            if found.entries != (state.epoch, state.entries(user)):
+                self.misses += 1
+                return None
+            found.stamp = state.stamp
+        self.hits += 1
+        return found
 
-    def keep(self, user: Any, version: Hashable, columns: dict[str, np.ndarray], complete: bool) -> None:
+    def keep(self, user: Any, found: Cached) -> None:
         """Takes in what was read of a user; lets go of those not used for longest."""
-        size = sum(column.nbytes for column in columns.values()) + _OVERHEAD
-        if size > self.budget // 8:
+        if found.size > self.budget // 8:
             return
-        for column in columns.values():
-            # Readers get views.
+        for column in found.columns.values():
+            # Readers share it.
             column.flags.writeable = False
         with self._lock:
             old = self._entries.pop(user, None)
-            self._size += size - (old[3] if old else 0)
-            self._entries[user] = (version, columns, complete, size)
+            self._size += found.size - (old.size if old else 0)
+            self._entries[user] = found
             while self._size > self.budget:
-                _, (_, _, _, freed) = self._entries.popitem(last=False)
-                self._size -= freed
+                self._size -= self._entries.popitem(last=False)[1].size
 
     def clear(self) -> None:
         """Lets go of everything."""

@@ -143,7 +143,7 @@ def _damaged_part(
         part = Part(storage, entry, schemas)
     except (CorruptionError, UnavailableError) as error:
         return [*damages, str(error)]
-    pages: Any = LocalPages(lambda: False) if storage.local else RemotePages(64 << 20)
+    pages: Any = LocalPages() if storage.local else RemotePages(64 << 20)
     for first in range(0, part.num_pages, _BLOCK):
         end = min(first + _BLOCK, part.num_pages)
         try:
@@ -257,12 +257,13 @@ def _damaged_log(storage: LocalStorage, manifest: dict[str, Any]) -> list[str]:
         end = read_acknowledged(root)
     except CorruptionError as error:
         return [*damages, str(error)]
+    newest, last = (end.file, end.offset) if end is not None else (-1, 0)
     for number in log_numbers(root):
-        if number < manifest["log"]["kept"] or end is None or number > end.file:
+        if number < manifest["log"]["kept"] or (end is not None and number > end.file):
             continue
         try:
             with LogFile(root, number) as file:
-                for _ in file.batches(schemas[file.schema], FILE_HEADER, end.offset if number == end.file else None):
+                for _ in file.batches(schemas[file.schema], FILE_HEADER, last if number == newest else None):
                     pass
         except (CorruptionError, UnavailableError) as error:
             damages.append(str(error))

@@ -2,15 +2,15 @@
 
 import os
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from laser_jax.schema import Field
 from laser_jax.vault import format as vault_format
-from laser_jax.vault.decode import DamagedPage, check_pages, decode_pages
-from laser_jax.vault.errors import CorruptionError, UnavailableError
+from laser_jax.vault import kernels
+from laser_jax.vault.decode import DamagedPage, check_pages, decode_pages, decode_run
+from laser_jax.vault.errors import CorruptionError, MissingError, UnavailableError
 from laser_jax.vault.format import PAGE, SHARD_PAGES
 from laser_jax.vault.part import Part
 from laser_jax.vault.storage import shared_context
@@ -33,9 +33,7 @@ class _ShardFile:
 class LocalPages:
     """Reads runs of pages, one pread for each shard they touch. Safe to share among threads."""
 
-    def __init__(self, gone: Callable[[], bool]):
-        """`gone` says whether the vault has moved on since it was opened, so that a missing file is no damage."""
-        self._gone = gone
+    def __init__(self) -> None:
         self._files: dict[tuple[str, str, int], _ShardFile] = {}
         self._locations: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
         self._lock = threading.Lock()
@@ -50,6 +48,35 @@ class LocalPages:
         layout = runs[0][0].layout
         stored = [(part, first, end, part.offset, part.length) for part, first, end in runs]
         return self._decoded("pages", stored, layout.page_bytes).view(np.uint32).reshape(-1, layout.num_words, PAGE)
+
+    def unpack(self, part: Part, first: int, end: int, *run: Any) -> tuple[int, int, int]:
+        """Reads the pages of one run and unpacks them; `run` as for kernels.unpack_run, but the pages.
+
+        Returns:
+          What kernels.unpack_run returns.
+
+        Raises:
+          As for words.
+        """
+        shard = first // SHARD_PAGES
+        if end > (shard + 1) * SHARD_PAGES:
+            return kernels.unpack_run(self.words([(part, first, end)]), *run)
+        offsets, lengths = part.offset[first:end].astype(np.int64), part.length[first:end].astype(np.int64)
+        if end - first == 1:
+            start, size = int(offsets[0]), int(lengths[0])
+            begins, sizes = [0], [size]
+        else:
+            begins, sizes = offsets.tolist(), lengths.tolist()
+            start = min(begins)
+            begins = [begin - start for begin in begins]
+            size = max(map(int.__add__, begins, sizes))
+        data = self._read(part, "pages", shard, start, size)
+        offsets -= start
+        try:
+            check_pages(data, begins, sizes)
+            return decode_run(data, offsets, lengths, part.layout.num_words, *run)
+        except DamagedPage as error:
+            raise damage(part, "pages", first + error.position, error) from error
 
     def vectors(self, part: Part, field: Field, first: int, end: int) -> np.ndarray:
         """Pages first..end-1 of a vector field: [end - first, PAGE, size]; errors as for `words`."""
@@ -107,11 +134,7 @@ class LocalPages:
             file = self._file(part, array, shard)  # held: another thread may push it out of the table meanwhile
             return os.pread(file.descriptor, size, offset)
         except FileNotFoundError as error:
-            if self._gone():
-                raise UnavailableError(
-                    f"part {part.name} is gone since this handle was opened or refreshed: call refresh() and read again"
-                ) from error
-            raise damage(part, array, shard * SHARD_PAGES, "its shard file is missing") from error
+            raise MissingError(f"{_shard_name(part, array, shard)} is missing") from error
         except OSError as error:
             raise UnavailableError(f"{_shard_name(part, array, shard)} cannot be read: {error}") from error
 
@@ -143,6 +166,10 @@ class RemotePages:
         found = [self._result(part, "pages", first, end, future) for part, first, end, future in futures]
         return found[0] if len(found) == 1 else np.concatenate(found)
 
+    def unpack(self, part: Part, first: int, end: int, *run: Any) -> tuple[int, int, int]:
+        """As LocalPages.unpack."""
+        return kernels.unpack_run(self.words([(part, first, end)]), *run)
+
     def vectors(self, part: Part, field: Field, first: int, end: int) -> np.ndarray:
         """As LocalPages.vectors."""
         pages = self._read(part, vault_format.vector_path(field.name), first, end)
@@ -152,7 +179,7 @@ class RemotePages:
             for shard in {(first + int(page)) // SHARD_PAGES for page in blank}:
                 name = part.shards(vault_format.vector_path(field.name))[shard]
                 if part.folder.storage.read(f"{part.folder.name}/{name}") is None:
-                    raise damage(part, vault_format.vector_path(field.name), first, "its shard file is missing")
+                    raise MissingError(f"{part.folder.path}/{name} is missing")
         return pages
 
     def forget(self, names: set[str]) -> None:

@@ -13,8 +13,8 @@ from laser_jax.schema import Schema
 from laser_jax.vault.dictionary import Dictionary
 from laser_jax.vault.errors import UnavailableError, VaultError
 from laser_jax.vault.files import inventory, sync_path, sync_tree, write_strings
-from laser_jax.vault.format import DICTIONARIES, MANIFEST, PARTS
-from laser_jax.vault.manifest import HeldManifest, collect_garbage, commit_manifest
+from laser_jax.vault.format import DICTIONARIES, MANIFEST, PARTS, VERSION
+from laser_jax.vault.manifest import HeldManifest, collect_garbage, commit_manifest, read_manifest
 from laser_jax.vault.merge_plan import MergePlan, all_entries, plan_everything, plan_newest
 from laser_jax.vault.state import State, build_state
 from laser_jax.vault.storage import LocalStorage
@@ -25,6 +25,7 @@ from laser_jax.vault.worker import Worker
 
 #: Seconds between tries after the storage refused.
 _RETRY = 1.0
+_LONGEST_PAUSE = 300.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +81,7 @@ class Maintenance:
         state: State,
         appender: Any,
         change: Callable[[State], None],
+        lock_descriptor: int,
     ):
         self.state = state
         self.options = options
@@ -92,15 +94,21 @@ class Maintenance:
         self._state_lock = threading.Lock()
         self._work = threading.Event()
         self._room = threading.Condition()
-        self._failure: Exception | None = None
+        self._flush_failure: Exception | None = None
+        self._merge_failure: Exception | None = None
+        self._merge_after = 0.0
+        self._merge_pause = _RETRY
         self._closing = False
-        self._worker = Worker()
+        self._worker = Worker(lock_descriptor)
         self.bytes_written = 0
         self.events_merged = 0
         self._thread: threading.Thread | None = None
         self._new_parts: list[str] = []
         self._given = 0
         self._collect()
+        if state.manifest["version"] < VERSION:
+            # Readers of that version would not look for a log.
+            self.commit()
 
     # Called by the appender.
 
@@ -126,14 +134,15 @@ class Maintenance:
         Raises:
           UnavailableError: they cannot be made into parts.
         """
-        if not self.options.background:
+        if self._tail_bytes() < self.options.tail_bytes:
             return
+        self.tail_is_full()
         with self._room:
             while self._tail_bytes() >= self.options.tail_bytes:
-                if self._failure is not None:
+                if self._flush_failure is not None:
                     raise UnavailableError(
-                        f"{self.root}: the tail is full and cannot be made into a part: {self._failure}"
-                    ) from self._failure
+                        f"{self.root}: the tail is full and cannot be made into a part: {self._flush_failure}"
+                    ) from self._flush_failure
                 self._work.set()
                 self._room.wait(0.1)
 
@@ -151,6 +160,8 @@ class Maintenance:
             "part_bytes_written": self.bytes_written,
             "events_merged": self.events_merged,
             "tail_bytes": self._tail_bytes(),
+            "flush_failure": str(self._flush_failure) if self._flush_failure else None,
+            "merge_failure": str(self._merge_failure) if self._merge_failure else None,
         }
 
     # Work.
@@ -174,11 +185,13 @@ class Maintenance:
     def commit(self, **changes: Any) -> None:
         """Writes a manifest with these changes, and makes its state the newest."""
         with self._lock:
-            manifest = self.state.manifest | {"version": 2} | changes
+            manifest = self.state.manifest | {"version": VERSION} | changes
             manifest["number"] = self.state.manifest["number"] + 1
             try:
                 commit_manifest(self.root, manifest)
             except OSError as error:
+                if read_manifest(self._storage)["number"] == manifest["number"]:
+                    self._appender.refuse(f"its manifest was replaced, perhaps not durably ({error})")
                 raise UnavailableError(f"{self.root}: its manifest cannot be written: {error}") from error
             self.bytes_written += 2 * os.path.getsize(os.path.join(self.root, MANIFEST))
             held = HeldManifest(self._storage)
@@ -246,15 +259,27 @@ class Maintenance:
             try:
                 with self._lock:
                     self.flush_sealed()
-                    if not self._closing:
-                        self._merge_newest()
-                self._failure = None
+                self._flush_failure = None
             except (VaultError, OSError) as error:
-                self._failure = error
-                time.sleep(_RETRY)
+                self._flush_failure = error
                 self._work.set()
             with self._room:
                 self._room.notify_all()
+            if self._flush_failure is not None:
+                time.sleep(_RETRY)
+            elif not self._closing and time.monotonic() >= self._merge_after:
+                self._merge_in_background()
+
+    def _merge_in_background(self) -> None:
+        """Merges what needs it; after a failure (a damaged part, a full disk) only after a growing pause."""
+        try:
+            with self._lock:
+                self._merge_newest()
+            self._merge_failure, self._merge_pause = None, _RETRY
+        except (VaultError, OSError) as error:
+            self._merge_failure = error
+            self._merge_after = time.monotonic() + self._merge_pause
+            self._merge_pause = min(2 * self._merge_pause, _LONGEST_PAUSE)
 
     def flush_sealed(self) -> None:
         """Makes a part of the tails that were closed."""

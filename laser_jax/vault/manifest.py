@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import shutil
 from typing import Any
 
@@ -49,6 +50,7 @@ def parse_manifest(data: bytes, where: str, root: str) -> dict[str, Any]:
 
 def dump_manifest(manifest: dict[str, Any]) -> bytes:
     """A manifest with its checksum, in the one spelling."""
+    manifest = manifest | {"version": max(manifest["version"], vault_format.VERSION)}
     return dump(manifest | {"checksum": crc32c(dump(manifest))})
 
 
@@ -149,28 +151,30 @@ def commit_manifest(root: str, manifest: dict[str, Any]) -> None:
     folder = os.path.join(root, MANIFESTS)
     os.makedirs(folder, exist_ok=True)
     numbered = os.path.join(folder, f"{manifest['number']:09d}.json")
-    draft = target + ".draft"
+    draft, copy = target + ".draft", os.path.join(root, MANIFEST_COPY)
     for name in (draft, numbered):
         with contextlib.suppress(FileNotFoundError):
             os.remove(name)
-    with open(draft, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    for name in (copy, draft):
+        with open(name + ".draft" if name == copy else name, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    # The copy first: nothing may fail once the manifest is replaced. It names only what is there already.
+    os.replace(copy + ".draft", copy)
     # A second name of the same file: readers' locks on what was the manifest can be seen there.
     os.link(draft, numbered)
     if os.path.exists(target) and os.stat(target).st_nlink == 1:
-        with contextlib.suppress(FileExistsError):
-            os.link(target, os.path.join(folder, f"before-{manifest['number']:09d}.json"))
+        _keep_name(target, folder, f"before-{manifest['number']:09d}")
     sync_path(folder)
     os.replace(draft, target)
     sync_path(root)
-    copy = os.path.join(root, MANIFEST_COPY)
-    with open(copy + ".draft", "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(copy + ".draft", copy)
+
+
+def _keep_name(path: str, folder: str, name: str) -> None:
+    """A second name in `manifests/` for a file that is about to lose its own: somebody may hold it."""
+    with contextlib.suppress(FileNotFoundError):
+        os.link(path, os.path.join(folder, f"{name}-{secrets.token_hex(4)}.json"))
 
 
 def checked_name(name: str) -> str:
@@ -193,6 +197,8 @@ def write_snapshot(root: str, name: str, manifest: dict[str, Any]) -> None:
     folder = os.path.join(root, SNAPSHOTS)
     os.makedirs(folder, exist_ok=True)
     target = os.path.join(folder, f"{checked_name(name)}.json")
+    os.makedirs(os.path.join(root, MANIFESTS), exist_ok=True)
+    _keep_name(target, os.path.join(root, MANIFESTS), f"snapshot-{name}")
     with open(target + ".draft", "wb") as file:
         file.write(dump_manifest(manifest))
         file.flush()
@@ -209,7 +215,8 @@ def drop_snapshot(root: str, name: str) -> None:
         raise VaultError(f"{root} has no snapshot {name!r}")
     folder = os.path.join(root, MANIFESTS)
     os.makedirs(folder, exist_ok=True)
-    os.replace(source, os.path.join(folder, f"dropped-{name}.json"))
+    _keep_name(source, folder, f"snapshot-{name}")
+    os.remove(source)
     sync_path(os.path.dirname(source))
 
 

@@ -64,7 +64,8 @@ class RowReader:
           n: events at most, >= 1.
           sequence: whether sequence numbers are wanted.
           entries: of the user in parts, newest part first, if they are known.
-          known: what is to be taken for all that the entries hold: columns with sequence numbers, within the bounds.
+          known: what is to be taken for all that the parts hold: columns within the bounds, without sequence numbers;
+            those of a tail are greater.
 
         Returns:
           Columns, with `sequence` also one of sequence numbers; None if there are no such events.
@@ -78,7 +79,7 @@ class RowReader:
             rows for tail in state.tails if tail.size and (rows := tail.read(user, names, before, as_of, n)) is not None
         ]
         if known is not None:
-            runs.append(known)
+            runs.insert(0, known | {SEQUENCE: np.full(len(known["time"]), -1)})
         if as_of >= state.parts_end:
             as_of = NO_BOUND  # nothing in the parts is hidden
         several = sequence or len(runs) + len(entries) > 1
@@ -98,6 +99,7 @@ class RowReader:
         rows = runs[0]
         if len(runs) > 1:
             rows = {name: np.concatenate([run[name] for run in runs]) for name in ("time", SEQUENCE, *names)}
+            # Stable: events that are `known` are in order already.
             order = np.lexsort((rows[SEQUENCE], rows["time"]))[-n:]
             rows = {name: column[order] for name, column in rows.items()}
         if not sequence:
@@ -118,18 +120,21 @@ class RowReader:
         """The newest n events that one part holds of a user."""
         number, first, end = entry
         table = state.table
-        low, high = kernels.newest_pages(
-            first,
-            end,
-            table.first_time,
-            table.last_time,
-            table.last_sequence,
-            table.count,
-            before,
-            as_of,
-            horizon,
-            n,
-        )
+        if before == NO_BOUND and as_of == NO_BOUND and horizon == _ANY_TIME:
+            low, high = max(first, end - -(-n // PAGE)), end  # every page but the oldest is full
+        else:
+            low, high = kernels.newest_pages(
+                first,
+                end,
+                table.first_time,
+                table.last_time,
+                table.last_sequence,
+                table.count,
+                before,
+                as_of,
+                horizon,
+                n,
+            )
         if low == high:
             return None
         part = state.by_number[number]
@@ -138,14 +143,15 @@ class RowReader:
         filtered = as_of != NO_BOUND and bool((table.last_sequence[low:high] >= as_of).any())
         sequence |= filtered
         unpacking = self.unpacking(part, asked, sequence)
-        pages = self.pages.words([(part, low - base, high - base)])
         count = int(table.count[low])
         capacity = (high - low - 1) * PAGE + count
         if not filtered:
             capacity = min(capacity, n)
         buffer, begins = unpacking.allocate(capacity)
-        bad, start, rows = kernels.unpack_run(
-            pages,
+        bad, start, rows = self.pages.unpack(
+            part,
+            low - base,
+            high - base,
             part.layout.time_words == 2,
             count,
             table.first_time[low],

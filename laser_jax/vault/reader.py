@@ -1,7 +1,7 @@
 """A vault opened: `get` for one user, `gather` for a batch, and the writing calls, which make the handle the writer."""
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -12,11 +12,11 @@ from laser_jax.vault import administration
 from laser_jax.vault.appender import Appender
 from laser_jax.vault.batch import BatchReader
 from laser_jax.vault.dictionary import Dictionary
-from laser_jax.vault.errors import CorruptionError, UnavailableError, UnknownFieldError, VaultError
+from laser_jax.vault.errors import CorruptionError, MissingError, UnavailableError, UnknownFieldError, VaultError
 from laser_jax.vault.follower import Follower
 from laser_jax.vault.format import PAGE
 from laser_jax.vault.history import Histories, History
-from laser_jax.vault.history_cache import HistoryCache
+from laser_jax.vault.history_cache import Cached, HistoryCache
 from laser_jax.vault.log import log_path
 from laser_jax.vault.lookup import LocalPages, RemotePages
 from laser_jax.vault.maintenance import WriterOptions
@@ -24,7 +24,7 @@ from laser_jax.vault.manifest import HeldManifest, snapshots
 from laser_jax.vault.merging import NO_BOUND, RowReader
 from laser_jax.vault.state import State, build_state
 from laser_jax.vault.storage import storage_of
-from laser_jax.vault.unpacking import SEQUENCE, Asked, fill_values
+from laser_jax.vault.unpacking import Asked, fill_values
 
 #: Memory for decoded histories of hot users.
 CACHE_BYTES = 64 << 20
@@ -60,7 +60,7 @@ class Vault:
         self._follower: Follower | None = None
         self._state = self._opened()
         if self._storage.local:
-            self._pages: Any = LocalPages(lambda: not self._state.held.is_current(self._storage))
+            self._pages: Any = LocalPages()
         else:
             self._pages = RemotePages(max(cache_bytes, 1))
         self._cache = HistoryCache(cache_bytes) if cache_bytes else None
@@ -170,19 +170,23 @@ class Vault:
         asked = self._fields(fields)
         n = _count(n)
         bound = NO_BOUND if before is None else _one_bound("before", before)
-        state = self._state
-        user = _one_user(state.schema, user)
-        seen = state.next_sequence
-        if as_of is not None:
-            seen = min(seen, _one_bound("as_of", as_of))
-        if where and user is not None:
-            return self._get_where(state, user, n, bound, seen, asked, where, max_scan)
-        if max_scan is not None:
+        hidden = NO_BOUND if as_of is None else _one_bound("as_of", as_of)
+        if max_scan is not None and not where:
             raise VaultError("max_scan goes with `where`: without conditions n events are read, and no more")
-        rows = self._newest(state, user, asked, bound, seen, n, as_of is not None) if n and user is not None else None
-        if rows is None:
-            return History(_no_rows(asked), self._values, seen, n > 0)
-        return History(rows, self._values, seen, len(rows["time"]) < n)
+
+        def read(state: State) -> History:
+            key = _one_user(state.schema, user)
+            seen = min(state.next_sequence, hidden)
+            if key is None or not n:
+                return History(_no_rows(asked), self._values, seen, n > 0)
+            if where:
+                return self._get_where(state, key, n, bound, seen, asked, where, max_scan)
+            rows = self._newest(state, key, asked, bound, seen, n, as_of is not None)
+            if rows is None:
+                return History(_no_rows(asked), self._values, seen, True)
+            return History(rows, self._values, seen, len(rows["time"]) < n)
+
+        return self._with_state(read)
 
     def gather(
         self,
@@ -206,20 +210,22 @@ class Vault:
         """
         asked = self._fields(fields)
         n = _count(n)
-        state = self._state
-        users, beyond = _many_users(state.schema, users)
-        size = len(users)
-        seen = state.next_sequence
+        keys, beyond = _many_users(self.schema, users)
+        size = len(keys)
         bounds = np.full(size, NO_BOUND) if before is None else _bounds("before", before, size)
         hidden = np.full(size, NO_BOUND) if as_of is None else _bounds("as_of", as_of, size)
-        # Appends go on meanwhile: every user of the batch is read as of the same moment.
-        hidden = np.minimum(hidden, seen)
         if beyond is not None:
             bounds = np.where(beyond, np.iinfo(np.int64).min, bounds)
-        if not n or not size:
-            return Histories(_no_rows(asked), np.zeros(size + 1, np.int64), self._values, seen, n)
-        columns, offsets = self._batch.read(state, users, bounds, hidden, n, asked)
-        return Histories(columns, offsets, self._values, seen, n)
+
+        def read(state: State) -> Histories:
+            seen = state.next_sequence
+            if not n or not size:
+                return Histories(_no_rows(asked), np.zeros(size + 1, np.int64), self._values, seen, n)
+            # Appends go on meanwhile: every user of the batch is read as of the same moment.
+            columns, offsets = self._batch.read(state, keys, bounds, np.minimum(hidden, seen), n, asked)
+            return Histories(columns, offsets, self._values, seen, n)
+
+        return self._with_state(read)
 
     def append(self, events: Mapping[str, Any]) -> int:
         """Adds events: durable when it returns, and seen by the next read.
@@ -340,6 +346,24 @@ class Vault:
                     raise
         raise UnavailableError(f"{self.path} changes all the time: try again")
 
+    def _with_state(self, read: Callable[[State], Any]) -> Any:
+        """What `read` returns for the newest state; tried again with a newer one if files go in the meantime."""
+        state = self._state
+        while True:
+            try:
+                return read(state)
+            except MissingError as error:
+                newest = self._state
+                if newest.stamp != state.stamp:
+                    state = newest
+                    continue
+                if self.at is None and self.local and not state.held.is_current(self._storage):
+                    raise UnavailableError(
+                        f"{self.path} has changed since this handle was opened or refreshed, and files of it are gone: "
+                        "call refresh() and read again"
+                    ) from error
+                raise
+
     def _change(self, state: State) -> None:
         """Makes a state the one that reads start from."""
         self._fills.update(fill_values(state.schema, self._dictionaries))
@@ -369,44 +393,34 @@ class Vault:
         self, state: State, user: Any, asked: Asked, before: int, seen: int, n: int, bounded: bool
     ) -> dict[str, np.ndarray] | None:
         """RowReader.newest, through the cache; `bounded` is whether the caller set `seen`."""
-        as_of = seen
         cache = self._cache
-        if cache is None or asked.vectors:
-            return self._rows.newest(state, user, asked, before, as_of, n)
-        entries = state.entries(user)
-        if not entries:
-            return self._rows.newest(state, user, asked, before, as_of, n, entries=entries)
-        version = (state.epoch, entries)
-        found = cache.find(user, version)
-        if before == NO_BOUND and (found is None or not (found[1] or len(found[0]["time"]) >= n)):
-            everything = self._fields(None)
-            parts_only = state.with_tails(())
-            rows = self._rows.newest(parts_only, user, everything, NO_BOUND, NO_BOUND, n, True, entries)
-            found = (rows, len(rows["time"]) < n)
-            cache.keep(user, version, *found)
+        if cache is None or asked.vectors or (bounded and seen < state.parts_end):
+            return self._rows.newest(state, user, asked, before, seen, n)
+        found = cache.find(user, state)
+        if before == NO_BOUND and (found is None or not (found.complete or len(found.columns["time"]) >= n)):
+            entries = state.entries(user)
+            if entries:
+                parts_only = state.with_tails(())
+                rows = self._rows.newest(parts_only, user, self._fields(None), NO_BOUND, NO_BOUND, n, entries=entries)
+                found = Cached(state.stamp, (state.epoch, entries), rows, len(rows["time"]) < n)
+                cache.keep(user, found)
         if found is None:
-            return self._rows.newest(state, user, asked, before, as_of, n, entries=entries)
-        columns, complete = found
-        names = ["time", SEQUENCE, *asked.names]
-        size = len(columns["time"])
-        if before == NO_BOUND and not bounded:
-            if size < n and not complete:
-                return self._rows.newest(state, user, asked, before, as_of, n, entries=entries)
-            if not any(tail.size for tail in state.tails):
-                return {name: columns[name][-n:] for name in names if name != SEQUENCE}
-            known = {name: columns[name][-n:] for name in names}
+            return self._rows.newest(state, user, asked, before, seen, n)
+        columns = found.columns
+        stop = size = len(columns["time"])
+        if before != NO_BOUND:
+            stop = int(np.searchsorted(columns["time"], before))
+            if stop < n and not found.complete:
+                return self._rows.newest(state, user, asked, before, seen, n)
+        start = max(0, stop - n)
+        if start or stop < size or asked.names != self._fields(None).names:
+            known = {name: columns[name][start:stop] for name in ("time", *asked.names)}
         else:
-            stop = size if before == NO_BOUND else int(np.searchsorted(columns["time"], before))
-            known = {name: columns[name][:stop] for name in names}
-            if bounded:
-                visible = np.flatnonzero(known[SEQUENCE] < seen)
-                known = {name: column[visible] for name, column in known.items()}
-            if len(known["time"]) < n and not complete:
-                return self._rows.newest(state, user, asked, before, as_of, n, entries=entries)
-            known = {name: column[-n:] for name, column in known.items()}
-        if not len(known["time"]):
-            known = None
-        return self._rows.newest(state, user, asked, before, as_of, n, entries=[], known=known)
+            known = dict(columns)
+        for tail in state.tails:
+            if tail.size and user in tail:
+                return self._rows.newest(state, user, asked, before, seen, n, known=known)
+        return known
 
     def _get_where(
         self,
@@ -457,10 +471,17 @@ class Vault:
             if not all(isinstance(one, str) for one in listed):
                 raise SchemaError(f"where={name!r}: {value!r}: this field holds strings")
             return self.encode(name, listed)
-        array = np.array(listed)
-        if array.size and array.dtype.kind not in "iufb":
-            raise SchemaError(f"where={name!r}: {value!r}: this field holds {field.type}")
-        return array
+        kind = {"b": (bool, np.bool_), "f": (int, float, np.integer, np.floating)}.get(
+            field.dtype.kind, (int, np.integer)
+        )
+        for one in listed:
+            if not isinstance(one, kind) or (isinstance(one, bool) and field.dtype.kind != "b"):
+                raise SchemaError(f"where={name!r}: {one!r}: this field holds {field.type}")
+        if field.dtype.kind in "iu":
+            # What does not fit is in no event; a common type of both could be a float, which rounds.
+            limits = np.iinfo(field.dtype)
+            listed = [int(one) for one in listed if limits.min <= one <= limits.max]
+        return np.array(listed, field.dtype)
 
     def _fields(self, names: Sequence[str] | None) -> Asked:
         key = None if names is None else names if isinstance(names, (str, tuple)) else tuple(names)
@@ -506,6 +527,8 @@ def _bounds(name: str, value: Any, size: int) -> np.ndarray:
         raise SchemaError(f"{name} of type {array.dtype}: need integers (times in the schema's unit)")
     if array.ndim > 1 or (array.ndim == 1 and len(array) != size):
         raise SchemaError(f"{name} of shape {array.shape} for {size} users: need one number, or one for each")
+    if array.dtype.kind == "u":
+        array = np.minimum(array, np.uint64(NO_BOUND))
     return np.broadcast_to(array.astype(np.int64), (size,))
 
 

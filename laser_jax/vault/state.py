@@ -37,6 +37,7 @@ class State:
       indexes: users of all parts, in one or a few tables.
       tails: events in no part, older before newer.
       epoch: changes whenever pages are numbered anew.
+      stamp: changes with the parts.
     """
 
     held: HeldManifest
@@ -47,6 +48,7 @@ class State:
     indexes: tuple[UserIndex, ...]
     tails: tuple[Tail, ...]
     epoch: int
+    stamp: int
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -74,7 +76,8 @@ class State:
         for index in self.indexes:
             position = index.find_one(user, hashed)
             if position >= 0:
-                for entry in range(int(index.entry_start[position]), int(index.entry_start[position + 1])):
+                begin, end = index.entry_start[position : position + 2].tolist()
+                for entry in range(begin, end):
                     number = int(index.number[entry])
                     row = (number, int(index.first_page[entry]), int(index.end_page[entry]), int(index.covers[entry]))
                     found.append(row)
@@ -182,14 +185,15 @@ def build_state(
             indexes = (*indexes, UserIndex(new, table))
         pages = sum(part.num_pages for part in parts.values())
         if len(indexes) <= _MOST_INDEXES and pages >= (1 - _MOST_GARBAGE) * table.size:
-            return State(held, schema, parts, by_number, table, indexes, tails, before.epoch)
+            return State(held, schema, parts, by_number, table, indexes, tails, before.epoch, before.stamp + 1)
     # Parts that are there already keep their arrays; the old table is left to those who read from it.
     fresh = [part.reopened() for part in parts.values()]
     parts = {part.name: part for part in fresh}
     table = PageTable(fresh)
     index = (UserIndex(fresh, table),) if fresh else ()
     by_number = {part.number: part for part in fresh}
-    return State(held, schema, parts, by_number, table, index, tails, before.epoch + 1 if before else 0)
+    epoch, stamp = (before.epoch + 1, before.stamp + 1) if before else (0, 0)
+    return State(held, schema, parts, by_number, table, index, tails, epoch, stamp)
 
 
 def _load_dictionaries(

@@ -4,7 +4,7 @@ import json
 import os
 from typing import Any
 
-from laser_jax.vault.errors import CorruptionError, NotAVaultError, UnavailableError
+from laser_jax.vault.errors import MissingError, NotAVaultError, UnavailableError
 
 _SCHEMES = ("memory", "s3", "gs", "http", "https")
 
@@ -50,6 +50,8 @@ class LocalStorage:
             with open(self.path(name), "rb") as file:
                 file.seek(max(size - count, 0))
                 return file.read(count)
+        except FileNotFoundError as error:
+            raise MissingError(f"{self.path(name)} is missing") from error
         except OSError as error:
             raise UnavailableError(f"{self.path(name)} cannot be read: {error}") from error
 
@@ -159,5 +161,5 @@ def must_read(storage: LocalStorage | KvStorage, name: str) -> bytes:
     """All bytes of a file that the manifest promises."""
     data = storage.read(name)
     if data is None:
-        raise CorruptionError(f"{storage.path(name)} is missing")
+        raise MissingError(f"{storage.path(name)} is missing")
     return data

@@ -115,7 +115,7 @@ class MergeTask:
         schemas = [Schema.from_json(schema) for schema in self.schemas]
         schema = schemas[-1]
         storage = LocalStorage(self.root)
-        pages = LocalPages(lambda: False)
+        pages = LocalPages()
         owner: list[np.ndarray] = []
         columns: dict[str, list[np.ndarray]] = {name: [] for name in ("time", SEQUENCE, *schema.names)}
         for number, entry in enumerate(self.parts):

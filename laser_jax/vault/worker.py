@@ -1,11 +1,13 @@
 """Runs tasks in a process of its own, so that making parts never takes Python's lock from those who read.
 
-`python -m laser_jax.vault.worker` reads tasks from its input and answers each on its output, until the input ends.
-Both ends are one program's, over a private pipe.
+The process reads tasks from its input and answers each on its output; it ends when the input does. Both ends are one
+program's, over a private pipe.
 """
 
+import contextlib
 import os
 import pickle
+import queue
 import struct
 import subprocess
 import sys
@@ -22,7 +24,9 @@ _NICENESS = 10
 class Worker:
     """A worker process, started with the first task. One task at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, lock_descriptor: int):
+        """`lock_descriptor` is the writer's lock."""
+        self._lock_descriptor = lock_descriptor
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
 
@@ -35,8 +39,11 @@ class Worker:
         """
         with self._lock:
             if self._process is None or self._process.poll() is not None:
-                command = [sys.executable, "-m", "laser_jax.vault.worker"]
-                self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+                command = [sys.executable, "-c", "from laser_jax.vault.worker import main; main()"]
+                # With the writer's lock in its hands: nobody else may write before this process has ended too.
+                self._process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=(self._lock_descriptor,)
+                )
             try:
                 _send(self._process.stdin, task)
                 done, value = _receive(self._process.stdout)
@@ -78,17 +85,20 @@ def main() -> None:
     # Whatever is printed must not get among the answers.
     sys.stdout = sys.stderr
     os.nice(_NICENESS)
+    tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def listen() -> None:
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                tasks.put(_receive(requests))
+        # The writer has closed the pipe, or is dead: what is half done is nobody's.
+        os._exit(0)
+
+    threading.Thread(target=listen, daemon=True).start()
     while True:
-        try:
-            task = _receive(requests)
-        except EOFError:
-            return
+        task = tasks.get()
         try:
             answer = (True, task.run())
         except (VaultError, OSError) as error:
             answer = (False, error if isinstance(error, VaultError) else UnavailableError(str(error)))
         _send(answers, answer)
-
-
-if __name__ == "__main__":
-    main()

@@ -15,6 +15,7 @@ from laser_jax.schema import Field, Schema
 from laser_jax.vault.errors import (
     CorruptionError,
     LockedError,
+    MissingError,
     NotAVaultError,
     SchemaError,
     UnavailableError,
@@ -24,8 +25,10 @@ from laser_jax.vault.errors import (
     VersionError,
 )
 from laser_jax.vault.history import Histories, History
+from laser_jax.vault.inspection import verify
 from laser_jax.vault.maintenance import WriterOptions
 from laser_jax.vault.reader import CACHE_BYTES, Vault
+from laser_jax.vault.repair import RepairReport, repair
 from laser_jax.vault.writer import BUFFER_EVENTS, VaultWriter
 
 __all__ = [
@@ -34,7 +37,9 @@ __all__ = [
     "Histories",
     "History",
     "LockedError",
+    "MissingError",
     "NotAVaultError",
+    "RepairReport",
     "Schema",
     "SchemaError",
     "UnavailableError",
@@ -47,6 +52,8 @@ __all__ = [
     "WriterOptions",
     "create",
     "open",
+    "repair",
+    "verify",
 ]
 
 

@@ -173,11 +173,11 @@ class _Plan:
     def allocate(self, rows: int) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
         """Columns of the result, the buffer that the scalar ones lie in, and where they begin there."""
         unpacking = self.rows.result_unpacking(self.state, self.asked)
-        buffer, begins = unpacking.allocate(rows)
+        buffer = unpacking.allocate(rows)
         columns = unpacking.columns(buffer, rows, rows)
         for field in self.asked.vectors:
             columns[field.name] = np.empty((rows, field.size), field.dtype)
-        return columns, buffer, begins
+        return columns, buffer, unpacking.prefix * rows
 
 
 class _Task:
@@ -190,16 +190,11 @@ class _Task:
         """Fetches the pages, and finds which slots lie before the bound."""
         plan, runs = self._plan, self._runs
         state, table = plan.state, plan.state.table
-        numbers, lows, highs = (array[runs].tolist() for array in (plan.number, plan.low, plan.high))
+        numbers = plan.number[runs].tolist()
         self._layout = state.by_number[numbers[0]].layout
-        parts = {number: state.by_number[number] for number in set(numbers)}
-        bases = {number: table.base[part.name] for number, part in parts.items()}
-        self._pages = plan.rows.pages.words(
-            [
-                (parts[number], low - bases[number], high - bases[number])
-                for number, low, high in zip(numbers, lows, highs, strict=True)
-            ]
-        )
+        parts = [state.by_number[number] for number in numbers]
+        bases = np.array([table.base[part.name] for part in parts])
+        self._pages = plan.rows.pages.words(parts, plan.low[runs] - bases, plan.high[runs] - bases)
         low, high = plan.low[runs], plan.high[runs]
         pages = high - low
         self._first = np.cumsum(pages) - pages

@@ -11,12 +11,12 @@ import sys
 import threading
 from typing import Any
 
-import google_crc32c
 import llvmlite.binding
 import numpy as np
 from numba import njit, types
 
 from laser_jax.vault import kernels
+from laser_jax.vault.crc import crc32c_of
 from laser_jax.vault.format import CHECKSUM, PAGE
 
 
@@ -79,66 +79,87 @@ _local = threading.local()
 
 
 @njit(nogil=True, cache=True)
-def _decode(context, data, offset, length, out):
-    """Decompresses pages into the rows of `out`, uint8 [P, bytes]; the first that fails, or -1."""
+def _decode(context, data, at, length, out):
+    """Checks and decompresses pages into the rows of `out`, uint8 [P, bytes].
+
+    Returns:
+      The first page that fails or -1, and whether its checksum was right.
+    """
     size = out.shape[1]
-    for page in range(len(offset)):
-        source = data.ctypes.data + offset[page]
+    for page in range(len(at)):
+        begin, end = at[page], at[page] + length[page] - CHECKSUM
+        if end + CHECKSUM > len(data) or end <= begin:
+            return page, False
+        stored = np.uint32(data[end]) | np.uint32(data[end + 1]) << np.uint32(8)
+        stored |= np.uint32(data[end + 2]) << np.uint32(16) | np.uint32(data[end + 3]) << np.uint32(24)
+        if crc32c_of(data, begin, end) != stored:
+            return page, False
         target = out.ctypes.data + page * size
-        if _decompress(context, source, length[page], target, size) != size:
-            return page
-    return -1
+        if _decompress(context, data.ctypes.data + begin, end - begin, target, size) != size:
+            return page, True
+    return -1, True
 
 
 @njit(nogil=True, cache=True)
-def _decode_run(context, data, offset, length, words, wide, count, first_time, last_time, before, n, plan, out, base):
-    """Decodes the pages of one run and unpacks its newest n events before a bound.
+def _decode_run(context, data, offset, length, words, wide, count, first_time, last_time, before, n, plan, out, prefix):
+    """Decodes the pages of one run, which lie one after the other in `data`, and unpacks its newest n events.
 
     Returns:
-      The first page that fails or -1, whether it could be decompressed, the first slot taken, the number of events.
+      The first page that fails or -1; if so, whether its checksum was right, and whether it could be decompressed; the
+      first slot taken, the number of events.
     """
     pages = np.empty((len(offset), words, PAGE), np.uint32)
-    size = words * PAGE * 4
+    at = np.empty(len(offset), np.int64)
     for page in range(len(offset)):
-        source = data.ctypes.data + offset[page]
-        target = pages.ctypes.data + page * size
-        if _decompress(context, source, length[page] - CHECKSUM, target, size) != size:
-            return page, False, 0, 0
-    bad, start, rows = kernels.unpack_run(pages, wide, count, first_time, last_time, before, n, plan, out, base)
-    return bad, True, start, rows
+        at[page] = np.int64(offset[page]) - np.int64(offset[0])
+    bad, checked = _decode(context, data, at, length, pages.view(np.uint8).reshape(len(offset), words * PAGE * 4))
+    if bad >= 0:
+        return bad, checked, False, 0, 0
+    bad, start, rows = kernels.unpack_run(pages, wide, count, first_time, last_time, before, n, plan, out, prefix)
+    return bad, True, True, start, rows
 
 
-def check_pages(data: bytes, offsets: list[int], lengths: list[int]) -> None:
-    """Checks the checksum at the end of each page.
-
-    Raises:
-      DamagedPage: one does not match.
-    """
-    value = google_crc32c.value
-    for position, (at, size) in enumerate(zip(offsets, lengths, strict=True)):
-        end = at + size
-        body = end - CHECKSUM
-        if end > len(data) or value(data[at:body]) != int.from_bytes(data[body:end], "little"):
-            raise DamagedPage(position, "its checksum does not match")
-
-
-def decode_run(data: bytes, offsets: np.ndarray, lengths: np.ndarray, *run: Any) -> tuple[int, int, int]:
-    """Decodes and unpacks the pages of one run, which were checked, in one go.
+def decode_run(data: bytes, offset: np.ndarray, length: np.ndarray, *run: Any) -> tuple[int, int, int]:
+    """Checks, decodes and unpacks the pages of one run in one go.
 
     Args:
-      data, offsets, lengths: as for decode_pages.
+      data: the run's pages as they are stored, one after the other.
+      offset, length: uint32 [P], where they lie in their file, checksums included.
       *run: words of a page, then the arguments of kernels.unpack_run but the pages.
 
     Returns:
       What kernels.unpack_run returns.
 
     Raises:
-      DamagedPage: one cannot be decompressed.
+      DamagedPage: one is not what was written.
     """
-    bad, decoded, start, rows = _decode_run(_context(), np.frombuffer(data, np.uint8), offsets, lengths, *run)
+    stored = np.frombuffer(data, np.uint8)
+    bad, checked, decoded, start, rows = _decode_run(_context(), stored, offset, length, *run)
     if not decoded:
-        raise DamagedPage(bad, "it cannot be decompressed")
+        raise _damaged(bad, checked)
     return bad, start, rows
+
+
+def decode_pages(data: bytes | np.ndarray, at: np.ndarray, length: np.ndarray, page_bytes: int) -> np.ndarray:
+    """Checks and decodes pages.
+
+    Args:
+      data: holds them.
+      at, length: int64 [P], where they lie, checksums included.
+      page_bytes: of a decoded page.
+
+    Returns:
+      uint8 [P, page_bytes].
+
+    Raises:
+      DamagedPage: one is not what was written.
+    """
+    stored = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data
+    out = np.empty((len(at), page_bytes), np.uint8)
+    bad, checked = _decode(_context(), stored, at, length, out)
+    if bad >= 0:
+        raise _damaged(bad, checked)
+    return out
 
 
 def _context() -> int:
@@ -149,22 +170,5 @@ def _context() -> int:
     return context.address
 
 
-def decode_pages(data: bytes, offsets: np.ndarray, lengths: np.ndarray, page_bytes: int) -> np.ndarray:
-    """Decodes pages that were checked.
-
-    Args:
-      data: holds them.
-      offsets, lengths: int64 [P], where they lie, checksums included.
-      page_bytes: of a decoded page.
-
-    Returns:
-      uint8 [P, page_bytes].
-
-    Raises:
-      DamagedPage: one cannot be decompressed.
-    """
-    out = np.empty((len(offsets), page_bytes), np.uint8)
-    bad = _decode(_context(), np.frombuffer(data, np.uint8), offsets, lengths - CHECKSUM, out)
-    if bad >= 0:
-        raise DamagedPage(bad, "it cannot be decompressed")
-    return out
+def _damaged(page: int, checked: bool) -> DamagedPage:
+    return DamagedPage(page, "it cannot be decompressed" if checked else "its checksum does not match")

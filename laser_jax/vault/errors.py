@@ -5,6 +5,7 @@ from laser_jax.schema import SchemaError, VaultError
 __all__ = [
     "CorruptionError",
     "LockedError",
+    "MissingError",
     "NotAVaultError",
     "SchemaError",
     "UnavailableError",

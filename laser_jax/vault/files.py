@@ -13,6 +13,7 @@ import google_crc32c
 import numpy as np
 
 from laser_jax.vault import format as vault_format
+from laser_jax.vault.decode import decode_pages
 from laser_jax.vault.errors import CorruptionError, LockedError, MissingError, UnavailableError
 from laser_jax.vault.storage import KvStorage, LocalStorage, must_read
 
@@ -95,9 +96,16 @@ class Folder:
         return data
 
     def array(self, name: str, dtype: Any, length: int | None = None) -> np.ndarray:
-        """A plain array written by write_array; `length` is checked if given."""
-        self.read(f"{name}/zarr.json")  # other zarr readers go by it: damage there is damage
-        array = np.frombuffer(self.read(f"{name}/c/0")[:-4], np.dtype(dtype))
+        """A 1-d array of one chunk; `length` is checked if given."""
+        # Other zarr readers go by it too: damage there is damage.
+        metadata = json.loads(self.read(f"{name}/zarr.json"))
+        data = self.read(f"{name}/c/0")
+        dtype = np.dtype(dtype)
+        if any(codec["name"] == "blosc" for codec in metadata["codecs"]):
+            whole = np.zeros(1, np.int64), np.array([len(data)])
+            array = decode_pages(data, *whole, metadata["shape"][0] * dtype.itemsize)[0].view(dtype)
+        else:
+            array = np.frombuffer(data[:-4], dtype)
         if length is not None and len(array) != length:
             raise CorruptionError(f"{self.path}/{name}: {len(array)} values instead of {length}")
         return array

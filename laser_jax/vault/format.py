@@ -52,6 +52,8 @@ SHARD_PAGES = 4096
 #: stored".
 INDEX_ENTRY = 16
 CHECKSUM = 4
+#: Levels of blosc's zstd: for parts that are soon merged into others, and for parts that stay.
+LEAST_LEVEL, MOST_LEVEL = 1, 4
 #: A shard of pages stays below 4 GB.
 MAX_WORDS = 1000
 
@@ -152,14 +154,20 @@ def plain_metadata(array: np.ndarray) -> dict[str, Any]:
     return _array_metadata(array.shape, array.dtype, array.shape, [codec, _CRC])
 
 
-def pages_metadata(num_pages: int, num_words: int) -> dict[str, Any]:
-    """zarr.json of the pages array [num_pages, num_words, PAGE]."""
-    return _sharded_metadata((num_pages, num_words, PAGE), _WORD)
+def packed_metadata(array: np.ndarray) -> dict[str, Any]:
+    """zarr.json of a 1-d array stored as one compressed and checksummed chunk."""
+    codec = _SINGLE_BYTES if array.dtype.itemsize == 1 else _BYTES
+    return _array_metadata(array.shape, array.dtype, array.shape, [codec, _blosc(array.dtype, MOST_LEVEL), _CRC])
 
 
-def vector_metadata(num_pages: int, size: int, dtype: np.dtype) -> dict[str, Any]:
+def pages_metadata(num_pages: int, num_words: int, level: int) -> dict[str, Any]:
+    """zarr.json of the pages array [num_pages, num_words, PAGE], compressed at a level of blosc."""
+    return _sharded_metadata((num_pages, num_words, PAGE), _WORD, level)
+
+
+def vector_metadata(num_pages: int, size: int, dtype: np.dtype, level: int) -> dict[str, Any]:
     """zarr.json of a vector field's array [num_pages, PAGE, size]."""
-    return _sharded_metadata((num_pages, PAGE, size), dtype)
+    return _sharded_metadata((num_pages, PAGE, size), dtype, level)
 
 
 def shard_pages(num_pages: int) -> int:
@@ -177,22 +185,26 @@ def vector_path(field: str) -> str:
     return f"vectors/{field}"
 
 
-def _sharded_metadata(shape: tuple[int, ...], dtype: np.dtype) -> dict[str, Any]:
-    single = dtype.itemsize == 1
-    blosc = {
+def _blosc(dtype: np.dtype, level: int) -> dict[str, Any]:
+    configuration = {
         "cname": "zstd",
-        "clevel": 1,
-        "shuffle": "noshuffle" if single else "shuffle",
+        "clevel": level,
+        "shuffle": "noshuffle" if dtype.itemsize == 1 else "shuffle",
         "typesize": dtype.itemsize,
         "blocksize": 0,
     }
+    return {"name": "blosc", "configuration": configuration}
+
+
+def _sharded_metadata(shape: tuple[int, ...], dtype: np.dtype, level: int) -> dict[str, Any]:
+    single = dtype.itemsize == 1
     sharding = {
         "name": "sharding_indexed",
         "configuration": {
             "chunk_shape": [1, *shape[1:]],
             "codecs": [
                 _SINGLE_BYTES if single else _BYTES,
-                {"name": "blosc", "configuration": blosc},
+                _blosc(dtype, level),
                 _CRC,
             ],
             "index_codecs": [_BYTES, _CRC],

@@ -34,7 +34,10 @@ class Cached:
 
 
 class HistoryCache:
-    """The newest events of users as the parts hold them, the last used ones. Safe to share among threads.
+    """The newest events of users as the parts hold them, of those asked for most often. Safe to share among threads.
+
+    Users that are asked for once do not push out those who come again: a user is taken in only if it was asked for more
+    often, lately, than the one that would have to go (as in TinyLFU, with exact counts).
 
     Attributes:
       hits, misses: look-ups so far.
@@ -46,37 +49,51 @@ class HistoryCache:
         self.misses = 0
         self._size = 0
         self._entries: collections.OrderedDict[Any, Cached] = collections.OrderedDict()
+        self._asked: dict[Any, int] = {}
         self._lock = threading.Lock()
 
     def find(self, user: Any, state: State) -> Cached | None:
         """What is known of a user, if it is what the parts of this state hold."""
         with self._lock:
+            self._asked[user] = self._asked.get(user, 0) + 1
             found = self._entries.get(user)
             if found is None:
                 self.misses += 1
                 return None
             self._entries.move_to_end(user)
+            self.hits += 1
         if found.stamp != state.stamp:
             if found.entries != (state.epoch, state.entries(user)):
-                self.misses += 1
                 return None
             found.stamp = state.stamp
-        self.hits += 1
         return found
 
     def keep(self, user: Any, found: Cached) -> None:
-        """Takes in what was read of a user; lets go of those not used for longest."""
+        """Takes in what was read of a user, if it is worth more than what has to go for it."""
         if found.size > self.budget // 8:
             return
-        for column in found.columns.values():
-            # Readers share it.
-            column.flags.writeable = False
         with self._lock:
             old = self._entries.pop(user, None)
-            self._size += found.size - (old.size if old else 0)
+            if old is not None:
+                self._size -= old.size
+            self._forget_counts()
+            worth = self._asked.get(user, 0)
+            while self._size + found.size > self.budget:
+                oldest = next(iter(self._entries))
+                if self._asked.get(oldest, 0) >= worth and old is None:
+                    # It stays, and is not the first to go the next time: others are looked at too.
+                    self._entries.move_to_end(oldest)
+                    return
+                self._size -= self._entries.pop(oldest).size
+            for column in found.columns.values():
+                column.flags.writeable = False  # readers share it
+            self._size += found.size
             self._entries[user] = found
-            while self._size > self.budget:
-                self._size -= self._entries.popitem(last=False)[1].size
+
+    def _forget_counts(self) -> None:
+        """Halves the counts now and then: what matters is how often a user was asked for lately."""
+        if len(self._asked) > 1024 + 16 * len(self._entries):
+            self._asked = {user: count // 2 for user, count in self._asked.items() if count > 1}
 
     def clear(self) -> None:
         """Lets go of everything."""

@@ -175,7 +175,7 @@ def _damages_one_by_one(
         for field in (None, *part.schema.vectors):
             try:
                 if field is None:
-                    pages.words([(part, page, page + 1)])
+                    pages.words([part], np.array([page]), np.array([page + 1]))
                 else:
                     pages.vectors(part, field, page, page + 1)
             except (CorruptionError, UnavailableError) as error:

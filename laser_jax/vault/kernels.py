@@ -149,8 +149,14 @@ def unpack_runs(pages, wide, run_page, start, stop, run_row, plan, out, base):
 
 
 @njit(nogil=True, cache=True)
-def unpack_run(pages, wide, count, first_time, last_time, before, n, plan, out, base):
+def unpack_run(pages, wide, count, first_time, last_time, before, n, plan, out, prefix):
     """run_bounds and unpack_runs for one run, whose newest n events before a bound go into `out`.
+
+    Args:
+      pages, wide, plan, out: as for unpack_runs; `out` has room for n events.
+      count, first_time, last_time: of the run's pages by the directory.
+      before, n: as said.
+      prefix: int64 [F], bytes of an event in the columns before each column.
 
     Returns:
       The first page whose times are not those of the directory, or -1; the first slot taken; the number of events.
@@ -162,8 +168,8 @@ def unpack_run(pages, wide, count, first_time, last_time, before, n, plan, out, 
         wide,
         run_page,
         np.full(1, len(pages)),
-        np.full(1, count),
-        np.full(1, first_time),
+        np.full(1, np.int64(count[0])),
+        np.full(1, first_time[0]),
         last_time,
         np.full(1, before),
         start,
@@ -172,7 +178,7 @@ def unpack_run(pages, wide, count, first_time, last_time, before, n, plan, out, 
     if bad >= 0:
         return bad, 0, 0
     start[0] = max(start[0], stop[0] - n)
-    unpack_runs(pages, wide, run_page, start, stop, run_page, plan, out, base)
+    unpack_runs(pages, wide, run_page, start, stop, run_page, plan, out, prefix * n)
     return -1, start[0], stop[0] - start[0]
 
 

@@ -203,6 +203,24 @@ class LogFile:
         self.close()
 
 
+def scan_records(path: str) -> Iterator[tuple[int, int, bytes]]:
+    """(rows, first sequence number, body) of every whole record of a log file, wherever it lies; for `repair`."""
+    with open(path, "rb") as file:
+        data = file.read()
+    at = FILE_HEADER
+    magic = _CRC.pack(_RECORD_MAGIC)
+    while (at := data.find(magic, at)) >= 0:
+        header = data[at : at + RECORD_HEADER]
+        if len(header) == RECORD_HEADER and _CRC.unpack_from(header, _RECORD.size)[0] == crc32c(header[: _RECORD.size]):
+            _, rows, first, size, checksum = _RECORD.unpack_from(header)
+            body = data[at + RECORD_HEADER : at + RECORD_HEADER + size]
+            if len(body) == size and crc32c(body) == checksum:
+                yield rows, first, body
+                at += RECORD_HEADER + size
+                continue
+        at += 1
+
+
 def encode_acknowledged(value: Acknowledged) -> bytes:
     """The content of `acknowledged`."""
     data = _ACKNOWLEDGED.pack(b"LJXVACK1", value.file, value.offset, value.next_sequence)

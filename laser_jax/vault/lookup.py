@@ -9,7 +9,7 @@ import numpy as np
 from laser_jax.schema import Field
 from laser_jax.vault import format as vault_format
 from laser_jax.vault import kernels
-from laser_jax.vault.decode import DamagedPage, check_pages, decode_pages, decode_run
+from laser_jax.vault.decode import DamagedPage, decode_pages, decode_run
 from laser_jax.vault.errors import CorruptionError, MissingError, UnavailableError
 from laser_jax.vault.format import PAGE, SHARD_PAGES
 from laser_jax.vault.part import Part
@@ -38,16 +38,16 @@ class LocalPages:
         self._locations: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
         self._lock = threading.Lock()
 
-    def words(self, runs: list[tuple[Part, int, int]]) -> np.ndarray:
-        """Pages of runs (part, first page, one past the last page), all of one layout: uint32 [P, words, PAGE].
+    def words(self, parts: list[Part], first: np.ndarray, end: np.ndarray) -> np.ndarray:
+        """Pages first..end-1 of R parts, all of one layout: uint32 [P, words, PAGE].
 
         Raises:
           CorruptionError: names part, page and user.
           UnavailableError: a file cannot be read.
         """
-        layout = runs[0][0].layout
-        stored = [(part, first, end, part.offset, part.length) for part, first, end in runs]
-        return self._decoded("pages", stored, layout.page_bytes).view(np.uint32).reshape(-1, layout.num_words, PAGE)
+        layout = parts[0].layout
+        found = self._decoded("pages", parts, first, end, layout.page_bytes)
+        return found.view(np.uint32).reshape(-1, layout.num_words, PAGE)
 
     def unpack(self, part: Part, first: int, end: int, *run: Any) -> tuple[int, int, int]:
         """Reads the pages of one run and unpacks them; `run` as for kernels.unpack_run, but the pages.
@@ -60,31 +60,20 @@ class LocalPages:
         """
         shard = first // SHARD_PAGES
         if end > (shard + 1) * SHARD_PAGES:
-            return kernels.unpack_run(self.words([(part, first, end)]), *run)
-        offsets, lengths = part.offset[first:end].astype(np.int64), part.length[first:end].astype(np.int64)
-        if end - first == 1:
-            start, size = int(offsets[0]), int(lengths[0])
-            begins, sizes = [0], [size]
-        else:
-            begins, sizes = offsets.tolist(), lengths.tolist()
-            start = min(begins)
-            begins = [begin - start for begin in begins]
-            size = max(map(int.__add__, begins, sizes))
-        data = self._read(part, "pages", shard, start, size)
-        offsets -= start
+            return kernels.unpack_run(self.words([part], np.array([first]), np.array([end])), *run)
+        offset, length = part.offset, part.length
+        start, last = int(offset[first]), end - 1
+        data = self._read(part, "pages", shard, start, int(offset[last]) + int(length[last]) - start)
         try:
-            check_pages(data, begins, sizes)
-            return decode_run(data, offsets, lengths, part.layout.num_words, *run)
+            return decode_run(data, offset[first:end], length[first:end], part.layout.num_words, *run)
         except DamagedPage as error:
             raise damage(part, "pages", first + error.position, error) from error
 
     def vectors(self, part: Part, field: Field, first: int, end: int) -> np.ndarray:
         """Pages first..end-1 of a vector field: [end - first, PAGE, size]; errors as for `words`."""
         array = vault_format.vector_path(field.name)
-        found = self._locations.get((part.name, array))
-        if found is None:
-            found = self._locations[part.name, array] = part.locations(array)
-        pages = self._decoded(array, [(part, first, end, *found)], PAGE * field.size * field.dtype.itemsize)
+        size = PAGE * field.size * field.dtype.itemsize
+        pages = self._decoded(array, [part], np.array([first]), np.array([end]), size)
         return pages.view(field.dtype).reshape(-1, PAGE, field.size)
 
     def forget(self, names: set[str]) -> None:
@@ -94,40 +83,55 @@ class LocalPages:
             self._locations = {key: found for key, found in self._locations.items() if key[0] in names}
 
     def _decoded(
-        self, array: str, stored: list[tuple[Part, int, int, np.ndarray, np.ndarray]], page_bytes: int
+        self, array: str, parts: list[Part], first: np.ndarray, end: np.ndarray, page_bytes: int
     ) -> np.ndarray:
-        """Pages of runs (part, first, end, offset and length of the part's pages) as uint8 [P, page_bytes]."""
-        pieces: list[bytes] = []
-        offsets: list[int] = []
-        lengths: list[int] = []
-        total = 0
-        for part, first, end, offset, length in stored:
-            while first < end:
-                shard = first // SHARD_PAGES
-                stop = min(end, (shard + 1) * SHARD_PAGES)
-                begins, sizes = offset[first:stop].tolist(), length[first:stop].tolist()
-                start = min(begins)
-                data = self._read(part, array, shard, start, max(map(int.__add__, begins, sizes)) - start)
-                begins = [begin - start for begin in begins]
-                try:
-                    check_pages(data, begins, sizes)
-                except DamagedPage as error:
-                    raise damage(part, array, first + error.position, error) from error
-                pieces.append(data)
-                offsets.extend([begin + total for begin in begins] if total else begins)
-                lengths.extend(sizes)
-                total += len(data)
-                first = stop
-        joined = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        """Pages first..end-1 of R parts, uint8 [P, page_bytes]."""
+        if len(parts) == 1 or (first // SHARD_PAGES != (end - 1) // SHARD_PAGES).any():
+            parts, first, end = _within_shards(parts, first, end)
+        counts = end - first
+        before = np.cumsum(counts) - counts
+        total = int(counts.sum())
+        offset, length = np.empty(total, np.int64), np.empty(total, np.int64)
+        pages = np.repeat(first - before, counts) + np.arange(total)
+        distinct = list(dict.fromkeys(parts))
+        for part in distinct:
+            mine: Any = slice(None)
+            if len(distinct) > 1:
+                mine = np.repeat(np.fromiter((other is part for other in parts), bool, len(parts)), counts)
+            offsets, lengths = self._locations_of(part, array)
+            offset[mine], length[mine] = offsets[pages[mine]], lengths[pages[mine]]
+        last = before + counts - 1
+        start = offset[before]
+        size = offset[last] + length[last] - start
+        target = np.cumsum(size) - size
+        data = np.empty(int(size.sum()), np.uint8)
+        view = memoryview(data)
+        rows = zip(parts, (first // SHARD_PAGES).tolist(), start.tolist(), target.tolist(), size.tolist(), strict=True)
+        for part, shard, begin, at, count in rows:
+            self._read_into(part, array, shard, begin, view[at : at + count])
         try:
-            return decode_pages(joined, np.array(offsets, np.int64), np.array(lengths, np.int64), page_bytes)
+            return decode_pages(data, offset + np.repeat(target - start, counts), length, page_bytes)
         except DamagedPage as error:
-            position = error.position
-            for part, first, end, *_ in stored:
-                if position < end - first:
-                    raise damage(part, array, first + position, error) from error
-                position -= end - first
-            raise
+            run = int(np.searchsorted(before, error.position, side="right")) - 1
+            raise damage(parts[run], array, int(pages[error.position]), error) from error
+
+    def _locations_of(self, part: Part, array: str) -> tuple[np.ndarray, np.ndarray]:
+        if array == "pages":
+            return part.offset, part.length
+        found = self._locations.get((part.name, array))
+        if found is None:
+            found = self._locations[part.name, array] = part.locations(array)
+        return found
+
+    def _read_into(self, part: Part, array: str, shard: int, offset: int, target: memoryview) -> None:
+        """Fills `target`; what lies beyond the end of the file stays as it is, and fails its checksum."""
+        try:
+            file = self._file(part, array, shard)  # held: another thread may push it out of the table meanwhile
+            os.preadv(file.descriptor, (target,), offset)
+        except FileNotFoundError as error:
+            raise MissingError(f"{_shard_name(part, array, shard)} is missing") from error
+        except OSError as error:
+            raise UnavailableError(f"{_shard_name(part, array, shard)} cannot be read: {error}") from error
 
     def _read(self, part: Part, array: str, shard: int, offset: int, size: int) -> bytes:
         try:
@@ -150,6 +154,18 @@ class LocalPages:
         return found
 
 
+def _within_shards(parts: list[Part], first: np.ndarray, end: np.ndarray) -> tuple[list[Part], np.ndarray, np.ndarray]:
+    """The same runs, cut where a shard ends."""
+    rows = []
+    for part, begin, stop in zip(parts, first.tolist(), end.tolist(), strict=True):
+        while begin < stop:
+            cut = min(stop, (begin // SHARD_PAGES + 1) * SHARD_PAGES)
+            rows.append((part, begin, cut))
+            begin = cut
+    cut_parts, begins, ends = zip(*rows, strict=True)
+    return list(cut_parts), np.array(begins), np.array(ends)
+
+
 class RemotePages:
     """Reads pages of parts in a key-value store, with a cache of decoded ones."""
 
@@ -160,15 +176,16 @@ class RemotePages:
         self._stores: dict[tuple[str, str], Any] = {}
         self._lock = threading.Lock()
 
-    def words(self, runs: list[tuple[Part, int, int]]) -> np.ndarray:
+    def words(self, parts: list[Part], first: np.ndarray, end: np.ndarray) -> np.ndarray:
         """As LocalPages.words."""
-        futures = [(part, first, end, self._store(part, "pages")[first:end].read()) for part, first, end in runs]
-        found = [self._result(part, "pages", first, end, future) for part, first, end, future in futures]
+        runs = list(zip(parts, first.tolist(), end.tolist(), strict=True))
+        futures = [self._store(part, "pages")[begin:stop].read() for part, begin, stop in runs]
+        found = [self._result(*run, future) for run, future in zip(runs, futures, strict=True)]
         return found[0] if len(found) == 1 else np.concatenate(found)
 
     def unpack(self, part: Part, first: int, end: int, *run: Any) -> tuple[int, int, int]:
         """As LocalPages.unpack."""
-        return kernels.unpack_run(self.words([(part, first, end)]), *run)
+        return kernels.unpack_run(self.words([part], np.array([first]), np.array([end])), *run)
 
     def vectors(self, part: Part, field: Field, first: int, end: int) -> np.ndarray:
         """As LocalPages.vectors."""
@@ -188,9 +205,9 @@ class RemotePages:
             self._stores = {key: store for key, store in self._stores.items() if key[0] in names}
 
     def _read(self, part: Part, array: str, first: int, end: int) -> np.ndarray:
-        return self._result(part, array, first, end, self._store(part, array)[first:end].read())
+        return self._result(part, first, end, self._store(part, array)[first:end].read(), array)
 
-    def _result(self, part: Part, array: str, first: int, end: int, future: Any) -> np.ndarray:
+    def _result(self, part: Part, first: int, end: int, future: Any, array: str = "pages") -> np.ndarray:
         try:
             return np.ascontiguousarray(future.result())
         except (ValueError, NotImplementedError) as error:  # any failure of the store

@@ -147,20 +147,20 @@ class RowReader:
         capacity = (high - low - 1) * PAGE + count
         if not filtered:
             capacity = min(capacity, n)
-        buffer, begins = unpacking.allocate(capacity)
+        buffer = unpacking.allocate(capacity)
         bad, start, rows = self.pages.unpack(
             part,
             low - base,
             high - base,
             part.layout.time_words == 2,
-            count,
-            table.first_time[low],
+            table.count[low:high],
+            table.first_time[low:high],
             table.last_time[low:high],
             before,
             capacity,
             unpacking.plan,
             buffer,
-            begins,
+            unpacking.prefix,
         )
         if bad >= 0:
             raise wrong_times(part, low - base + bad)

@@ -108,6 +108,9 @@ class Part:
         outside = (pairs > data_size).any() or (pairs.sum(axis=1) > data_size).any()  # a missing page is 2^64 - 1
         if outside or (pairs[:, 1] <= CHECKSUM).any():
             raise CorruptionError(f"{path}: its shard index misses pages or points outside the file")
+        if (pairs[1:, 0] != pairs[:-1].sum(axis=1)).any():
+            # A run of pages is read in one go.
+            raise CorruptionError(f"{path}: its pages do not lie one after the other, as this package writes them")
         return pairs
 
 

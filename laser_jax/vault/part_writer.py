@@ -11,7 +11,7 @@ from laser_jax.schema import Schema
 from laser_jax.vault import format as vault_format
 from laser_jax.vault import pages as paging_of_rows
 from laser_jax.vault.errors import UnavailableError
-from laser_jax.vault.files import dump, inventory, sync_tree, write_array, write_file, write_strings
+from laser_jax.vault.files import dump, inventory, sync_tree, write_file, write_strings
 from laser_jax.vault.format import SHARD_PAGES, PageLayout
 from laser_jax.vault.hashing import hash_strings
 from laser_jax.vault.pages import Paging
@@ -29,6 +29,7 @@ def write_part(
     columns: dict[str, np.ndarray],
     sequence: np.ndarray | None = None,
     covers: np.ndarray | None = None,
+    level: int = vault_format.MOST_LEVEL,
     pace: Callable[[int], None] = lambda size: None,
 ) -> dict[str, Any]:
     """Writes the part directory `path` and makes it durable.
@@ -42,6 +43,7 @@ def write_part(
       columns: every field, [N] or [N, size]; strings as int32 codes.
       sequence: int64 [N], sequence numbers; without it the rows are numbered as they lie.
       covers: int32 [U], see laser_jax.vault.format; without it the part stands for no other.
+      level: of compression.
       pace: called with bytes (before compression) as they are written; may sleep.
 
     Returns:
@@ -56,7 +58,7 @@ def write_part(
         write_file(os.path.join(path, "zarr.json"), dump(vault_format.group_metadata(layout.to_json())))
         if schema.vectors:
             write_file(os.path.join(path, "vectors", "zarr.json"), dump(vault_format.group_metadata({})))
-        shards = _write_pages(path, schema, layout, paging, time, columns, sequence, pace)
+        shards = _write_pages(path, schema, layout, paging, time, columns, sequence, level, pace)
         _write_directory(path, users, paging, time, sequence, covers)
         files = inventory(path, shards)
         sync_tree(path)
@@ -82,15 +84,17 @@ def _write_pages(
     time: np.ndarray,
     columns: dict[str, np.ndarray],
     sequence: np.ndarray | None,
+    level: int,
     pace: Callable[[int], None],
 ) -> list[str]:
     """Writes the sharded arrays; returns the paths of their shard files inside the part."""
-    # part.py itself makes every file durable, once, at the end.
-    context = ts.Context({"file_io_sync": False})
+    context = _context()
     num_pages = paging.num_pages
-    arrays = {"pages": vault_format.pages_metadata(num_pages, layout.num_words)}
+    arrays = {"pages": vault_format.pages_metadata(num_pages, layout.num_words, level)}
     for field in schema.vectors:
-        arrays[vault_format.vector_path(field.name)] = vault_format.vector_metadata(num_pages, field.size, field.dtype)
+        arrays[vault_format.vector_path(field.name)] = vault_format.vector_metadata(
+            num_pages, field.size, field.dtype, level
+        )
     deltas = paging_of_rows.deltas(time, paging)
     steps = None if sequence is None else paging_of_rows.deltas(sequence, paging)
     shards: list[str] = []
@@ -145,19 +149,34 @@ def _write_directory(
     """Writes the arrays from which a reader builds its index."""
     if isinstance(users, list):
         write_strings(path, "user_", users)
-        write_array(os.path.join(path, "user_hashes"), hash_strings(users).view(np.uint64))
+        arrays = {"user_hashes": hash_strings(users).view(np.uint64)}
     else:
-        write_array(os.path.join(path, "users"), users)
+        arrays = {"users": users}
     starts, ends = paging.page_start[:-1], paging.page_start[1:]
-    directory = {
+    arrays |= {
         "user_first_page": paging.user_first_page,
         "page_count": (ends - starts).astype(np.uint16),
         "page_first_time": time[starts],
         "page_last_time": time[ends - 1],
     }
     if sequence is not None:
-        directory["page_last_sequence"] = np.maximum.reduceat(sequence, starts)
+        arrays["page_last_sequence"] = np.maximum.reduceat(sequence, starts)
     if covers is not None:
-        directory["user_covers"] = covers.astype(np.int32)
-    for name, array in directory.items():
-        write_array(os.path.join(path, name), array)
+        arrays["user_covers"] = covers.astype(np.int32)
+    pending = []
+    for name, array in arrays.items():
+        spec = {
+            "driver": "zarr3",
+            "kvstore": {"driver": "file", "path": os.path.join(path, name) + "/"},
+            "metadata": vault_format.packed_metadata(array),
+            "store_data_equal_to_fill_value": True,
+        }
+        store = _result(ts.open(spec, create=True, context=_context()), path)
+        pending.append(store.write(np.ascontiguousarray(array)))
+    for future in pending:
+        _result(future, path)
+
+
+def _context() -> ts.Context:
+    """Of all writes of parts: write_part itself makes every file durable, once, at the end."""
+    return ts.Context({"file_io_sync": False})

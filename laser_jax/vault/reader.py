@@ -413,7 +413,7 @@ class Vault:
             if stop < n and not found.complete:
                 return self._rows.newest(state, user, asked, before, seen, n)
         start = max(0, stop - n)
-        if start or stop < size or asked.names != self._fields(None).names:
+        if start or stop < size or asked is not self._asked.get(None):
             known = {name: columns[name][start:stop] for name in ("time", *asked.names)}
         else:
             known = dict(columns)
@@ -510,6 +510,8 @@ def _no_rows(asked: Asked) -> dict[str, np.ndarray]:
 
 
 def _count(n: int) -> int:
+    if type(n) is int and 0 <= n < NO_BOUND:
+        return n
     if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 0:
         raise SchemaError(f"n={n!r}: need the number of events, an integer >= 0")
     return min(int(n), NO_BOUND - 1)
@@ -536,6 +538,8 @@ def _one_user(schema: Schema, user: Any) -> Any:
     if schema.user == "string":
         if not isinstance(user, str):
             raise SchemaError(f"user {user!r}: this vault's users are strings")
+        return user
+    if type(user) is int and -(2**63) <= user < 2**63:
         return user
     if type(user) is not int and (isinstance(user, bool) or not isinstance(user, (int, np.integer))):
         raise SchemaError(f"user {user!r}: this vault's users are int64")

@@ -13,7 +13,7 @@ import numpy as np
 
 from laser_jax.schema import Schema
 from laser_jax.vault import kernels
-from laser_jax.vault.format import PAGE, PARTS
+from laser_jax.vault.format import LEAST_LEVEL, MOST_LEVEL, PAGE, PARTS
 from laser_jax.vault.index import spans
 from laser_jax.vault.log import FILE_HEADER, LogFile
 from laser_jax.vault.lookup import LocalPages
@@ -170,7 +170,8 @@ def read_entries(
     Returns:
       Columns: `time`, sequence numbers, every field; and the number of events of each run.
     """
-    words = pages.words([(part, a, b) for a, b in _adjacent(first, end)])
+    joined_first, joined_end = _adjacent(first, end)
+    words = pages.words([part] * len(joined_first), joined_first, joined_end)
     count = end - first
     run_page = np.cumsum(count) - count
     start = PAGE - part.page_count[first].astype(np.int64)
@@ -180,7 +181,7 @@ def read_entries(
     total = int(lengths.sum())
     scalars = list(schema.scalars)
     unpacking = Unpacking(part.layout, scalars, True, fills)
-    buffer, begins = unpacking.allocate(total)
+    buffer = unpacking.allocate(total)
     kernels.unpack_runs(
         words,
         part.layout.time_words == 2,
@@ -190,7 +191,7 @@ def read_entries(
         row,
         unpacking.plan,
         buffer,
-        begins,
+        unpacking.prefix * total,
     )
     columns = unpacking.columns(buffer, total, total)
     slots = spans(run_page * PAGE + start, lengths)
@@ -200,7 +201,8 @@ def read_entries(
     for field in schema.vectors:
         if field.name in part.schema.names:
             stored = part.schema.field(field.name)
-            values = np.concatenate([pages.vectors(part, stored, a, b) for a, b in _adjacent(first, end)])
+            runs = zip(joined_first.tolist(), joined_end.tolist(), strict=True)
+            values = np.concatenate([pages.vectors(part, stored, a, b) for a, b in runs])
             columns[field.name] = values.reshape(-1, field.size)[slots].astype(field.dtype, copy=False)
         else:
             fill = 0 if field.default is None else field.default
@@ -209,14 +211,20 @@ def read_entries(
 
 
 def write_rows(
-    root: str, name: str, schema: Schema, users: list[Any], columns: dict[str, np.ndarray]
+    root: str,
+    name: str,
+    schema: Schema,
+    users: list[Any],
+    columns: dict[str, np.ndarray],
+    covers: dict[Any, int] | None = None,
 ) -> dict[str, Any]:
-    """Writes rows in any order as a part that stands for no other.
+    """Writes rows in any order as a part.
 
     Args:
       root: of the vault. name: of the part. schema: of the rows.
       users: keys of the N rows.
       columns: `time`, sequence numbers and every field.
+      covers: of each user, see laser_jax.vault.format; without it the part stands for no other.
     """
     if schema.user == "int64":
         keys: Any
@@ -228,7 +236,12 @@ def write_rows(
     order = np.lexsort((columns[SEQUENCE], columns["time"], owner))
     starts = np.searchsorted(owner[order], np.arange(len(keys) + 1))
     rows = {column: values[order] for column, values in columns.items()}
-    return _write(root, name, schema, keys, starts, rows)
+    covered = (
+        None
+        if covers is None
+        else np.array([covers[key] for key in (keys if isinstance(keys, list) else keys.tolist())])
+    )
+    return _write(root, name, schema, keys, starts, rows, covered, level=LEAST_LEVEL)
 
 
 def _write(
@@ -239,12 +252,13 @@ def _write(
     starts: np.ndarray,
     rows: dict[str, np.ndarray],
     covers: np.ndarray | None = None,
+    level: int = MOST_LEVEL,
     pace: Any = lambda size: None,
 ) -> dict[str, Any]:
     sequence = rows[SEQUENCE]
     fields = {field: rows[field] for field in schema.names}
     target = os.path.join(root, PARTS, name)
-    entry = write_part(target, schema, users, starts, rows["time"], fields, sequence, covers, pace)
+    entry = write_part(target, schema, users, starts, rows["time"], fields, sequence, covers, level, pace)
     return entry | {"first_sequence": int(sequence.min())}
 
 
@@ -258,8 +272,7 @@ def _blocks(pages: np.ndarray) -> list[slice]:
     return [slice(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
 
 
-def _adjacent(first: np.ndarray, end: np.ndarray) -> list[tuple[int, int]]:
+def _adjacent(first: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Runs of pages, joined where one begins as the one before ends: fewer and larger reads."""
     gap = np.flatnonzero(first[1:] != end[:-1]) + 1
-    begins, ends = first[np.append(0, gap)], end[np.append(gap - 1, len(end) - 1)]
-    return list(zip(begins.tolist(), ends.tolist(), strict=True))
+    return first[np.append(0, gap)], end[np.append(gap - 1, len(end) - 1)]

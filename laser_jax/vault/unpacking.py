@@ -33,6 +33,7 @@ class Unpacking:
 
     Attributes:
       plan: int64 [F, PLAN_WIDTH], see laser_jax.vault.kernels.unpack_runs.
+      prefix: int64 [F], bytes of an event in the columns before each column of the plan.
       exact: whether every column comes out as today's schema has it; a float that was stored narrower is converted by
         `columns`.
     """
@@ -62,19 +63,17 @@ class Unpacking:
         sizes = [dtype.itemsize for _, dtype, _ in ordered]
         prefix = np.concatenate(([0], np.cumsum(sizes)))
         self._width = int(prefix[-1])
-        self._prefix = prefix[:-1].astype(np.int64)
+        self.prefix = prefix[:-1].astype(np.int64)
         begins = {name: int(start) for (name, _, _), start in zip(ordered, prefix, strict=False)}
         self._columns = [(name, dtype, begins[name]) for name, dtype, _ in named]
 
-    def allocate(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
-        """A buffer for that many rows, and where each column of the plan begins in it."""
-        return np.empty(rows * self._width, np.uint8), self._prefix * rows
+    def allocate(self, rows: int) -> np.ndarray:
+        """A buffer for that many rows; column i begins at prefix[i] * rows."""
+        return np.empty(rows * self._width, np.uint8)
 
     def columns(self, buffer: np.ndarray, capacity: int, rows: int) -> dict[str, np.ndarray]:
         """The columns in a buffer that was allocated for `capacity` rows, as views of it."""
-        if not rows:
-            return {name: np.empty(0, self._wanted.get(name, dtype)) for name, dtype, _ in self._columns}
-        found = {name: np.frombuffer(buffer, dtype, rows, begin * capacity) for name, dtype, begin in self._columns}
+        found = {name: np.ndarray(rows, dtype, buffer, begin * capacity) for name, dtype, begin in self._columns}
         for name, dtype in self._wanted.items():
             found[name] = found[name].astype(dtype)
         return found

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import mmap
 import os
 import threading
 from collections.abc import Callable, Mapping
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from laser_jax.schema import Schema
+from laser_jax.schema import Schema, SchemaError
 from laser_jax.vault.columns import Coded, check_columns
 from laser_jax.vault.dedup import Window
 from laser_jax.vault.dictionary import Dictionary
@@ -43,6 +44,8 @@ _QUEUE_BYTES = 8 << 20
 class _Item:
     """Events on their way to the log."""
 
+    events: Mapping[str, Any]
+    schema: Schema
     columns: dict[str, Any]
     size: int
     future: "Future[int]"
@@ -79,7 +82,7 @@ class Appender:
         self._queue_lock = threading.Lock()
         self._commit_lock = threading.RLock()
         self._descriptor = -1
-        self._mark = -1
+        self._mark: mmap.mmap | None = None
         self._broken: str | None = None
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -112,7 +115,7 @@ class Appender:
     def append_async(self, events: Mapping[str, Any]) -> "Future[int]":
         """See Vault.append_async."""
         item = self._enqueue(events)
-        if self._thread is None:
+        if self._thread is None or not self._thread.is_alive():
             self._thread = threading.Thread(target=self._commit_forever, name="vault-append", daemon=True)
             self._thread.start()
         with self._queue_lock:
@@ -231,10 +234,12 @@ class Appender:
     # Writing.
 
     def _enqueue(self, events: Mapping[str, Any]) -> _Item:
-        columns = check_columns(self._state.schema, events)
+        schema = self._state.schema
+        columns = check_columns(schema, events)
         size = sum(_size_of(column) for column in columns.values())
         self.maintenance.wait_for_room()
-        item = _Item(columns, size, Future())
+        item = _Item(events, schema, columns, size, Future())
+        item.future.set_running_or_notify_cancel()  # from here on it cannot be cancelled
         with self._queue_lock:
             self._queue.append(item)
         return item
@@ -251,6 +256,7 @@ class Appender:
         with self._commit_lock:
             with self._queue_lock:
                 items, self._queue = self._queue, []
+            items = [item for item in items if self._fits(item)]
             if not items:
                 return
             try:
@@ -259,12 +265,28 @@ class Appender:
                 for item in items:
                     item.future.set_exception(_explained(error, self._root))
                 return
+            except BaseException as error:
+                # A mistake in this code: nobody may wait for ever because of it.
+                for item in items:
+                    item.future.set_exception(error)
+                raise
             for item, result in zip(items, results, strict=True):
                 item.future.set_result(result)
             tail = self._state.tails[-1]
             full = tail.num_bytes >= self._options.tail_bytes // 2
         if full:
             self.maintenance.tail_is_full()
+
+    def _fits(self, item: _Item) -> bool:
+        """Checks events anew if the schema has changed since they came; if they do not fit, their future says so."""
+        schema = self._state.schema
+        if item.schema is not schema and item.schema != schema:
+            try:
+                item.columns = check_columns(schema, item.events)
+            except SchemaError as error:
+                item.future.set_exception(error)
+                return False
+        return True
 
     def _write(self, items: list[_Item]) -> list[int]:
         if self._broken:
@@ -389,10 +411,19 @@ class Appender:
 
     def _acknowledge(self, value: Acknowledged) -> None:
         """Says how far readers may read; needs no flush, see laser_jax.vault.log."""
-        if self._mark < 0:
+        data = encode_acknowledged(value)
+        if self._mark is None:
             path = os.path.join(self._root, LOG, "acknowledged")
-            self._mark = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        os.pwrite(self._mark, encode_acknowledged(value), 0)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                if os.fstat(descriptor).st_size != len(data):
+                    os.ftruncate(descriptor, 0)
+                    os.pwrite(descriptor, data, 0)
+                # Mapped: a write would change the file's time, which the next flush of the log would have to record.
+                self._mark = mmap.mmap(descriptor, len(data))
+            finally:
+                os.close(descriptor)
+        self._mark[:] = data
 
     def _begin(self, schema: Schema) -> None:
         """A new tail and, with the next append, a new log file."""
@@ -409,9 +440,9 @@ class Appender:
 
     def _close_files(self) -> None:
         self._close_file()
-        if self._mark >= 0:
-            os.close(self._mark)
-            self._mark = -1
+        if self._mark is not None:
+            self._mark.close()
+            self._mark = None
 
 
 def _taken(column: Any, rows: np.ndarray) -> Any:

@@ -65,7 +65,7 @@ class BatchReader:
                 rows = slice(offsets[request], offsets[request + 1])
                 for name, column in columns.items():
                     column[rows] = found[name]
-        return columns, offsets
+        return {name: columns[name] for name in ("time", *asked.names)}, offsets
 
     def _run(self, jobs: list[Any]) -> None:
         self._map(lambda job: job(), jobs)

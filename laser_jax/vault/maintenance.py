@@ -99,6 +99,7 @@ class Maintenance:
         self._merge_after = 0.0
         self._merge_pause = _RETRY
         self._closing = False
+        self._merging = False
         self._worker = Worker(lock_descriptor)
         self.bytes_written = 0
         self.events_merged = 0
@@ -123,6 +124,12 @@ class Maintenance:
             self.flush()
             return
         self._appender.seal()
+        self.wake()
+
+    def wake(self) -> None:
+        """Begins what has to be done in the background, if it is not under way."""
+        self._merging = True
+        self._merge_after = 0.0
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="vault-maintenance", daemon=True)
             self._thread.start()
@@ -160,6 +167,7 @@ class Maintenance:
             "part_bytes_written": self.bytes_written,
             "events_merged": self.events_merged,
             "tail_bytes": self._tail_bytes(),
+            "merging": self._merging,
             "flush_failure": str(self._flush_failure) if self._flush_failure else None,
             "merge_failure": str(self._merge_failure) if self._merge_failure else None,
         }
@@ -256,6 +264,7 @@ class Maintenance:
         while not self._closing:
             self._work.wait()
             self._work.clear()
+            self._merging = True
             try:
                 with self._lock:
                     self.flush_sealed()
@@ -269,6 +278,7 @@ class Maintenance:
                 time.sleep(_RETRY)
             elif not self._closing and time.monotonic() >= self._merge_after:
                 self._merge_in_background()
+            self._merging = self._work.is_set()
 
     def _merge_in_background(self) -> None:
         """Merges what needs it; after a failure (a damaged part, a full disk) only after a growing pause."""

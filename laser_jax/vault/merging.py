@@ -104,6 +104,8 @@ class RowReader:
             rows = {name: column[order] for name, column in rows.items()}
         if not sequence:
             rows.pop(SEQUENCE, None)
+            if asked.vectors:
+                rows = {name: rows[name] for name in ("time", *names)}
         return rows
 
     def _run(

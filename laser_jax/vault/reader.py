@@ -255,6 +255,13 @@ class Vault:
         """Flushes, merges every user into one part, applies retention, and frees what nobody needs."""
         self._writer().maintenance.merge()
 
+    def merge_in_background(self) -> None:
+        """Begins at once what else begins when the tail is full: users in too many parts are merged."""
+        writer = self._writer()
+        if not self._writing.background:
+            raise VaultError(f"{self.path}: this handle has no background; call merge()")
+        writer.maintenance.wake()
+
     def snapshot(self, name: str | None = None) -> str:
         """Pins everything that has been acknowledged, to be opened by `open(path, at=name)`; returns the name."""
         return administration.snapshot(self._writer(), name)

@@ -85,7 +85,7 @@ def write(path: str, batch: int, tail_bytes: int, merge_parts: int, guests: bool
         choose = random.Random(batch)
         oldest = batch // GUEST_BATCHES
         while True:
-            job = choose.choice(["merge", "flush", "forget", "snapshot"])
+            job = choose.choice(["merge", "flush", "forget", "forget", "snapshot"])
             try:
                 if job == "merge":
                     vault.merge()
@@ -127,7 +127,7 @@ class Writer:
         self.process = subprocess.Popen(
             [sys.executable, __file__, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-        self.ready, self.busy = threading.Event(), threading.Event()
+        self.ready, self.busy, self.forgot = threading.Event(), threading.Event(), threading.Event()
         self.errors = ""
         self._record = record
         self._threads = [threading.Thread(target=target) for target in (self._listen, self._complain)]
@@ -142,6 +142,8 @@ class Writer:
             self.ready.set()
             if word == "done":
                 self.busy.set()
+            if word == "forgot":
+                self.forgot.set()
             self._record(word, rest)
 
     def _complain(self) -> None:
@@ -164,7 +166,7 @@ class Writer:
             thread.join()
         self.process.stdout.close()
         self.process.stderr.close()
-        assert alive, f"the writer died by itself:\n{self.errors}"
+        assert alive and not self.errors, f"the writer died by itself, or one of its threads did:\n{self.errors}"
 
 
 class Truth:
@@ -352,6 +354,8 @@ def test_nothing_acknowledged_is_lost(tmp_path, kind, capsys):
                     time.sleep(chance.uniform(0, 0.1))  # while it opens the vault
                 else:
                     wait(writer.busy, writer, "appends nothing")
+                    if guests and chance.random() < 0.7:
+                        wait(writer.forgot, writer, "forgets nobody")
                     time.sleep(chance.uniform(0, 0.5))
                 if chance.random() < 0.4 and writer.busy.is_set():
                     for worker in writer.workers():
@@ -387,7 +391,7 @@ def test_nothing_acknowledged_is_lost(tmp_path, kind, capsys):
         for guest in truth.forgotten:
             assert len(vault.get(guest_of(GUEST_BATCHES * guest))) == 0
         assert vault.state.parts.keys() == set(os.listdir(path / "parts")) or vault.snapshots()
-    assert truth.acknowledged > KILLS and reader.reads > KILLS
+    assert truth.acknowledged > KILLS and reader.reads > KILLS and bool(truth.forgotten) == guests
     with capsys.disabled():
         if "LASER_KILLS" in os.environ:
             print(

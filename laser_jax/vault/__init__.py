@@ -27,8 +27,12 @@ from laser_jax.vault.errors import (
 from laser_jax.vault.history import Histories, History
 from laser_jax.vault.inspection import verify
 from laser_jax.vault.maintenance import WriterOptions
+from laser_jax.vault.partitioning import is_partitioned
+from laser_jax.vault.partitions import PartitionedVault, PartitionedWriter, Sequences
 from laser_jax.vault.reader import CACHE_BYTES, Vault
+from laser_jax.vault.remote import RemoteWriter, publish
 from laser_jax.vault.repair import RepairReport, repair
+from laser_jax.vault.storage import is_url
 from laser_jax.vault.writer import BUFFER_EVENTS, VaultWriter
 
 __all__ = [
@@ -39,9 +43,11 @@ __all__ = [
     "LockedError",
     "MissingError",
     "NotAVaultError",
+    "PartitionedVault",
     "RepairReport",
     "Schema",
     "SchemaError",
+    "Sequences",
     "UnavailableError",
     "UnknownFieldError",
     "Vault",
@@ -52,12 +58,15 @@ __all__ = [
     "WriterOptions",
     "create",
     "open",
+    "publish",
     "repair",
     "verify",
 ]
 
 
-def create(path: str | os.PathLike, schema: Schema, buffer_events: int = BUFFER_EVENTS) -> VaultWriter:
+def create(
+    path: str | os.PathLike, schema: Schema, buffer_events: int = BUFFER_EVENTS, partitions: int | None = None
+) -> VaultWriter | PartitionedWriter | RemoteWriter:
     """A writer of a new vault, to be used as a context manager.
 
     Rows are buffered; every full buffer is sorted by user and time and becomes one part. On input grouped by
@@ -70,15 +79,24 @@ def create(path: str | os.PathLike, schema: Schema, buffer_events: int = BUFFER_
     as large as the log.
 
     Args:
-      path: a directory that does not exist, is empty, or holds what a killed writer left.
+      path: a directory that does not exist, is empty, or holds what a killed writer left; or the URL of a key-value
+        store (see `open`), to which the vault is uploaded when it is complete.
       schema: of the events.
       buffer_events: rows to buffer, about a hundred bytes of memory each for a usual schema.
+      partitions: makes a vault of so many partitions by the hash of the user; None makes a single one.
 
     Raises:
       VaultExistsError: the directory is in use.
       LockedError: another writer is creating a vault there (raised on entering the block).
     """
-    return VaultWriter(os.fspath(path), schema, buffer_events)
+    path = os.fspath(path)
+    if is_url(path):
+        if partitions is not None:
+            raise VaultError(f"{path}: a partitioned vault lies in a local directory")
+        return RemoteWriter(path, schema, buffer_events)
+    if partitions is not None:
+        return PartitionedWriter(path, schema, buffer_events, partitions)
+    return VaultWriter(path, schema, buffer_events)
 
 
 def open(
@@ -86,7 +104,7 @@ def open(
     cache_bytes: int = CACHE_BYTES,
     at: str | None = None,
     writing: WriterOptions | None = None,
-) -> Vault:
+) -> Vault | PartitionedVault:
     """Opens a vault. The handle is safe to share among threads and pickles to its path.
 
     Opening takes no lock. The first call that writes (`append`, `flush`, `merge`, `forget`, `snapshot`, `evolve`, ...)
@@ -102,4 +120,7 @@ def open(
     Raises:
       NotAVaultError, VersionError, CorruptionError, UnavailableError: what is wrong with the vault.
     """
-    return Vault(os.fspath(path), cache_bytes, at, writing)
+    path = os.fspath(path)
+    if not is_url(path) and is_partitioned(path):
+        return PartitionedVault(path, cache_bytes, at, writing)
+    return Vault(path, cache_bytes, at, writing)

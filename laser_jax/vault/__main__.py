@@ -1,10 +1,11 @@
-"""Command line of a vault: python -m laser_jax.vault ingest | get | stats | verify."""
+"""Command line of a vault: python -m laser_jax.vault ingest | append | get | stats | merge | verify | repair | ..."""
 
 import argparse
 import datetime
 import json
 import re
 import sys
+import time
 from typing import Any
 
 import numpy as np
@@ -31,83 +32,200 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m laser_jax.vault", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    ingest = commands.add_parser("ingest", help="build a vault from parquet or CSV logs")
+    def command(name: str, run: Any, text: str, path: bool = True) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text)
+        if path:
+            added.add_argument("path", help="directory of the vault; to read, also a URL")
+        added.add_argument("--json", action="store_true", help="print the result as JSON")
+        added.set_defaults(run=run)
+        return added
+
+    ingest = command("ingest", _ingest, "build a vault from parquet or CSV logs", path=False)
     ingest.add_argument("--schema", required=True, help="JSON file of the schema")
     ingest.add_argument("--input", required=True, action="append", help="glob of log files; may be repeated")
-    ingest.add_argument("--out", required=True, help="directory of the new vault")
-    ingest.add_argument("--memory", default="2GB", type=_bytes, help="memory to use, such as 500MB or 2GB")
-    ingest.add_argument("--threads", type=int, help="threads that sort; all cores if left out")
-    ingest.add_argument("--json", action="store_true", help="print the result as JSON")
-    ingest.set_defaults(run=_ingest)
+    ingest.add_argument("--out", required=True, help="directory of the new vault, or a URL such as s3://bucket/name")
+    ingest.add_argument("--engine", choices=("duckdb", "spark"), default="duckdb", help="what sorts the log")
+    ingest.add_argument("--memory", default="2GB", type=_bytes, help="memory to use, such as 500MB or 2GB (duckdb)")
+    ingest.add_argument("--threads", type=int, help="threads that sort; all cores if left out (duckdb)")
 
-    get = commands.add_parser("get", help="print the newest events of a user")
-    get.add_argument("path", help="directory of the vault")
+    append = command(
+        "append", _append, "append events: JSON lines with user, time and every field, from standard input"
+    )
+    append.add_argument("--batch", type=int, default=1024, help="events that are made durable together")
+
+    get = command("get", _get, "print the newest events of a user")
     get.add_argument("user", help="the user's id")
     get.add_argument("--n", type=int, default=20, help="events at most")
     get.add_argument("--before", type=int, help="only events before this time, in the schema's unit")
+    get.add_argument("--as-of", type=int, help="only events with a smaller sequence number")
     get.add_argument("--fields", type=lambda text: text.split(","), help="comma-separated fields; all if left out")
-    get.add_argument("--json", action="store_true", help="print columns as JSON")
-    get.set_defaults(run=_get)
+    get.add_argument("--where", type=_condition, action="append", metavar="FIELD=VALUE,...", help="only such events")
+    get.add_argument("--max-scan", type=int, help="with --where: events to look back at, at most")
+    get.add_argument("--at", help="read from this snapshot")
 
-    for name, run, text in (
-        ("stats", _stats, "print sizes and lengths"),
-        ("verify", _verify, "read everything and name every damage"),
-    ):
-        command = commands.add_parser(name, help=text)
-        command.add_argument("path", help="directory of the vault")
-        command.add_argument("--json", action="store_true", help="print the result as JSON")
-        command.set_defaults(run=run)
+    stats = command("stats", _stats, "print sizes and lengths")
+    stats.add_argument("--at", help="of this snapshot")
+
+    merge = command("merge", _merge, "merge every user's events into one part, and free space")
+    merge.add_argument("--keep-events", type=int, help="from now on keep a user's newest so many events")
+    merge.add_argument(
+        "--keep-age", type=int, help="from now on keep events that are so much younger than the newest one"
+    )
+
+    command("verify", _verify, "read everything and name every damage")
+    command("repair", _repair, "give up what is damaged, and keep the rest")
+
+    snapshot = command("snapshot", _snapshot, "pin what is there now; list or drop what was pinned")
+    snapshot.add_argument("--name", help="of the new snapshot; its sequence number if left out")
+    snapshot.add_argument("--list", action="store_true", help="only list")
+    snapshot.add_argument("--drop", metavar="NAME", help="unpin that one")
+
+    forget = command("forget", _forget, "remove users from all files: parts, log and snapshots")
+    forget.add_argument("user", nargs="+", help="ids")
+
+    publish = command("publish", _publish, "upload the vault, or a snapshot of it, to a key-value store")
+    publish.add_argument("url", help="such as s3://bucket/name")
+    publish.add_argument("--at", help="this snapshot")
     return parser
 
 
 def _ingest(options: argparse.Namespace) -> int:
-    from laser_jax.vault.ingest import ingest, print_progress
+    from laser_jax.vault.ingest import print_progress
+    from laser_jax.vault.remote import ingest_anywhere
 
     try:
         schema = Schema.load(options.schema)
     except UnicodeDecodeError as error:
         raise SchemaError(f"{options.schema} is not UTF-8: {error}; save it as UTF-8") from error
-    report = ingest(schema, options.input, options.out, options.memory, options.threads, print_progress)
+    report = ingest_anywhere(
+        schema, options.input, options.out, options.engine, options.memory, options.threads, print_progress
+    )
     print(json.dumps(vars(report)) if options.json else report)
     return 0
 
 
+def _append(options: argparse.Namespace) -> int:
+    if options.batch < 1:
+        raise VaultError(f"--batch={options.batch}: need an integer >= 1")
+    with seqvault.open(options.path) as vault:
+        wanted = ("user", "time", *vault.schema.names)
+        events, started, spoken, rows = 0, time.monotonic(), time.monotonic(), []
+
+        def write() -> None:
+            nonlocal events, rows
+            columns = {name: _column(vault.schema, name, [row[name] for row in rows]) for name in wanted}
+            vault.append(columns)
+            events += len(rows)
+            rows = []
+
+        for number, line in enumerate(sys.stdin, 1):
+            if not line.strip():
+                continue
+            rows.append(_event(line, number, wanted))
+            if len(rows) == options.batch:
+                write()
+                if time.monotonic() - spoken >= 1:
+                    spoken = time.monotonic()
+                    rate = events / (spoken - started)
+                    print(f"{events:,} events appended, {rate:,.0f}/s", file=sys.stderr, flush=True)
+        if rows:
+            write()
+        result = {"events": events, "seconds": time.monotonic() - started, "next_sequence": vault.next_sequence}
+    print(json.dumps(result) if options.json else f"{events:,} events in {result['seconds']:.1f} s: {options.path}")
+    return 0
+
+
+def _event(line: str, number: int, wanted: tuple[str, ...]) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise SchemaError(f"line {number} is not JSON: {error}") from error
+    if not isinstance(row, dict) or sorted(row) != sorted(wanted):
+        found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        raise SchemaError(f"line {number} has {found}; need an object with {', '.join(wanted)}")
+    return row
+
+
+def _column(schema: Schema, name: str, values: list[Any]) -> Any:
+    """Values from JSON as append takes them: numbers as the schema's type if they are of its kind."""
+    if name in ("user", "time") or schema.field(name).type == "string":
+        return values
+    array = np.array(values)
+    dtype = schema.field(name).dtype
+    return array.astype(dtype) if array.dtype.kind in "iuf" and dtype.kind == "f" else array
+
+
 def _get(options: argparse.Namespace) -> int:
-    vault = seqvault.open(options.path)
-    user: int | str = options.user
-    if vault.schema.user == "int64":
-        if not re.fullmatch(r"[+-]?\d+", options.user):
-            raise VaultError(f"user {options.user!r}: this vault's users are int64")
-        user = int(options.user)
-    history = vault.get(user, options.n, options.before, fields=options.fields)
+    vault = seqvault.open(options.path, at=options.at)
+    conditions = None
+    if options.where:
+        conditions = {}
+        for name, texts in options.where:
+            conditions[name] = [_value(vault.schema, name, text) for text in texts]
+    history = vault.get(
+        _user(vault.schema, options.user),
+        options.n,
+        options.before,
+        options.as_of,
+        fields=options.fields,
+        where=conditions,
+        max_scan=options.max_scan,
+    )
     if options.json:
         print(json.dumps({name: history[name].tolist() for name in history.columns}))
-    else:
-        print(_table(history, vault.schema))
+        return 0
+    print(_table(history, vault.schema))
+    if conditions:
+        more = "the whole history" if history.exhausted else "older ones were not looked at"
+        print(f"of {history.scanned} events ({more})")
     return 0
 
 
 def _stats(options: argparse.Namespace) -> int:
-    stats = seqvault.open(options.path).stats()
+    stats = seqvault.open(options.path, at=options.at).stats()
     if options.json:
         print(json.dumps(stats))
         return 0
-    lengths = stats.pop("lengths")
+    for one in stats.pop("partitions", []):
+        _print_stats(one)
+        print()
+    _print_stats(stats)
+    return 0
+
+
+def _print_stats(stats: dict[str, Any]) -> None:
+    lengths = stats.pop("lengths", [])
     for name, value in stats.items():
         if name in ("first_time", "last_time") and value is not None:
             value = f"{value} ({_readable(value, stats['time_unit'])})"
         print(f"{name:16} {value:,.3f}" if isinstance(value, float) else f"{name:16} {value}")
     most = max((count for _, _, count in lengths), default=1)
-    print("events a user    users")
+    if lengths:
+        print("events a user    users")
     for low, high, count in lengths:
         print(f"{low:>7}..{high - 1:<7} {count:>9}  {'#' * -(-count * 40 // most)}")
+
+
+def _merge(options: argparse.Namespace) -> int:
+    started = time.monotonic()
+    with seqvault.open(options.path) as vault:
+        before = vault.stats()
+        if options.keep_events is not None or options.keep_age is not None:
+            vault.retain(options.keep_events, options.keep_age)
+        vault.merge(progress=lambda line: print(line, file=sys.stderr, flush=True))
+        after = vault.stats()
+    names = ("events", "parts", "bytes")
+    result = {name: [before[name], after[name]] for name in names} | {"seconds": time.monotonic() - started}
+    if options.json:
+        print(json.dumps(result))
+    else:
+        changes = ", ".join(f"{before[name]:,} -> {after[name]:,} {name}" for name in names)
+        print(f"{changes} in {result['seconds']:.1f} s: {options.path}")
     return 0
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from laser_jax.vault.inspection import verify
-
-    damages = verify(options.path)
+    damages = seqvault.verify(options.path, progress=lambda line: print(line, file=sys.stderr, flush=True))
     if options.json:
         print(json.dumps(damages))
     elif damages:
@@ -116,6 +234,65 @@ def _verify(options: argparse.Namespace) -> int:
     else:
         print(f"whole: {options.path}")
     return 1 if damages else 0
+
+
+def _repair(options: argparse.Namespace) -> int:
+    report = seqvault.repair(options.path)
+    print(json.dumps(vars(report)) if options.json else report)
+    return 0
+
+
+def _snapshot(options: argparse.Namespace) -> int:
+    with seqvault.open(options.path) as vault:
+        if options.drop is not None:
+            vault.drop_snapshot(options.drop)
+        elif not options.list:
+            name = vault.snapshot(options.name)
+            print(json.dumps(name) if options.json else f"snapshot {name}: open it with at={name!r}")
+            return 0
+        names = vault.snapshots()
+    print(json.dumps(names) if options.json else "\n".join(names) or "no snapshots")
+    return 0
+
+
+def _forget(options: argparse.Namespace) -> int:
+    with seqvault.open(options.path) as vault:
+        removed = vault.forget([_user(vault.schema, user) for user in options.user])
+    users = f"{len(options.user)} user{'s' * (len(options.user) > 1)}"
+    print(json.dumps({"events": removed}) if options.json else f"{removed:,} events of {users} removed: {options.path}")
+    return 0
+
+
+def _publish(options: argparse.Namespace) -> int:
+    size = seqvault.publish(options.path, options.url, options.at)
+    print(json.dumps({"bytes": size}) if options.json else f"{size:,} bytes uploaded: {options.url}")
+    return 0
+
+
+def _user(schema: Schema, text: str) -> int | str:
+    if schema.user == "string":
+        return text
+    if not re.fullmatch(r"[+-]?\d+", text):
+        raise VaultError(f"user {text!r}: this vault's users are int64")
+    return int(text)
+
+
+def _condition(text: str) -> tuple[str, list[str]]:
+    name, sign, values = text.partition("=")
+    if not sign:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form FIELD=VALUE,...")
+    return name, values.split(",")
+
+
+def _value(schema: Schema, name: str, text: str) -> Any:
+    """A value of a field from the command line."""
+    if name not in schema.names or schema.field(name).type == "string":
+        return text
+    kind = schema.field(name).dtype.kind
+    try:
+        return {"b": lambda value: {"true": True, "false": False}[value.lower()], "f": float}.get(kind, int)(text)
+    except (ValueError, KeyError) as error:
+        raise SchemaError(f"where {name}={text}: this field holds {schema.field(name).type}") from error
 
 
 def _table(history: History, schema: Schema) -> str:

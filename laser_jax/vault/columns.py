@@ -82,6 +82,8 @@ def _field(field: Field, column: Any) -> Any:
     if field.size is not None and array.shape[1] != field.size:
         raise SchemaError(f"column {field.name!r} has vectors of {array.shape[1]} values, the schema says {field.size}")
     kind = field.dtype.kind
+    if array.dtype == field.dtype:
+        return array.copy()  # it may wait in a buffer while the caller fills theirs anew
     if kind == "b":
         if array.dtype.kind != "b":
             raise _wrong_type(field.name, array.dtype, "bool")

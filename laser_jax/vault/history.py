@@ -1,6 +1,7 @@
 """What a read returns."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -51,7 +52,7 @@ class Histories:
     Attributes:
       columns: `time` int64 [N] and the asked fields, [N] or [N, size]; a string field as int32 codes.
       offsets: int64 [B + 1]; user b has the rows offsets[b] to offsets[b + 1].
-      as_of: as for History, of the whole batch.
+      as_of: as for History, of the whole batch (of a partitioned vault, a Sequences).
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Histories:
         columns: dict[str, np.ndarray],
         offsets: np.ndarray,
         dictionary: Callable[[str], np.ndarray | None],
-        as_of: int,
+        as_of: Any,
         n: int,
     ):
         """`dictionary` gives the values of a string field, None for other fields; `n` is what was asked for."""

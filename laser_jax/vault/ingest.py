@@ -12,19 +12,18 @@ from typing import Any
 
 import numpy as np
 
-from laser_jax.schema import TIME_LIMIT, Field, Schema, SchemaError
+from laser_jax.schema import Field, Schema
 from laser_jax.vault import format as vault_format
 from laser_jax.vault import log_files
 from laser_jax.vault.columns import Coded
 from laser_jax.vault.errors import UnavailableError, VaultError
+from laser_jax.vault.log_check import Survey, check
 from laser_jax.vault.writer import VaultWriter
 
 #: Rows of a record batch on their way from DuckDB to the writer.
 _BATCH_ROWS = 1 << 17
 #: DuckDB's readers and sort do not work in less.
 MIN_MEMORY = 256 << 20
-#: Times in milliseconds below it are of before March 1973: nobody logged then, these are seconds.
-_FIRST_MS = 10**11
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +89,7 @@ def ingest(
     say = progress or (lambda line: None)
     out = os.path.abspath(out)
     try:
-        writer = vault.create(out, schema, buffer_events=_buffer_events(schema, memory))
+        writer = vault.create(out, schema, buffer_events=buffer_events(schema, memory // 4))
         files = log_files.find_files(inputs)
         with writer, _spill_place(out) as spill:
             config = {
@@ -104,11 +103,12 @@ def ingest(
                 connection.execute("SET enable_progress_bar = true; SET enable_progress_bar_print = false")
                 # Times with a zone must not depend on the machine's.
                 connection.execute("SET TimeZone = 'UTC'")
-                log = _Log(connection, schema, files)
-                total = log.check()
-                say(f"{total:,} events in {len(files)} file{'s' * (len(files) > 1)}: sorting")
+                plain_times = log_files.create_view(connection, schema, files)
+                survey = Survey.of(connection, schema)
+                check(schema, survey, files, plain_times)
+                say(f"{survey.events:,} events in {len(files)} file{'s' * (len(files) > 1)}: sorting")
                 with _Ticker(connection, say) as ticker:
-                    _stream(log, writer, total, say, ticker)
+                    _stream(_sorted_batches(connection, schema), writer, survey.events, say, ticker)
     except duckdb.Error as error:
         raise log_files.explained(error, duckdb) from error
     except OSError as error:
@@ -134,85 +134,25 @@ def _spill_place(out: str) -> Iterator[str]:
     shutil.rmtree(spill)
 
 
-class _Log:
-    """The log files as DuckDB's view `log` (see log_files.create_view)."""
-
-    def __init__(self, connection: Any, schema: Schema, files: list[str]):
-        self.schema = schema
-        self._connection = connection
-        self._files = files
-        self._columns = log_files.columns_of(schema)
-        self._plain_times = log_files.create_view(connection, schema, files)
-
-    def check(self) -> int:
-        """Number of events; SchemaError names file, row and column of a value that no event may have."""
-        counted = ["count(*)", "min(c1)", "max(c1)"]
-        for i in range(len(self._columns)):
-            counted += [f"count(*) FILTER (m{i})", f"count(*) FILTER (c{i} IS NULL AND NOT m{i})"]
-        row = self._connection.execute(f"SELECT {', '.join(counted)} FROM log").fetchall()[0]
-        total, first, last = row[:3]
-        if total == 0:
-            where = self._files[0] if len(self._files) == 1 else f"{len(self._files)} files, {self._files[0]} the first"
-            raise SchemaError(f"{where}: the log holds no event")
-        for i, (column, missing, bad) in enumerate(zip(self._columns, row[3::2], row[4::2], strict=True)):
-            name = column.name
-            if bad:
-                where, value = self._first(f"c{i} IS NULL AND NOT m{i}", i)
-                raise SchemaError(
-                    f"{where}: column {name!r}: {value!r} is not of type {column.type} (in {_rows(bad)}); correct the "
-                    "log, or change the schema"
-                )
-            # A missing float is NaN; anything else that is missing has no value to stand for it.
-            if missing and (column.field.size is not None or column.field.dtype.kind != "f"):
-                where, value = self._first(f"m{i}", i)
-                shown = "null" if value is None else "empty"
-                raise SchemaError(f"{where}: {shown} {name} (in {_rows(missing)}); drop these events or fill them")
-        self._check_times(first, last)
-        return total
-
-    def _check_times(self, first: int, last: int) -> None:
-        unit, limit = self.schema.time_unit, self.schema.time_limit
-        if first < 0 or last >= limit:
-            where, _ = self._first(f"c1 < 0 OR c1 >= {limit}", 1)
-            bad, kind = (first, "negative") if first < 0 else (last, "absurd")
-            hint = "is the unit right?"
-            if self._plain_times and first >= 0 and unit == "s" and _FIRST_MS <= last < TIME_LIMIT["ms"]:
-                hint = 'are these milliseconds? then set time_unit "ms" in the schema'
-            raise SchemaError(
-                f"{where}: {kind} time, such as {bad}; need 0 <= time < {limit} in {unit} since 1970 ({hint})"
-            )
-        if self._plain_times and unit == "ms" and last < _FIRST_MS:
-            where, _ = self._first(f"c1 = {last}", 1)
-            raise SchemaError(
-                f"{where}: the newest time of the log is {last}: in milliseconds that is before March 1973, so these "
-                'must be seconds; set time_unit "s" in the schema, or multiply the times by 1000'
-            )
-
-    def _first(self, condition: str, column: int) -> tuple[str, str | None]:
-        """File and row of the first event that fulfils a condition, and what the log has in a column there."""
-        query = f"SELECT file, row, s{column} FROM log WHERE {condition} ORDER BY file, row LIMIT 1"
-        file, row, value = self._connection.execute(query).fetchall()[0]
-        if log_files.is_csv(file):
-            # Counted through all files.
-            row -= self._connection.execute("SELECT min(row) FROM log WHERE file = ?", [file]).fetchall()[0][0]
-        return f"{file}, row {row}", value if value is None or len(value) <= 100 else value[:100] + " ..."
-
-    def sorted_batches(self) -> Any:
-        """Record batches of all events, columns as in columns_of, in the order of the vault."""
-        columns = ", ".join(f"c{i}" for i in range(len(self._columns)))
-        names = [column.name for column in self._columns]
-        key = f"c{names.index(self.schema.event_key)}, " if self.schema.event_key else ""
-        query = f"SELECT {columns} FROM log ORDER BY c0, c1, {key}file, row"
-        return self._connection.sql(query).to_arrow_reader(_BATCH_ROWS)
+def _sorted_batches(connection: Any, schema: Schema) -> Any:
+    """Record batches of all events of the view `log`, columns as in columns_of, in the order of the vault."""
+    names = [column.name for column in log_files.columns_of(schema)]
+    columns = [f"c{i}" for i in range(len(names))]
+    if schema.time_limit <= 1 << 32:
+        # Half the bytes: DuckDB's sort is the faster the shorter its keys are.
+        columns[1] = "c1::UINTEGER AS c1"
+    key = f"c{names.index(schema.event_key)}, " if schema.event_key else ""
+    query = f"SELECT {', '.join(columns)} FROM log ORDER BY c0, c1, {key}place"
+    return connection.sql(query).to_arrow_reader(_BATCH_ROWS)
 
 
-def _stream(log: _Log, writer: VaultWriter, total: int, say: Callable[[str], None], ticker: "_Ticker") -> None:
+def _stream(batches: Any, writer: VaultWriter, total: int, say: Callable[[str], None], ticker: "_Ticker") -> None:
     """Sorted record batches into the writer; `ticker` falls silent when the first one is there."""
-    columns = log_files.columns_of(log.schema)
+    columns = log_files.columns_of(writer.schema)
     done, started, spoken = 0, time.monotonic(), time.monotonic()
-    for batch in log.sorted_batches():
+    for batch in batches:
         ticker.stop()
-        writer.write({column.name: _column(column.field, batch.column(i)) for i, column in enumerate(columns)})
+        writer.write({column.name: column_of(column.field, batch.column(i)) for i, column in enumerate(columns)})
         done += len(batch)
         now = time.monotonic()
         if now - spoken >= 1:
@@ -221,7 +161,7 @@ def _stream(log: _Log, writer: VaultWriter, total: int, say: Callable[[str], Non
             spoken = now
 
 
-def _column(field: Field, array: Any) -> Any:
+def column_of(field: Field, array: Any) -> Any:
     """An Arrow column as the writer takes it."""
     if field.size is not None:
         return np.asarray(array.flatten()).reshape(-1, field.size)
@@ -261,14 +201,10 @@ class _Ticker:
         self._thread.join()
 
 
-def _buffer_events(schema: Schema, memory: int) -> int:
-    """Rows that the writer may buffer in a quarter of the memory: raw, sorted and paged copies of each."""
+def buffer_events(schema: Schema, memory: int) -> int:
+    """Rows that a writer may buffer in so much memory: raw, sorted and paged copies of each."""
     row = 16 + sum(field.dtype.itemsize * (field.size or 1) for field in schema.fields)
-    return max(1024, memory // 4 // (row * 4 + 64))
-
-
-def _rows(count: int) -> str:
-    return f"{count:,} row{'s' * (count > 1)}"
+    return max(1024, memory // (row * 4 + 64))
 
 
 def print_progress(line: str) -> None:

@@ -1,6 +1,7 @@
 """What a vault holds, and whether it is whole."""
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,9 @@ from laser_jax.vault.lookup import LocalPages, RemotePages
 from laser_jax.vault.manifest import HeldManifest, parse_manifest, snapshots
 from laser_jax.vault.merge_plan import all_entries
 from laser_jax.vault.part import Part
+from laser_jax.vault.partitioning import is_partitioned, partition_paths
 from laser_jax.vault.state import read_strings
-from laser_jax.vault.storage import KvStorage, LocalStorage, storage_of
+from laser_jax.vault.storage import KvStorage, LocalStorage, is_url, storage_of
 from laser_jax.vault.tasks import read_entries
 from laser_jax.vault.unpacking import SEQUENCE
 
@@ -80,8 +82,19 @@ def stats(vault: Any) -> dict[str, Any]:
     }
 
 
-def verify(path: str) -> list[str]:
-    """Reads all of the vault at `path`, checks checksums and consistency; returns every damage in words."""
+def verify(path: str, progress: Callable[[str], None] | None = None) -> list[str]:
+    """Reads all of a vault, checks checksums and consistency.
+
+    Args:
+      path: directory or URL of the vault; of a partitioned one, every partition is read.
+      progress: called with a line for each part.
+
+    Returns:
+      Every damage in words; empty if the vault is whole.
+    """
+    if not is_url(path) and is_partitioned(path):
+        return [damage for inner in partition_paths(path) for damage in verify(inner, progress)]
+    say = progress or (lambda line: None)
     storage = storage_of(path)
     damages: list[str] = []
     manifests = []
@@ -96,7 +109,7 @@ def verify(path: str) -> list[str]:
             damages.append(str(error))
     seen: set[str] = set()
     for manifest in manifests:
-        damages.extend(_damaged_files_of(storage, manifest, seen))
+        damages.extend(_damaged_files_of(storage, manifest, seen, say))
     if manifests and storage.local:
         copy = storage.read(MANIFEST_COPY)
         try:
@@ -109,7 +122,9 @@ def verify(path: str) -> list[str]:
     return list(dict.fromkeys(damages))
 
 
-def _damaged_files_of(storage: LocalStorage | KvStorage, manifest: dict[str, Any], seen: set[str]) -> list[str]:
+def _damaged_files_of(
+    storage: LocalStorage | KvStorage, manifest: dict[str, Any], seen: set[str], say: Callable[[str], None]
+) -> list[str]:
     """Damages of the parts and dictionaries of a manifest, but those seen already."""
     damages: list[str] = []
     num_values = {}
@@ -127,10 +142,11 @@ def _damaged_files_of(storage: LocalStorage | KvStorage, manifest: dict[str, Any
                 found.append(str(error))
             damages.extend(found)
     schemas = [Schema.from_json(schema) for schema in manifest["schemas"]]
-    for entry in manifest["parts"]:
+    for position, entry in enumerate(manifest["parts"], 1):
         if entry["name"] in seen:
             continue
         seen.add(entry["name"])
+        say(f"part {position} of {len(manifest['parts'])}: {entry['name']}, {entry['events']:,} events")
         damages.extend(_damaged_part(storage, manifest, entry, schemas, num_values))
     return damages
 

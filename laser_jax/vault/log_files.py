@@ -25,6 +25,8 @@ _CSV_OPTIONS = (
 )
 #: The columns that DuckDB adds to those of a file. Ours have blanks: no field of a schema has such a name.
 _FILE, _ROW = "log file", "log row"
+#: Bits of a place that count rows.
+_ROW_BITS = 40
 _SQL_TYPES = {
     "bool": "BOOLEAN",
     "int8": "TINYINT",
@@ -119,7 +121,8 @@ def create_view(connection: Any, schema: Schema, files: list[str]) -> bool:
 
     For column i of `columns_of(schema)` the view has `c{i}`, the value in the schema's type or null, `m{i}`, whether
     the log has no value there, and `s{i}`, the text of what the log has there: a value that does not fit has
-    a null `c` and a false `m`. `file` and `row` say where an event is from; rows grow within a file.
+    a null `c` and a false `m`. `file` and `row` say where an event is from; rows grow within a file. `place` grows
+    with the file's place in `files`, then with the row: one number, which sorts several times faster than a name.
 
     Args:
       connection: to DuckDB.
@@ -134,6 +137,7 @@ def create_view(connection: Any, schema: Schema, files: list[str]) -> bool:
         shape = _csv_shape(path) if is_csv(path) else _parquet_shape(connection, path)
         groups.setdefault(shape, []).append(path)
     wanted = columns_of(schema)
+    names = "[" + ", ".join(quoted(path) for path in files) + "]"
     selects = []
     plain_times = False
     for shape, paths in groups.items():
@@ -149,7 +153,9 @@ def create_view(connection: Any, schema: Schema, files: list[str]) -> bool:
         # The CSV reader has no row number: rows are counted as they come, files in order, rows in order.
         row = "row_number() OVER ()" if shape.types is None else "file_row_number"
         inner = f'SELECT {", ".join(raw)}, "{_FILE}", {row} AS "{_ROW}" FROM {_source(shape, paths)}'
-        selects.append(f'SELECT {", ".join(made)}, "{_FILE}" AS file, "{_ROW}" AS row FROM ({inner})')
+        place = f'(list_position({names}, "{_FILE}")::BIGINT << {_ROW_BITS}) + "{_ROW}"'
+        outer = f'{", ".join(made)}, "{_FILE}" AS file, "{_ROW}" AS row, {place} AS place'
+        selects.append(f"SELECT {outer} FROM ({inner})")
     connection.execute("CREATE VIEW log AS " + " UNION ALL ".join(selects))
     return plain_times
 

@@ -181,13 +181,13 @@ class Maintenance:
             if pieces:
                 self._flush(pieces)
 
-    def merge(self) -> None:
+    def merge(self, say: Callable[[str], None]) -> None:
         """Everything of a user becomes one entry; retention is applied, and what nobody needs goes."""
         with self._lock:
             self.flush()
             retention = self.state.manifest["retention"]
             plan = plan_everything(self.state, trim=bool(retention), keep_one=False)
-            self._merge(plan, 0, keep_one=False)
+            self._merge(plan, 0, keep_one=False, say=say)
             self._collect()
 
     def commit(self, **changes: Any) -> None:
@@ -334,7 +334,9 @@ class Maintenance:
             self._merge(plan, self.options.merge_bytes_per_s, keep_one=True)
             self._collect()
 
-    def _merge(self, plan: MergePlan, bytes_per_s: int, keep_one: bool) -> None:
+    def _merge(
+        self, plan: MergePlan, bytes_per_s: int, keep_one: bool, say: Callable[[str], None] = lambda line: None
+    ) -> None:
         retention = self.state.manifest["retention"]
         keep_from = 0
         if retention.get("age"):
@@ -344,6 +346,7 @@ class Maintenance:
         schemas = self.state.manifest["schemas"]
         fills = fill_values(self.state.schema, self._dictionaries)
         added = []
+        started, total, done = time.monotonic(), sum(len(piece.users) for piece in plan.pieces), 0
         for piece in plan.pieces:
             name = self.new_part_name()
             task = MergeTask(
@@ -367,7 +370,11 @@ class Maintenance:
             if entry is not None:
                 added.append({"name": name, "schema": len(schemas) - 1, **entry})
                 self.events_merged += entry["events"]
-            elif keep_one:
+            done += len(piece.users)
+            seconds = time.monotonic() - started
+            rate = done / max(seconds, 1e-9)
+            say(f"merged {done:,} of {total:,} users, {rate:,.0f}/s, {(total - done) / rate:.0f} s left")
+            if entry is None and keep_one:
                 raise VaultError(f"{self.root}: a merge of {len(piece.users)} users left nothing; this is a bug")
         self._sync_parts()
         kept = [entry for entry in self.state.manifest["parts"] if entry["name"] not in plan.emptied]

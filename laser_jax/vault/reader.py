@@ -251,9 +251,12 @@ class Vault:
         """Moves all events from the log and the tail into a part."""
         self._writer().maintenance.flush()
 
-    def merge(self) -> None:
-        """Flushes, merges every user into one part, applies retention, and frees what nobody needs."""
-        self._writer().maintenance.merge()
+    def merge(self, progress: Callable[[str], None] | None = None) -> None:
+        """Flushes, merges every user into one part, applies retention, and frees what nobody needs.
+
+        `progress` is called with a line now and then.
+        """
+        self._writer().maintenance.merge(progress or (lambda line: None))
 
     def merge_in_background(self) -> None:
         """Begins at once what else begins when the tail is full: users in too many parts are merged."""

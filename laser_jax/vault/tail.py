@@ -31,6 +31,7 @@ class Tail:
         for field in schema.fields:
             shapes["field " + field.name] = (field.dtype, () if field.size is None else (field.size,))
         self._rows = {name: np.empty((_FIRST_ROWS, *shape), dtype) for name, (dtype, shape) in shapes.items()}
+        self._width = sum(array.nbytes for array in self._rows.values()) // _FIRST_ROWS
         self._newest = np.full(_FIRST_USERS, -1, np.int64)
         self._count = np.zeros(_FIRST_USERS, np.int64)
         self._ordered = np.ones(_FIRST_USERS, bool)
@@ -48,8 +49,7 @@ class Tail:
     @property
     def num_bytes(self) -> int:
         """Memory in use, about."""
-        width = sum(array.dtype.itemsize * int(np.prod(array.shape[1:])) for array in self._rows.values())
-        return self.size * width + len(self._slots) * 150
+        return self.size * self._width + len(self._slots) * 150
 
     def __contains__(self, user: Any) -> bool:
         return user in self._slots

@@ -114,6 +114,7 @@ def write(path: str, batch: int, tail_bytes: int, merge_parts: int, guests: bool
         except seqvault.UnavailableError as error:
             # Nothing of it was taken: the next try must not write it twice.
             say("refused", repr(error))
+            time.sleep(0.01)
             continue
         say("done", batch, sequence)
         batch += 1

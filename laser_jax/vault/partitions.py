@@ -1,0 +1,408 @@
+"""A vault in P partitions by the hash of the user: each a vault of its own, all behind one face.
+
+    partitions.json      number of partitions and schema; written last
+    codes.log            codes of strings that hold for all partitions (see laser_jax.vault.codebook)
+    partition-00000/     a vault
+
+Partitions have sequence numbers of their own: `as_of` means that of the user's partition, or is a Sequences of all.
+"""
+
+import concurrent.futures
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+
+from laser_jax.schema import Schema, SchemaError
+from laser_jax.vault.codebook import Codebook
+from laser_jax.vault.columns import Coded, check_columns
+from laser_jax.vault.errors import (
+    CorruptionError,
+    UnavailableError,
+    UnknownFieldError,
+    VaultError,
+    VaultExistsError,
+)
+from laser_jax.vault.files import crc32c, dump, sync_path, writer_lock
+from laser_jax.vault.history import Histories, History
+from laser_jax.vault.maintenance import WriterOptions
+from laser_jax.vault.partitioning import FORMAT, PARTITIONS, partition_of, partition_path, read_count
+from laser_jax.vault.reader import Vault
+from laser_jax.vault.writer import VaultWriter
+
+_CODES = "codes.log"
+
+
+class Sequences(tuple):
+    """A sequence number of each partition; given as `as_of` it bounds every user by its partition's."""
+
+
+class PartitionedWriter:
+    """Bulk writer of a partitioned vault, see laser_jax.vault.create: it exists once the `with` block ends well."""
+
+    def __init__(self, path: str, schema: Schema, buffer_events: int, partitions: int):
+        if isinstance(partitions, bool) or not isinstance(partitions, int) or partitions < 1:
+            raise VaultError(f"partitions={partitions!r}: need an integer >= 1")
+        self.path = os.path.abspath(path)
+        self.schema = schema
+        self._buffer_events = max(1, buffer_events // partitions)
+        self._partitions = partitions
+        if os.path.exists(os.path.join(self.path, PARTITIONS)):
+            raise VaultExistsError(f"{self.path} already holds a vault: give another path, or remove it first")
+        others = [name for name in _listed(self.path) if not _is_ours(name)]
+        if others:
+            raise VaultExistsError(f"{self.path} is not empty (it holds {min(others)!r}): give a new directory")
+
+    def __enter__(self) -> "PartitionedWriter":
+        with contextlib.ExitStack() as stack:
+            try:
+                os.makedirs(self.path, exist_ok=True)
+                stack.enter_context(writer_lock(self.path))
+                self._remove()  # what a killed writer left
+            except OSError as error:
+                raise UnavailableError(f"vault {self.path} cannot be created: {error}") from error
+            self._codes = Codebook(os.path.join(self.path, _CODES), _string_fields(self.schema))
+            self._writing = stack.enter_context(contextlib.ExitStack())
+            self._writers = [
+                self._writing.enter_context(
+                    VaultWriter(partition_path(self.path, number), self.schema, self._buffer_events)
+                )
+                for number in range(self._partitions)
+            ]
+            self._locked = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        with self._locked, contextlib.ExitStack() as undo:
+            undo.callback(self._remove)
+            # The partitions' writers commit, or tidy up after the error; only `partitions.json` makes them a vault.
+            self._writing.__exit__(kind, error, trace)
+            if kind is not None:
+                return
+            self._commit()
+            undo.pop_all()
+
+    def write(self, columns: Mapping[str, Any]) -> None:
+        """As VaultWriter.write."""
+        checked = check_columns(self.schema, columns)
+        self._codes.add({name: checked[name].values for name in _string_fields(self.schema)})
+        for number, rows in _split(self.schema, checked, self._partitions):
+            self._writers[number].write(_taken(checked, rows))
+
+    def _remove(self) -> None:
+        for name in _listed(self.path):
+            if name != "writer.lock" and _is_ours(name):
+                target = os.path.join(self.path, name)
+                if os.path.isdir(target):
+                    shutil.rmtree(target)
+                else:
+                    os.remove(target)
+
+    def _commit(self) -> None:
+        content = {"format": FORMAT, "version": 1, "partitions": self._partitions}
+        target = os.path.join(self.path, PARTITIONS)
+        try:
+            with open(target + ".draft", "wb") as file:
+                file.write(dump(content | {"checksum": crc32c(dump(content))}))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(target + ".draft", target)
+            sync_path(self.path)
+        except OSError as error:
+            raise UnavailableError(f"vault {self.path} cannot be written: {error}") from error
+
+
+class PartitionedVault:
+    """The face of laser_jax.vault.Vault over partitions; see there.
+
+    What changes all partitions (`merge`, `snapshot`, `forget`, `evolve`, ...) goes through them in turn: if it fails
+    halfway, call it again.
+
+    Attributes:
+      path: of the vault. partitions: the vaults.
+    """
+
+    local = True
+
+    def __init__(self, path: str, cache_bytes: int, at: str | None = None, writing: WriterOptions | None = None):
+        self.path = os.path.abspath(path)
+        self.cache_bytes = cache_bytes
+        self.at = at
+        self._writing = writing
+        count = read_count(self.path)
+        share = cache_bytes // count
+        self.partitions = [Vault(partition_path(self.path, number), share, at, writing) for number in range(count)]
+        self._codes = Codebook(os.path.join(self.path, _CODES), _string_fields(self.schema))
+        self._translations: dict[tuple[int, str], np.ndarray] = {}
+        self._pool = concurrent.futures.ThreadPoolExecutor(min(count, os.cpu_count() or 1), "vault-partitions")
+        self._lock: contextlib.ExitStack | None = None
+
+    def __reduce__(self):
+        return PartitionedVault, (self.path, self.cache_bytes, self.at, self._writing)
+
+    def __enter__(self) -> "PartitionedVault":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        """Number of users."""
+        return sum(len(vault) for vault in self.partitions)
+
+    def __repr__(self) -> str:
+        return f"PartitionedVault({self.path!r}, {len(self.partitions)} partitions, {self.num_events} events)"
+
+    @property
+    def schema(self) -> Schema:
+        """Of the events, as it is today."""
+        return self.partitions[0].schema
+
+    @property
+    def num_events(self) -> int:
+        """Events of all partitions, see Vault.num_events."""
+        return sum(vault.num_events for vault in self.partitions)
+
+    @property
+    def next_sequence(self) -> Sequences:
+        """The number that the next event of each partition gets."""
+        return Sequences(vault.next_sequence for vault in self.partitions)
+
+    def users(self) -> np.ndarray:
+        """All users in no particular order."""
+        return np.concatenate([vault.users() for vault in self.partitions])
+
+    def dictionary(self, field: str) -> np.ndarray:
+        """Values of a string field; the position is the code, the same in all partitions."""
+        if field not in self._codes.dictionaries:
+            known = ", ".join(self._codes.dictionaries) or "none"
+            raise UnknownFieldError(f"{self.path}: {field!r} is not a string field; string fields: {known}")
+        return self._codes.dictionaries[field].array
+
+    def encode(self, field: str, values: Sequence[str]) -> np.ndarray:
+        """Codes of strings, int32 [N]; -1 for a value that has none."""
+        self.dictionary(field)
+        dictionary = self._codes.dictionaries[field]
+        listed = values.tolist() if isinstance(values, np.ndarray) else values
+        return np.fromiter((dictionary.code(value) for value in listed), np.int32, len(listed))
+
+    def get(self, user: Any, n: int = 1000, before: int | None = None, as_of: Any = None, **options: Any) -> History:
+        """As Vault.get; `as_of` is a sequence number of the user's partition, or a Sequences."""
+        keys = [user] if self.schema.user == "string" else np.array([_int64(user)], np.int64)
+        if self.schema.user == "string" and not isinstance(user, str):
+            raise SchemaError(f"user {user!r}: this vault's users are strings")
+        number = int(partition_of(self.schema, keys, len(self.partitions))[0])
+        if isinstance(as_of, Sequences):
+            as_of = as_of[number]
+        found = self.partitions[number].get(user, n, before, as_of, **options)
+        columns = self._translated(number, found.columns)
+        return History(columns, self._values, found.as_of, found.exhausted, found.scanned)
+
+    def gather(
+        self, users: Any, before: Any = None, n: int = 1000, as_of: Any = None, fields: Sequence[str] | None = None
+    ) -> Histories:
+        """As Vault.gather; `as_of` holds for each user the sequence number of its partition, or is a Sequences."""
+        schema = self.schema
+        listed = list(users) if schema.user == "string" else np.asarray(users)
+        if schema.user == "int64" and (listed.ndim != 1 or (listed.dtype.kind not in "iu" and listed.size)):
+            raise SchemaError(f"users of type {listed.dtype} and shape {listed.shape}: need int64 [B]")
+        owner = partition_of(schema, listed, len(self.partitions))
+        size = len(owner)
+        bound = None if before is None else np.asarray(before)
+        seen = self.next_sequence
+        hidden = np.array(seen, np.int64)[owner]
+        if as_of is not None:
+            given = np.array(as_of, np.int64)[owner] if isinstance(as_of, Sequences) else np.asarray(as_of)
+            hidden = np.minimum(hidden, given)
+        order = np.argsort(owner, kind="stable")
+        jobs = []
+        for number in np.unique(owner).tolist() or [0]:
+            rows = order[owner[order] == number]
+            keys = [listed[row] for row in rows.tolist()] if schema.user == "string" else listed[rows]
+            bounds = [value[rows] if np.ndim(value) == 1 else value for value in (bound, hidden)]
+            jobs.append((number, rows, keys, bounds))
+
+        def read(job: Any) -> Histories:
+            number, _, keys, (bound, hidden) = job
+            return self.partitions[number].gather(keys, bound, n, hidden, fields)
+
+        results = list(self._pool.map(read, jobs))
+        lengths = np.zeros(size, np.int64)
+        for (_, rows, _, _), found in zip(jobs, results, strict=True):
+            lengths[rows] = np.diff(found.offsets)
+        offsets = np.concatenate(([0], np.cumsum(lengths)))
+        columns: dict[str, np.ndarray] = {}
+        for (number, rows, _, _), found in zip(jobs, results, strict=True):
+            starts = offsets[rows]
+            counts = np.diff(found.offsets)
+            target = np.arange(found.num_events) + np.repeat(starts - found.offsets[:-1], counts)
+            for name, column in self._translated(number, found.columns).items():
+                if name not in columns:
+                    columns[name] = np.empty((int(offsets[-1]), *column.shape[1:]), column.dtype)
+                columns[name][target] = column
+        return Histories(columns, offsets, self._values, seen, n)
+
+    def append(self, events: Mapping[str, Any]) -> Sequences:
+        """As Vault.append, in every partition that the events belong to at once.
+
+        Returns:
+          Bounds for `as_of` that show these events and all before.
+        """
+        for future in self._appended(events):
+            future.result()
+        return self.next_sequence
+
+    def append_async(self, events: Mapping[str, Any]) -> "Future[Sequences]":
+        """As append, without waiting."""
+        futures = self._appended(events)
+        return self._pool.submit(lambda: [future.result() for future in futures] and self.next_sequence)
+
+    def flush(self) -> None:
+        """As Vault.flush."""
+        self._each(lambda vault: vault.flush())
+
+    def merge(self, progress: Callable[[str], None] | None = None) -> None:
+        """As Vault.merge."""
+        self._each(lambda vault: vault.merge(progress))
+
+    def snapshot(self, name: str | None = None) -> str:
+        """As Vault.snapshot: pins each partition under one name, one after the other."""
+        name = name or f"{sum(self.next_sequence):012d}"
+        self._each(lambda vault: vault.snapshot(name))
+        return name
+
+    def snapshots(self) -> list[str]:
+        """Names of the snapshots that every partition has."""
+        found = [set(vault.snapshots()) for vault in self.partitions]
+        return sorted(set.intersection(*found))
+
+    def drop_snapshot(self, name: str) -> None:
+        """As Vault.drop_snapshot."""
+        self._each(lambda vault: vault.drop_snapshot(name) if name in vault.snapshots() else None)
+
+    def forget(self, users: Any) -> int:
+        """As Vault.forget."""
+        return sum(self._each(lambda vault: vault.forget(users)))
+
+    def evolve(self, schema: Schema) -> None:
+        """As Vault.evolve."""
+        new = [field for field in schema.fields if field.type == "string"]
+        for field in new:
+            if field.name not in self._codes.dictionaries and field.default is not None:
+                self._write_lock()
+                self._codes = Codebook(self._codes.path, [*self._codes.dictionaries, field.name])
+                self._codes.add({field.name: [field.default]})
+        self._each(lambda vault: vault.evolve(schema) if vault.schema != schema else None)
+
+    def retain(self, events: int | None = None, age: int | None = None) -> None:
+        """As Vault.retain."""
+        self._each(lambda vault: vault.retain(events, age))
+
+    def refresh(self) -> None:
+        """As Vault.refresh."""
+        self._codes.follow()
+        for vault in self.partitions:
+            vault.refresh()
+
+    def close(self) -> None:
+        """As Vault.close."""
+        for vault in self.partitions:
+            vault.close()
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def stats(self) -> dict[str, Any]:
+        """Sums over the partitions, and each partition's own figures."""
+        found = [vault.stats() for vault in self.partitions]
+        summed = ("users", "events", "parts", "pages", "bytes", "log_bytes", "index_bytes", "tail_events", "tail_bytes")
+        return {"path": self.path} | {key: sum(one[key] for one in found) for key in summed} | {"partitions": found}
+
+    def verify(self) -> list[str]:
+        """As Vault.verify."""
+        return [damage for vault in self.partitions for damage in vault.verify()]
+
+    def _each(self, call: Callable[[Vault], Any]) -> list[Any]:
+        self._write_lock()
+        return [call(vault) for vault in self.partitions]
+
+    def _write_lock(self) -> None:
+        """Becomes the one writer of all partitions."""
+        if self._lock is None:
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(writer_lock(self.path))
+                self._lock = stack.pop_all()
+            self._codes.follow()
+
+    def _appended(self, events: Mapping[str, Any]) -> list[Any]:
+        self._write_lock()
+        schema = self.schema
+        checked = check_columns(schema, events)
+        self._codes.add({name: checked[name].values for name in _string_fields(schema)})
+        return [
+            self.partitions[number].append_async(_taken(checked, rows))
+            for number, rows in _split(schema, checked, len(self.partitions))
+        ]
+
+    def _values(self, field: str) -> np.ndarray | None:
+        dictionary = self._codes.dictionaries.get(field)
+        return None if dictionary is None else dictionary.array
+
+    def _translated(self, number: int, columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The same columns with the codes that hold for all partitions."""
+        found = dict(columns)
+        for field in self._codes.dictionaries:
+            if field in found:
+                own = self.partitions[number].dictionary(field)
+                table = self._translations.get((number, field))
+                if table is None or len(table) < len(own):
+                    table = self.encode(field, own)
+                    if (table < 0).any():
+                        self._codes.follow()
+                        table = self.encode(field, own)
+                    if (table < 0).any():
+                        lost = own[int(np.argmax(table < 0))]
+                        raise CorruptionError(f"{self._codes.path} has no code for {lost!r} of field {field!r}")
+                    self._translations[number, field] = table
+                found[field] = table[found[field]]
+        return found
+
+
+def _split(schema: Schema, checked: dict[str, Any], partitions: int) -> list[tuple[int, np.ndarray]]:
+    """(partition, its rows) of checked columns."""
+    user = checked["user"]
+    if isinstance(user, Coded):
+        owner = partition_of(schema, user.values, partitions)[user.codes]
+    else:
+        owner = partition_of(schema, user, partitions)
+    return [(number, np.flatnonzero(owner == number)) for number in np.unique(owner).tolist()]
+
+
+def _taken(checked: dict[str, Any], rows: np.ndarray) -> dict[str, Any]:
+    return {
+        name: Coded(column.codes[rows], column.values) if isinstance(column, Coded) else column[rows]
+        for name, column in checked.items()
+    }
+
+
+def _listed(path: str) -> list[str]:
+    return os.listdir(path) if os.path.isdir(path) else []
+
+
+def _is_ours(name: str) -> bool:
+    return name.startswith("partition-") or name in ("writer.lock", _CODES, PARTITIONS + ".draft")
+
+
+def _string_fields(schema: Schema) -> list[str]:
+    return [field.name for field in schema.fields if field.type == "string"]
+
+
+def _int64(user: Any) -> int:
+    if isinstance(user, bool) or not isinstance(user, (int, np.integer)):
+        raise SchemaError(f"user {user!r}: this vault's users are int64")
+    # An id beyond int64 is nobody's, in any partition.
+    return int(user) if -(2**63) <= user < 2**63 else 0

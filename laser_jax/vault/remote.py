@@ -1,0 +1,128 @@
+"""Puts a complete vault into a key-value store, from which `open` reads it. Appending and merging stay local."""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from laser_jax.schema import Schema
+from laser_jax.vault.errors import UnavailableError, VaultError, VaultExistsError
+from laser_jax.vault.format import DICTIONARIES, MANIFEST, PARTS
+from laser_jax.vault.ingest import Report, ingest
+from laser_jax.vault.manifest import HeldManifest, dump_manifest
+from laser_jax.vault.storage import KvStorage, LocalStorage, is_url
+from laser_jax.vault.writer import VaultWriter
+
+_UPLOADS = 8
+
+
+def publish(path: str, url: str, at: str | None = None) -> int:
+    """Uploads a vault, or its snapshot `at`; what is in its log only is not included, `snapshot` or `flush` it first.
+
+    The manifest goes last, and only if there is none: a reader finds a whole vault or none.
+
+    Args:
+      path: directory of the vault.
+      url: see laser_jax.vault.open; anything but http.
+
+    Returns:
+      Bytes uploaded.
+
+    Raises:
+      VaultExistsError: there is a vault already.
+      UnavailableError: the store refused. What was uploaded stays; the next `publish` to the same place writes over it.
+    """
+    source, target = LocalStorage(path), KvStorage(url)
+    if target.read(MANIFEST) is not None:
+        raise VaultExistsError(f"{url} already holds a vault: give another place")
+    held = HeldManifest(source, at)
+    names = [f"{PARTS}/{entry['name']}/{file}" for entry in held.content["parts"] for file in entry["files"]]
+    for pieces in held.content["dictionaries"].values():
+        names += [f"{DICTIONARIES}/{piece['name']}/{file}" for piece in pieces for file in piece["files"]]
+
+    def upload(name: str) -> int:
+        data = source.read(name)
+        if data is None:
+            raise UnavailableError(f"{source.path(name)} is gone: verify the vault")
+        target.write(name, data)
+        return len(data)
+
+    with concurrent.futures.ThreadPoolExecutor(_UPLOADS) as pool:
+        total = sum(pool.map(upload, names))
+    log = {"first": 0, "kept": 0}
+    manifest = dump_manifest(held.content | {"log": log})
+    if not target.write(MANIFEST, manifest, if_absent=True):
+        raise VaultExistsError(f"{url}: somebody else has put a vault there meanwhile")
+    return total + len(manifest)
+
+
+def ingest_anywhere(
+    schema: Schema,
+    inputs: str | list[str],
+    out: str,
+    engine: str = "duckdb",
+    memory: int = 2 << 30,
+    threads: int | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Report:
+    """Builds a vault from log files by DuckDB or Spark, in a directory or in a key-value store.
+
+    Args:
+      out: directory, or the URL of a key-value store (see `open`), to which the complete vault is uploaded.
+      engine: "duckdb" or "spark".
+      schema, inputs, memory, threads, progress: see laser_jax.vault.ingest.ingest.
+
+    Raises:
+      As laser_jax.vault.ingest.ingest and publish.
+    """
+
+    def build(place: str) -> Report:
+        if engine == "duckdb":
+            return ingest(schema, inputs, place, memory, threads, progress)
+        if engine == "spark":
+            from laser_jax.vault.spark_ingest import ingest_spark
+
+            return ingest_spark(schema, inputs, place, progress=progress)
+        raise VaultError(f"engine {engine!r} is not one of duckdb, spark")
+
+    if not is_url(out):
+        return build(out)
+    if KvStorage(out).read(MANIFEST) is not None:
+        raise VaultExistsError(f"{out} already holds a vault: give another place")
+    with tempfile.TemporaryDirectory() as place:
+        report = build(os.path.join(place, "vault"))
+        publish(report.path, out)
+    return dataclasses.replace(report, path=out)
+
+
+class RemoteWriter:
+    """Bulk writer of a vault in a key-value store: made in a temporary directory, and uploaded when it is whole."""
+
+    def __init__(self, url: str, schema: Schema, buffer_events: int):
+        self.path = url
+        if KvStorage(url).read(MANIFEST) is not None:
+            raise VaultExistsError(f"{url} already holds a vault: give another place")
+        self._schema, self._buffer_events = schema, buffer_events
+        self._writer: VaultWriter | None = None
+
+    def __enter__(self) -> "RemoteWriter":
+        with contextlib.ExitStack() as stack:
+            self._place = os.path.join(stack.enter_context(tempfile.TemporaryDirectory()), "vault")
+            self._stack = stack.pop_all()
+        self._writer = VaultWriter(self._place, self._schema, self._buffer_events).__enter__()
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        with self._stack:
+            self._writer.__exit__(kind, error, trace)
+            if kind is None:
+                publish(self._place, self.path)
+
+    def write(self, columns: Mapping[str, Any]) -> None:
+        """As VaultWriter.write."""
+        if self._writer is None:
+            raise VaultError(f"writer of {self.path} is not open: write inside its with block")
+        self._writer.write(columns)

@@ -1,0 +1,104 @@
+"""A vault in partitions answers as a single one does."""
+
+import pickle
+
+import numpy as np
+import pytest
+
+from laser_jax import vault as seqvault
+from laser_jax.schema import Field, Schema
+from tests.vault.conftest import FIELDS, Model, assert_same, random_log, take
+
+WRITING = seqvault.WriterOptions(background=False)
+
+
+@pytest.fixture(params=["int64", "string"])
+def case(request, tmp_path):
+    """(path, users, log): 4000 of 6000 events are written in bulk into three partitions."""
+    users = np.arange(20) if request.param == "int64" else np.array([f"u{i}" for i in range(20)], object)
+    schema = Schema(user=request.param, fields=FIELDS)
+    log = random_log(schema, users, 6000, 0)
+    with seqvault.create(tmp_path / "vault", schema, partitions=3) as writer:
+        writer.write(take(log, slice(0, 4000)))
+    return tmp_path / "vault", users, log
+
+
+def assert_reads(vault, users, model, as_of=None) -> None:
+    """Every user by get and in one gather."""
+    names = vault.schema.names
+    for n, before in ((1, None), (70, 5000), (5000, None)):
+        batch = vault.gather(users, before, n, as_of=as_of, fields=names)
+        for position, user in enumerate(users):
+            expected = model.read(user, n, before)
+            assert_same(vault, batch[position], expected, names)
+            key = user if isinstance(user, str) else int(user)
+            assert_same(vault, vault.get(key, n, before, as_of, fields=names), expected, names)
+
+
+def test_answers_are_those_of_one_vault(case):
+    path, users, log = case
+    before = Model(take(log, slice(0, 4000)))
+    with seqvault.open(path, writing=WRITING) as vault:
+        assert len(vault) == 20 and len({len(part) for part in vault.partitions}) >= 1
+        assert min(len(part) for part in vault.partitions) > 0, "users lie in every partition"
+        assert_reads(vault, users, before)
+        seen = vault.next_sequence
+        for row in range(4000, 6000, 400):
+            after = vault.append(take(log, slice(row, row + 400)))
+        assert sum(after) == 6000 and after == vault.next_sequence
+        model = Model(log)
+        assert_reads(vault, users, model)
+        assert_reads(vault, users, before, as_of=seen)
+        reader = seqvault.open(path)
+        assert_reads(reader, users, model)
+        assert vault.snapshot("then") == "then"
+        vault.append(take(log, slice(0, 100)))
+        reader.refresh()
+        assert reader.num_events == 6100
+        assert_reads(seqvault.open(path, at="then"), users, model)
+        vault.merge()
+        assert vault.verify() == [] and vault.stats()["users"] == 20
+        gone = users[3] if isinstance(users[3], str) else int(users[3])
+        assert vault.forget([gone]) > 0 and len(vault.get(gone)) == 0 and len(vault) == 19
+    assert pickle.loads(pickle.dumps(seqvault.open(path))).num_events == seqvault.open(path).num_events
+
+
+def test_strings_have_one_code_in_all_partitions(tmp_path):
+    schema = Schema(fields=[Field("brand", "string")])
+    brands = np.array(["a", "b", "c", "a", "b", "c"] * 20, object)
+    users = np.arange(120)
+    with seqvault.create(tmp_path / "vault", schema, partitions=4) as writer:
+        writer.write({"user": users, "time": users, "brand": brands})
+    with seqvault.open(tmp_path / "vault", writing=WRITING) as vault:
+        found = vault.gather(users)
+        np.testing.assert_array_equal(found.columns["brand"], vault.encode("brand", brands))
+        vault.append({"user": users, "time": users + 200, "brand": brands[::-1] + "!"})
+        again = seqvault.open(tmp_path / "vault")
+        assert again.dictionary("brand").tolist() == vault.dictionary("brand").tolist()
+        assert len(set(vault.dictionary("brand"))) == 6
+        newest = again.gather(users, n=1)
+        np.testing.assert_array_equal(again.dictionary("brand")[newest.columns["brand"]], brands[::-1] + "!")
+
+
+def test_one_writer_and_no_half_made_vault(tmp_path):
+    schema = Schema(fields=[Field("x", "int8")])
+    with pytest.raises(seqvault.SchemaError, match="'x', row 0: 999"):
+        with seqvault.create(tmp_path / "vault", schema, partitions=2) as writer:
+            writer.write({"user": [1, 2], "time": [1, 2], "x": [1, 2]})
+            writer.write({"user": [1], "time": [1], "x": [999]})
+    with pytest.raises(seqvault.NotAVaultError):
+        seqvault.open(tmp_path / "vault")
+    with seqvault.create(tmp_path / "vault", schema, partitions=2) as writer:
+        writer.write({"user": [1, 2], "time": [1, 2], "x": [1, 2]})
+    with pytest.raises(seqvault.VaultExistsError):
+        seqvault.create(tmp_path / "vault", schema, partitions=2)
+    first, second = seqvault.open(tmp_path / "vault"), seqvault.open(tmp_path / "vault")
+    with first:
+        first.append({"user": [1], "time": [3], "x": [3]})
+        with pytest.raises(seqvault.LockedError):
+            second.append({"user": [1], "time": [3], "x": [3]})
+    with second:
+        second.append({"user": [1], "time": [4], "x": [4]})
+    assert len(seqvault.open(tmp_path / "vault").get(1)) == 3
+    with pytest.raises(seqvault.VaultError, match="partitions=0"):
+        seqvault.create(tmp_path / "other", schema, partitions=0)

@@ -224,7 +224,8 @@ class Appender:
             with LogFile(self._root, number) as file:
                 if file.schema < len(schemas) - 1 and state.schema.event_key is None:
                     continue  # events of other fields: none of today's can repeat one
-                for batch, _ in file.batches(schemas[file.schema], FILE_HEADER):
+                # All that is there at this point is closed: an end inside a record is damage.
+                for batch, _ in file.batches(schemas[file.schema], FILE_HEADER, file.size):
                     columns: dict[str, Any] = dict(batch.columns)
                     for name, dictionary in self._dictionaries.items():
                         if name in columns:

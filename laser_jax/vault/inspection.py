@@ -82,7 +82,7 @@ def stats(vault: Any) -> dict[str, Any]:
     }
 
 
-def verify(path: str, progress: Callable[[str], None] | None = None) -> list[str]:
+def verify(path: str | os.PathLike, progress: Callable[[str], None] | None = None) -> list[str]:
     """Reads all of a vault, checks checksums and consistency.
 
     Args:
@@ -92,6 +92,7 @@ def verify(path: str, progress: Callable[[str], None] | None = None) -> list[str
     Returns:
       Every damage in words; empty if the vault is whole.
     """
+    path = os.fspath(path)
     if not is_url(path) and is_partitioned(path):
         return [damage for inner in partition_paths(path) for damage in verify(inner, progress)]
     say = progress or (lambda line: None)
@@ -279,7 +280,8 @@ def _damaged_log(storage: LocalStorage, manifest: dict[str, Any]) -> list[str]:
             continue
         try:
             with LogFile(root, number) as file:
-                for _ in file.batches(schemas[file.schema], FILE_HEADER, last if number == newest else None):
+                stop = last if number == newest else None if end is None else file.size
+                for _ in file.batches(schemas[file.schema], FILE_HEADER, stop):
                     pass
         except (CorruptionError, UnavailableError) as error:
             damages.append(str(error))

@@ -17,6 +17,7 @@ All integers are little-endian:
 import dataclasses
 import json
 import os
+import re
 import struct
 from collections.abc import Iterator
 from typing import Any
@@ -34,6 +35,7 @@ _RECORD_MAGIC = 0x1DA7E5
 _RECORD = struct.Struct("<IIQQI")
 _ACKNOWLEDGED = struct.Struct("<8sQQQ")
 _CRC = struct.Struct("<I")
+_NAME = re.compile(r"\d{9,}\.log")
 FILE_HEADER = _FILE.size + _CRC.size
 RECORD_HEADER = _RECORD.size + _CRC.size
 
@@ -76,7 +78,7 @@ def log_numbers(root: str) -> list[int]:
     """Numbers of the log files that are there, ascending."""
     folder = os.path.join(root, LOG)
     names = os.listdir(folder) if os.path.isdir(folder) else []
-    return sorted(int(name[: -len(".log")]) for name in names if name.endswith(".log"))
+    return sorted(int(name[: -len(".log")]) for name in names if _NAME.fullmatch(name))
 
 
 def encode_header(number: int, first_sequence: int, schema: int) -> bytes:
@@ -148,6 +150,13 @@ class LogFile:
             raise
         except OSError as error:
             raise UnavailableError(f"{self.path} cannot be read: {error}") from error
+        try:
+            self._read_header(number)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _read_header(self, number: int) -> None:
         data = self._file.read(FILE_HEADER)
         if len(data) < FILE_HEADER:
             raise CorruptionError(f"{self.path}: its header is cut")
@@ -191,6 +200,11 @@ class LogFile:
                 f"{self.path}: {end} bytes of it were acknowledged, whole records are there only up to byte {offset}: "
                 "acknowledged events are missing; see `repair`"
             )
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return os.fstat(self._file.fileno()).st_size
 
     def close(self) -> None:
         """Closes the file."""

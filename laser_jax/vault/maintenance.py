@@ -186,8 +186,12 @@ class Maintenance:
         with self._lock:
             self.flush()
             retention = self.state.manifest["retention"]
-            plan = plan_everything(self.state, trim=bool(retention), keep_one=False)
+            plan = plan_everything(self.state, trim=bool(retention))
             self._merge(plan, 0, keep_one=False, say=say)
+            # Users who were taken out of parts may have left these mostly dead.
+            plan = plan_everything(self.state, trim=False)
+            if plan.pieces:
+                self._merge(plan, 0, keep_one=False, say=say)
             self._collect()
 
     def commit(self, **changes: Any) -> None:

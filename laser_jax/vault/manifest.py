@@ -15,7 +15,8 @@ from typing import Any
 from laser_jax.vault import format as vault_format
 from laser_jax.vault.errors import CorruptionError, NotAVaultError, UnavailableError, VaultError, VersionError
 from laser_jax.vault.files import crc32c, dump, sync_path, try_flock
-from laser_jax.vault.format import DICTIONARIES, LOG, MANIFEST, MANIFEST_COPY, MANIFESTS, PARTS, SNAPSHOTS
+from laser_jax.vault.format import DICTIONARIES, MANIFEST, MANIFEST_COPY, MANIFESTS, PARTS, SNAPSHOTS
+from laser_jax.vault.log import log_numbers, log_path
 from laser_jax.vault.storage import KvStorage, LocalStorage
 
 _TRIES = 20
@@ -257,11 +258,10 @@ def collect_garbage(root: str, force: bool = False) -> int:
             if f"{place}/{name}" not in named:
                 freed += _size_of(os.path.join(parent, name))
                 shutil.rmtree(os.path.join(parent, name), ignore_errors=False)
-    log = os.path.join(root, LOG)
-    for name in os.listdir(log) if os.path.isdir(log) else []:
-        if name.endswith(".log") and int(name[: -len(".log")]) < current["log"]["kept"]:
-            freed += os.path.getsize(os.path.join(log, name))
-            os.remove(os.path.join(log, name))
+    for number in log_numbers(root):
+        if number < current["log"]["kept"]:
+            freed += os.path.getsize(log_path(root, number))
+            os.remove(log_path(root, number))
     return freed
 
 

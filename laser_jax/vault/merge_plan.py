@@ -95,7 +95,7 @@ def plan_newest(state: State, new: list[str], most_parts: int) -> MergePlan | No
     return _plan(state, entries, take) if take.any() else None
 
 
-def plan_everything(state: State, trim: bool, keep_one: bool) -> MergePlan:
+def plan_everything(state: State, trim: bool) -> MergePlan:
     """Merges every user who lives in several parts; with `trim` every user, and no part stays."""
     entries = all_entries(state)
     take = np.zeros(len(entries.request), bool)
@@ -110,7 +110,7 @@ def plan_everything(state: State, trim: bool, keep_one: bool) -> MergePlan:
         ]
         take = several | np.isin(entries.number, dead)
     plan = _plan(state, entries, take)
-    return MergePlan(plan.pieces, set(state.parts)) if trim and not keep_one else plan
+    return MergePlan(plan.pieces, set(state.parts)) if trim else plan
 
 
 def _plan(state: State, entries: Entries, take: np.ndarray) -> MergePlan:

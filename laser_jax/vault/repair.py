@@ -24,6 +24,7 @@ from laser_jax.vault.manifest import (
     write_snapshot,
 )
 from laser_jax.vault.part import Part, part_number
+from laser_jax.vault.partitioning import is_partitioned, partition_paths
 from laser_jax.vault.state import read_strings
 from laser_jax.vault.storage import LocalStorage
 from laser_jax.vault.tasks import read_entries, write_rows
@@ -51,7 +52,7 @@ class RepairReport:
         return f"{lines}\nrepaired, {self.events_lost:,} events lost: {self.path}"
 
 
-def repair(path: str) -> RepairReport:
+def repair(path: str | os.PathLike) -> RepairReport:
     """Repairs the vault at `path`: damaged pages, log records and dictionaries are given up, the rest is kept.
 
     A part with damaged pages is written anew without them; one whose directory is damaged is given up as a whole. Log
@@ -62,6 +63,11 @@ def repair(path: str) -> RepairReport:
       CorruptionError: the manifest and its copy are damaged; take a snapshot's file in its place.
       UnavailableError: the storage refused.
     """
+    path = os.fspath(path)
+    if is_partitioned(path):
+        found = [repair(inner) for inner in partition_paths(path)]
+        actions = [action for one in found for action in one.actions]
+        return RepairReport(path, sum(one.events_lost for one in found), actions)
     storage = LocalStorage(path)
     root = storage.root
     report = RepairReport(root)

@@ -1,9 +1,14 @@
-"""Storage that refuses, at any step of any writing call: a clear error, nothing lost, and on it goes once there is room."""
+"""Storage that refuses, or a process that dies, at any step of any writing call: nothing is lost, and on it goes."""
 
+import contextlib
 import errno
 import os
+import shutil
+import subprocess
+import sys
 
 import numpy as np
+import pytest
 
 from laser_jax import vault as seqvault
 from laser_jax.schema import Field, Schema
@@ -13,23 +18,30 @@ SCHEMA = Schema(fields=FIELDS)
 WIDER = Schema(fields=(*FIELDS, Field("scene", "string", default="home")))
 USERS = np.arange(4)
 QUIET = seqvault.WriterOptions(background=False)
+OLD = range(60)
+HELD = range(100)
+
+# What a full disk refuses, and what a dying process may not get to.
+GROWING = ("fsync", "fdatasync", "replace", "link", "pwrite", "makedirs", "mkdir")
+CHANGING = (*GROWING, "remove", "unlink", "rmdir", "truncate", "ftruncate")
 
 
-def events(start: int, count: int) -> dict:
-    """Events of all users."""
-    numbers = np.arange(start, start + count)
-    brands = np.array([f"brand {number // 10}" for number in numbers.tolist()], object)
-    return {"user": numbers % 4, "time": numbers * 7 % 50, "item": numbers, "brand": brands}
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing after it runs."""
 
 
-def wider(vault, batch: dict) -> dict:
-    """The same events as the vault's schema wants them."""
-    extra = {"scene": np.array(["home"] * len(batch["item"]), object)} if "scene" in vault.schema.names else {}
-    return batch | extra
+def events(vault, numbers) -> dict:
+    """Columns of events, as the vault's schema wants them; event i is of user i % 4."""
+    numbers = np.array(numbers)
+    columns = {"user": numbers % 4, "time": numbers * 7 % 50, "item": numbers}
+    columns["brand"] = np.array([f"brand {number // 10}" for number in numbers.tolist()], object)
+    if "scene" in vault.schema.names:
+        columns["scene"] = np.array(["home"] * len(numbers), object)
+    return columns
 
 
 def seen(vault) -> set[int]:
-    """All items that a handle sees, after a look at each of them."""
+    """All items that a handle sees, each of them checked."""
     found = []
     for user, history in zip(USERS.tolist(), vault.gather(USERS, n=10**6), strict=True):
         items = history["item"]
@@ -37,31 +49,337 @@ def seen(vault) -> set[int]:
         assert (items % 4 == user).all() and history["time"].tolist() == (items * 7 % 50).tolist()
         assert history["brand"].tolist() == [f"brand {item // 10}" for item in items.tolist()]
         assert items[np.lexsort((items, history["time"]))].tolist() == items.tolist()
+        if "scene" in vault.schema.names:
+            assert history["scene"].tolist() == ["home"] * len(items)
         found += items.tolist()
     assert len(set(found)) == len(found), "an event is there twice"
     return set(found)
 
 
-class Refusing:
-    """Stands for a disk that is full, from the call number `first` on: functions of `os` that change something fail."""
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A vault with bulk, delta and merged parts, a snapshot `old` of the events OLD, and a tail; it holds HELD."""
+    path = tmp_path_factory.mktemp("full") / "vault"
+    with seqvault.create(path, SCHEMA) as writer:
+        writer.write(events(writer, range(20)))
+    with seqvault.open(path, writing=QUIET) as vault:
+        vault.append(events(vault, range(20, 40)))
+        vault.merge()
+        vault.append(events(vault, range(40, 60)))
+        vault.snapshot("old")
+        vault.append(events(vault, range(60, 80)))
+        vault.flush()
+        vault.append(events(vault, range(80, 100)))
+        assert seen(vault) == set(HELD) and len(vault.state.parts) == 3
+    return path
 
-    NAMES = ("fsync", "fdatasync", "replace", "link", "pwrite", "makedirs", "mkdir", "truncate")
 
-    def __init__(self, monkeypatch, first: int, only_one: bool, error: type[BaseException]):
-        self.calls, self.first, self.refused = 0, first, False
-        with monkeypatch.context() as patch:
-            self.patch = patch
-            for name in self.NAMES:
-                patch.setattr(os, name, self._wrapped(getattr(os, name), only_one, error))
-            # Left by `stop`, so that the functions are there again when the test looks at what happened.
-            self._undo = patch.undo
+def without(numbers, user: int) -> set[int]:
+    """Those events that are not one user's."""
+    return {number for number in numbers if number % 4 != user}
 
-    def _wrapped(self, function, only_one, error):
-        def call(*arguments, **options):
-            self.calls += 1
-            if self.calls - 1 == self.first or (self.calls > self.first and not only_one):
-                self.refused = True
-                raise error(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return function(*arguments, **options)
 
-        return call
+#: Name -> the call, and what is there after it: in the vault, in its snapshot (None: it is gone).
+CALLS = {
+    "append": (lambda vault: vault.append(events(vault, range(100, 108))), set(range(108)), set(OLD)),
+    "flush": (lambda vault: vault.flush(), set(HELD), set(OLD)),
+    "merge": (lambda vault: vault.merge(), set(HELD), set(OLD)),
+    "snapshot": (lambda vault: vault.snapshot("new"), set(HELD), set(OLD)),
+    "snapshot again": (lambda vault: vault.snapshot("old"), set(HELD), set(HELD)),
+    "drop_snapshot": (lambda vault: vault.drop_snapshot("old"), set(HELD), None),
+    "forget": (lambda vault: vault.forget([3]), without(HELD, 3), without(OLD, 3)),
+    "evolve": (lambda vault: vault.evolve(WIDER), set(HELD), set(OLD)),
+    "retain": (lambda vault: vault.retain(events=1000), set(HELD), set(OLD)),
+}
+
+
+class Counted:
+    """Counts calls that change files, and makes some of them fail.
+
+    Attributes:
+      names: of the functions that were called, up to and with the one that failed.
+      failed: whether one did.
+    """
+
+    def __init__(self):
+        self.names: list[str] = []
+        self.failed = False
+
+    @contextlib.contextmanager
+    def patched(self, functions, at: int, only_one: bool, error):
+        """Functions of `os` fail from call number `at` on, or only there."""
+        original = {name: getattr(os, name) for name in functions}
+
+        def wrapped(name):
+            def call(*arguments, **options):
+                if not self.failed:
+                    self.names.append(name)
+                if len(self.names) - 1 == at and not (self.failed and only_one):
+                    self.failed = True
+                    raise error()
+                return original[name](*arguments, **options)
+
+            return call
+
+        for name in functions:
+            setattr(os, name, wrapped(name))
+        try:
+            yield
+        finally:
+            for name, function in original.items():
+                setattr(os, name, function)
+
+
+def no_space() -> OSError:
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def steps_of(call, functions, whole, folder) -> list[int]:
+    """Steps of a call at which to fail: all but most of the many flushes of a part's files."""
+    path = folder / "dry"
+    shutil.copytree(whole, path)
+    counted = Counted()
+    with seqvault.open(path, writing=QUIET) as vault:
+        with counted.patched(functions, -1, True, no_space):
+            call(vault)
+    shutil.rmtree(path)
+    flushes = 0
+    chosen = []
+    for step, name in enumerate(counted.names):
+        flushes = flushes + 1 if name in ("fsync", "unlink") else 0
+        if flushes < 3 or flushes % 9 == 0:
+            chosen.append(step)
+    return chosen
+
+
+def states_of(name: str) -> tuple[list[set[int]], list]:
+    """What may be there while a call has not come to its end: in the vault, in its snapshot."""
+    _, after, pinned = CALLS[name]
+    return [set(HELD), after], [set(OLD), pinned]
+
+
+def snapshot_of(path, name: str = "old"):
+    """What a snapshot holds; None if there is none."""
+    return seen(seqvault.open(path, at=name)) if name in seqvault.open(path).snapshots() else None
+
+
+@pytest.mark.parametrize("only_one", [True, False], ids=["once", "for long"])
+@pytest.mark.parametrize("name", CALLS)
+def test_no_space_at_any_step(whole, tmp_path, name, only_one):
+    call, after, pinned = CALLS[name]
+    states, pinned_states = states_of(name)
+    for step in steps_of(call, GROWING, whole, tmp_path):
+        path = tmp_path / f"vault{step}"
+        shutil.copytree(whole, path)
+        counted = Counted()
+        vault = seqvault.open(path, writing=QUIET)
+        try:
+            with counted.patched(GROWING, step, only_one, no_space):
+                try:
+                    call(vault)
+                    done = True
+                except seqvault.UnavailableError:
+                    done = False
+            where = (name, step, counted.names[-1], done)
+            assert counted.failed
+            now = seen(vault)
+            assert now in ([after] if done else states), where
+            assert snapshot_of(path) in ([pinned] if done else pinned_states), where
+            fresh = seen(seqvault.open(path))
+            # What was written but could not be flushed may be there or not.
+            assert fresh == now or (name == "append" and counted.names[-1] in ("fsync", "fdatasync")), where
+            # There is room again.
+            try:
+                vault.append(events(vault, range(200, 204)))
+            except seqvault.UnavailableError as error:
+                assert "open it again" in str(error), where
+                vault.close()
+                fresh = seen(seqvault.open(path))
+                assert fresh in states, where
+                vault.append(events(vault, range(200, 204)))
+            fresh |= set(range(200, 204))
+            assert seen(vault) == fresh == seen(seqvault.open(path)), where
+            if not done and not (name == "append" and after <= fresh):
+                if name != "drop_snapshot" or vault.snapshots():
+                    call(vault)
+            assert seen(vault) == seen(seqvault.open(path)) >= after, where
+            assert vault.verify() == [], where
+        finally:
+            vault.close()
+        with seqvault.open(path, writing=QUIET) as vault:
+            vault.merge()
+            assert seen(vault) >= after and vault.verify() == [], where
+            if name == "forget":
+                assert len(vault.get(3)) == 1, "the one that came later"
+        shutil.rmtree(path)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_process_that_dies_at_any_step(whole, tmp_path, name):
+    call, after, pinned = CALLS[name]
+    states, pinned_states = states_of(name)
+    for step in steps_of(call, CHANGING, whole, tmp_path):
+        path, corpse = tmp_path / f"vault{step}", tmp_path / f"corpse{step}"
+        shutil.copytree(whole, path)
+        counted = Counted()
+        with seqvault.open(path, writing=QUIET) as vault:
+            with counted.patched(CHANGING, step, False, Killed):
+                with pytest.raises(Killed):
+                    call(vault)
+            shutil.copytree(path, corpse)
+        where = (name, step, counted.names[-1])
+        assert seen(seqvault.open(corpse)) in states, where
+        assert snapshot_of(corpse) in pinned_states, where
+        with seqvault.open(corpse, writing=QUIET) as vault:
+            vault.append(events(vault, range(200, 204)))
+            now = seen(vault) - set(range(200, 204))
+            assert now in states, where
+            if name != "append" and not (name == "drop_snapshot" and not vault.snapshots()):
+                call(vault)
+                assert snapshot_of(corpse) in (pinned, None if pinned is None else pinned | set(range(200, 204))), where
+                now = after
+            assert seen(vault) == seen(seqvault.open(corpse)) >= now, where
+            vault.merge()
+            assert seen(vault) >= now and vault.verify() == [], where
+            held = {f"parts/{part}" for part in vault.state.parts}
+        left = {f"parts/{part}" for part in os.listdir(corpse / "parts")}
+        assert left == held or vault.snapshots(), where
+        shutil.rmtree(corpse)
+        shutil.rmtree(path)
+
+
+# A disk that is full in earnest: files cannot grow beyond a limit.
+
+
+def write_until_full(path: str, size: int, background: bool) -> None:
+    """Fills a vault with a limit on the size of files, call by call; run in a process of its own."""
+    import resource
+    import signal
+    import time
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    options = seqvault.WriterOptions(background=background, tail_bytes=4000, merge_parts=2, merge_bytes_per_s=0)
+    vault = seqvault.open(path, writing=options)
+    vault.flush()
+
+    def limit(size: int) -> None:
+        # The worker's limit is its own.
+        processes = [os.getpid()]
+        for task in os.listdir("/proc/self/task"):
+            with open(f"/proc/self/task/{task}/children", encoding="ascii") as file:
+                processes += map(int, file.read().split())
+        for process in processes:
+            resource.prlimit(process, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    count = 100
+    refused = 0
+    for turn in range(6):
+        limit(size)
+        for _ in range(400):
+            try:
+                sequence = vault.append(events(vault, range(count, count + 10)))
+            except seqvault.UnavailableError:
+                refused += 1
+                break
+            count += 10
+            assert sequence == count
+        assert seen(vault) == set(range(count)), "nothing of what was refused, all that was acknowledged"
+        for call in (
+            vault.flush,
+            vault.merge,
+            lambda turn=turn: vault.snapshot(f"turn-{turn}"),
+            lambda: vault.retain(age=10**6),
+        ):
+            try:
+                call()
+            except seqvault.UnavailableError:
+                refused += 1
+            assert seen(vault) == set(range(count)) == seen(seqvault.open(path))
+        limit(resource.RLIM_INFINITY)
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                assert vault.append(events(vault, range(count, count + 10))) == count + 10
+                break
+            except seqvault.UnavailableError as error:
+                # What waits for a worker's second try, or for a new handle.
+                assert time.monotonic() < deadline, error
+                if "open it again" in str(error):
+                    vault.close()
+                time.sleep(0.1)
+        count += 10
+        assert seen(vault) == set(range(count)) == seen(seqvault.open(path))
+    vault.merge()
+    assert vault.verify() == [] and seen(vault) == set(range(count))
+    kept = {os.path.basename(name) for name in os.listdir(os.path.join(path, "parts"))}
+    assert vault.snapshots() or kept == set(vault.state.parts)
+    vault.close()
+    print(refused, count)
+
+
+@pytest.mark.parametrize("background", [False, True], ids=["by itself", "by a worker"])
+@pytest.mark.parametrize("size", [300, 1500, 6000])
+def test_files_that_cannot_grow(whole, tmp_path, size, background):
+    path = tmp_path / "vault"
+    shutil.copytree(whole, path)
+    command = [sys.executable, __file__, str(path), str(size), str(int(background))]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr
+    assert process.stderr == ""
+    refused, count = map(int, process.stdout.split())
+    assert refused >= 6 and count > 150
+    assert seen(seqvault.open(path)) == set(range(count))
+
+
+# Places that cannot be written.
+
+
+@pytest.mark.parametrize("name", ["log", "manifests", "snapshots", "dictionaries", "parts", "writer.lock"])
+def test_something_else_lies_where_a_file_belongs(tmp_path, name):
+    path = tmp_path / "vault"
+    with seqvault.create(path, SCHEMA):
+        pass
+    for place in (path / name,):
+        if place.is_dir():
+            shutil.rmtree(place)
+        elif place.exists():
+            place.unlink()
+    (path / name).mkdir() if name == "writer.lock" else (path / name).touch()
+    with seqvault.open(path, writing=QUIET) as vault:
+        acknowledged = set()
+        with pytest.raises(seqvault.UnavailableError, match="vault"):
+            vault.append(events(vault, range(4)))
+            acknowledged = set(range(4))
+            vault.flush()
+            vault.snapshot("now")
+        assert seen(vault) == acknowledged
+    assert seen(seqvault.open(path)) == acknowledged
+    (path / name).rmdir() if name == "writer.lock" else (path / name).unlink()
+    with seqvault.open(path, writing=QUIET) as vault:
+        vault.append(events(vault, range(8, 12)))
+        vault.snapshot("now")
+        assert seen(vault) == seen(seqvault.open(path, at="now")) == acknowledged | set(range(8, 12))
+        assert vault.verify() == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_directory_without_the_right_to_write(whole, tmp_path):
+    path = tmp_path / "vault"
+    shutil.copytree(whole, path)
+    folders = [folder for folder, _, _ in os.walk(path)]
+    try:
+        for folder in folders:
+            os.chmod(folder, 0o555)
+        (path / "writer.lock").chmod(0o444)
+        with seqvault.open(path, writing=QUIET) as vault:
+            assert seen(vault) == set(HELD)
+            for call, _, _ in CALLS.values():
+                with pytest.raises(seqvault.UnavailableError, match="cannot be written"):
+                    call(vault)
+    finally:
+        for folder in folders:
+            os.chmod(folder, 0o755)
+
+
+if __name__ == "__main__":
+    write_until_full(sys.argv[1], int(sys.argv[2]), sys.argv[3] == "1")

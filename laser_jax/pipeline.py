@@ -15,6 +15,7 @@ import numpy as np
 from laser_jax import vault as seqvault
 from laser_jax.features import FeatureConfig, FieldConfig, padded_size, rows_of, table_of, unique_rows
 from laser_jax.requests import MANIFEST, Requests, read_vocabulary
+from laser_jax.vault.partitioning import is_partitioned, partition_paths
 
 SPLITS = ("train", "valid", "test")
 
@@ -32,6 +33,8 @@ class DataConfig:
     Attributes:
       path: data set directory (DIR/vault, DIR/requests/{train,valid,test}, DIR/vocab/FIELD where a field wants it).
       recipe: builds `path` when it does not exist yet; None: it must exist.
+      snapshot: name of a snapshot of the vault to read from, so that a run sees the same events whatever is appended
+        meanwhile; empty for the vault as it is when it is opened.
       history_length: L, the newest events of a user strictly before the request.
       batch_size: B, requests a training batch. candidates: C, candidates a row of a training batch at most; a request
         with more is spread over several rows, nothing is cut off.
@@ -44,6 +47,7 @@ class DataConfig:
 
     path: str = ""
     recipe: Recipe | None = None
+    snapshot: str = ""
     history_length: int = 1000
     batch_size: int = 32
     candidates: int = 10
@@ -113,7 +117,7 @@ class BatchSource:
         self.training = split == "train"
         self.batch_size = data.batch_size if self.training else data.eval_batch_size
         self.num_columns = data.candidates if self.training else data.eval_candidates
-        self.vault = seqvault.open(os.path.join(data.path, "vault"), cache_bytes=data.cache_bytes)
+        self.vault = seqvault.open(os.path.join(data.path, "vault"), data.cache_bytes, at=data.snapshot or None)
         self.requests = Requests.open(os.path.join(data.path, "requests", split))
         if not len(self.requests):
             raise ValueError(f"{self.requests.path} holds no request: there is nothing to run {split} on")
@@ -214,7 +218,12 @@ class BatchSource:
                 f"{self.vault.schema.time_unit}: write requests in the unit of the vault's schema"
             )
         histories = self.vault.gather(
-            requests.user, requests.time, length, fields=[f.name for f in (*features.item, *features.event)]
+            requests.user,
+            requests.time,
+            length,
+            # What the server had not seen at the time is kept out, though it happened before.
+            as_of=requests.sequence,
+            fields=[f.name for f in (*features.item, *features.event)],
         )
         sizes = np.diff(histories.offsets)
         owner = np.repeat(np.arange(len(rows)), sizes)
@@ -317,11 +326,15 @@ def prepare(data: DataConfig) -> None:
         )
 
 
-def fingerprint(path: str) -> dict[str, str]:
+def fingerprint(data: DataConfig) -> dict[str, str]:
     """Checksums of what says which data a data set holds, so that a run notices when it is continued on other data."""
-    files = ["vault/manifest.json", *(f"requests/{split}/{MANIFEST}" for split in SPLITS)]
+    vaults = ["vault"]
+    if is_partitioned(os.path.join(data.path, "vault")):
+        vaults = [os.path.relpath(inner, data.path) for inner in partition_paths(os.path.join(data.path, "vault"))]
+    manifest = f"snapshots/{data.snapshot}.json" if data.snapshot else "manifest.json"
+    files = [*(f"{vault}/{manifest}" for vault in vaults), *(f"requests/{split}/{MANIFEST}" for split in SPLITS)]
     sums = {}
     for name in files:
-        with open(os.path.join(path, name), "rb") as file:
+        with open(os.path.join(data.path, name), "rb") as file:
             sums[name] = hashlib.sha256(file.read()).hexdigest()[:16]
     return sums

@@ -106,7 +106,7 @@ def run(config: Config, workdir: str) -> Predictions:
     train, valid, test = (BatchSource(config.data, config.features, split) for split in ("train", "valid", "test"))
     factory = StateFactory(config.build_model, config.features.tables(), config.optim, mesh)
     # Only now: a start that failed above must not occupy the workdir.
-    remember(config, workdir, fingerprint(config.data.path))
+    remember(config, workdir, fingerprint(config.data))
     checkpoints = Checkpoints(workdir)
     start = checkpoints.newest()
     if start is None:

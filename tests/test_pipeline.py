@@ -7,9 +7,11 @@ import threading
 import numpy as np
 import pytest
 
+from laser_jax import vault as seqvault
 from laser_jax.features import FeatureConfig, FieldConfig, rows_of
-from laser_jax.pipeline import BatchSource, DataConfig, epoch_order, prepare
-from laser_jax.requests import read_vocabulary
+from laser_jax.pipeline import BatchSource, DataConfig, epoch_order, fingerprint, prepare
+from laser_jax.requests import RequestsWriter, read_vocabulary
+from laser_jax.schema import Field, Schema
 from laser_jax.vault import UnknownFieldError
 from tests.conftest import write_known_data
 
@@ -210,3 +212,37 @@ def test_prepare_asks_the_recipe(tmp_path):
 
     prepare(DataConfig(path=str(tmp_path), recipe=Recipe()))
     assert asked == [str(tmp_path)]
+
+
+def test_what_the_server_had_not_seen_is_kept_out_and_a_snapshot_stands_still(tmp_path):
+    schema = Schema(fields=[Field("item", "int64")])
+    with seqvault.create(tmp_path / "vault", schema) as writer:
+        writer.write({"user": [1, 1, 2], "time": [10, 20, 10], "item": [1, 2, 3]})
+    with seqvault.open(tmp_path / "vault") as vault:
+        seen = vault.append({"user": [1], "time": [30], "item": [4]})
+        # It happened before the request, and was written after it.
+        vault.append({"user": [1, 2], "time": [15, 5], "item": [5, 6]})
+        vault.snapshot("training")
+        vault.append({"user": [1], "time": [1], "item": [7]})
+    for split in ("train", "valid", "test"):
+        with RequestsWriter(tmp_path / "requests" / split, candidates={"item": "int64"}, sequence=True) as writer:
+            writer.write(
+                user=[1, 2, 1],
+                time=[40, 40, 40],
+                counts=[1, 1, 1],
+                candidates={"item": [9, 9, 9]},
+                label=[1, 0, 1],
+                sequence=[seen, seen, seen + 2],
+            )
+    features = FeatureConfig(item=(FieldConfig("item", width=4, rows=64, ids="hash"),), event=())
+    data = DataConfig(path=str(tmp_path), snapshot="training", history_length=8, eval_batch_size=4, eval_candidates=1)
+    batch = BatchSource(data, features, "test").batch(0)
+    assert batch.lengths.tolist() == [3, 1, 4]
+    before = fingerprint(data)
+    with seqvault.open(tmp_path / "vault") as vault:
+        vault.append({"user": [1], "time": [2], "item": [8]})
+        vault.merge()
+    assert fingerprint(data) == before
+    assert BatchSource(data, features, "test").batch(0).lengths.tolist() == [3, 1, 4]
+    live = dataclasses.replace(data, snapshot="")
+    assert fingerprint(live) != before and BatchSource(live, features, "test").batch(0).lengths.tolist() == [3, 1, 4]

@@ -91,18 +91,10 @@ def ingest(
     try:
         writer = vault.create(out, schema, buffer_events=buffer_events(schema, memory // 4))
         files = log_files.find_files(inputs)
-        with writer, _spill_place(out) as spill:
-            config = {
-                "temp_directory": spill,
-                "memory_limit": f"{int(memory * 0.6) >> 20}MB",
-                "threads": threads or os.cpu_count() or 1,
-                "preserve_insertion_order": True,
-            }
-            with duckdb.connect(config=config) as connection:
+        with writer, spill_place(out) as spill:
+            with log_files.connect(spill, int(memory * 0.6), threads or os.cpu_count() or 1) as connection:
                 # DuckDB counts its progress only with the bar on; it need not draw it.
                 connection.execute("SET enable_progress_bar = true; SET enable_progress_bar_print = false")
-                # Times with a zone must not depend on the machine's.
-                connection.execute("SET TimeZone = 'UTC'")
                 plain_times = log_files.create_view(connection, schema, files)
                 survey = Survey.of(connection, schema)
                 check(schema, survey, files, plain_times)
@@ -125,8 +117,8 @@ def ingest(
 
 
 @contextlib.contextmanager
-def _spill_place(out: str) -> Iterator[str]:
-    """A directory for DuckDB, under the writer's lock and among what the next writer clears if this one is killed."""
+def spill_place(out: str) -> Iterator[str]:
+    """A directory for what does not fit into memory, under the writer's lock and among what the next writer clears if this one is killed."""
     spill = os.path.join(out, vault_format.PARTS, "spill")
     os.makedirs(spill)
     yield spill

@@ -26,7 +26,7 @@ _CSV_OPTIONS = (
 #: The columns that DuckDB adds to those of a file. Ours have blanks: no field of a schema has such a name.
 _FILE, _ROW = "log file", "log row"
 #: Bits of a place that count rows.
-_ROW_BITS = 40
+ROW_BITS = 40
 _SQL_TYPES = {
     "bool": "BOOLEAN",
     "int8": "TINYINT",
@@ -116,6 +116,23 @@ def is_csv(path: str) -> bool:
     return _CSV.search(path) is not None
 
 
+def connect(spill: str, memory: int, threads: int) -> Any:
+    """A connection to a DuckDB of its own.
+
+    Args:
+      spill: directory for what does not fit into memory.
+      memory: bytes.
+      threads: that it may use.
+    """
+    import duckdb
+
+    config = {"temp_directory": spill, "memory_limit": f"{memory >> 20}MB", "threads": threads}
+    connection = duckdb.connect(config=config | {"preserve_insertion_order": True})
+    # Times with a zone must not depend on the machine's.
+    connection.execute("SET TimeZone = 'UTC'")
+    return connection
+
+
 def create_view(connection: Any, schema: Schema, files: list[str]) -> bool:
     """Creates the view `log` of the files; SchemaError names a file that lacks a column or has it of another type.
 
@@ -153,7 +170,7 @@ def create_view(connection: Any, schema: Schema, files: list[str]) -> bool:
         # The CSV reader has no row number: rows are counted as they come, files in order, rows in order.
         row = "row_number() OVER ()" if shape.types is None else "file_row_number"
         inner = f'SELECT {", ".join(raw)}, "{_FILE}", {row} AS "{_ROW}" FROM {_source(shape, paths)}'
-        place = f'(list_position({names}, "{_FILE}")::BIGINT << {_ROW_BITS}) + "{_ROW}"'
+        place = f'(list_position({names}, "{_FILE}")::BIGINT << {ROW_BITS}) + "{_ROW}"'
         outer = f'{", ".join(made)}, "{_FILE}" AS file, "{_ROW}" AS row, {place} AS place'
         selects.append(f"SELECT {outer} FROM ({inner})")
     connection.execute("CREATE VIEW log AS " + " UNION ALL ".join(selects))

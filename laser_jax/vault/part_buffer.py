@@ -15,12 +15,18 @@ from laser_jax.vault.sorting import repeated_events, sort_events, trailing_rows
 Rows = dict[str, np.ndarray]
 
 
+def part_name(number: int) -> str:
+    """A name that no part ever had."""
+    return f"part-{number:06d}-{secrets.token_hex(4)}"
+
+
 class PartBuffer:
     """Gathers rows until they are worth a part; parts are written in a thread while the next rows come in.
 
     At most one part is being written and one buffer waits to be: three buffers' worth of rows are in memory at most.
 
     Attributes:
+      started: names of all parts that there may be something of.
       parts: their entries for the manifest, in order; whole once `finish` has returned.
       events: rows in these parts.
       duplicates_dropped: rows left out because the schema drops duplicates.
@@ -28,6 +34,7 @@ class PartBuffer:
 
     def __init__(self, folder: str, schema: Schema, size: int):
         """Parts go into `folder`, `size` rows each."""
+        self.started: list[str] = []
         self.parts: list[dict[str, Any]] = []
         self.events = 0
         self.duplicates_dropped = 0
@@ -61,6 +68,15 @@ class PartBuffer:
         """Writes what is left, and waits until all parts are durable."""
         self._flush(everything=True)
         self._wait()
+
+    def adopt(self, parts: list[dict[str, Any]], duplicates_dropped: int) -> None:
+        """Takes over parts that other buffers wrote into the same folder, and numbers them anew."""
+        for entry in parts:
+            name = part_name(len(self.parts))
+            os.rename(os.path.join(self._folder, entry["name"]), os.path.join(self._folder, name))
+            self.parts.append(entry | {"name": name, "first_sequence": self.events})
+            self.events += entry["events"]
+        self.duplicates_dropped += duplicates_dropped
 
     def close(self) -> None:
         """Nothing is being written any more when this returns, whatever came of it."""
@@ -117,7 +133,8 @@ class PartBuffer:
         users: np.ndarray | list[str] = user[starts]
         if schema.user == "string":
             users = [names_of_users[code] for code in user[starts].tolist()]
-        name = f"part-{len(self.parts):06d}-{secrets.token_hex(4)}"
+        name = part_name(len(self.parts))
+        self.started.append(name)
         fields = {field: rows[field] for field in schema.names}
         target = os.path.join(self._folder, name)
         entry = write_part(target, schema, users, np.append(starts, len(user)), rows["time"], fields)

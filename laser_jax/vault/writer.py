@@ -105,6 +105,24 @@ class VaultWriter:
             checked[name] = dictionary.encode(checked[name])
         self._buffer.add(checked)
 
+    def adopt(self, parts: list[dict[str, Any]], strings: Mapping[str, list[str]], duplicates_dropped: int) -> None:
+        """Takes over what other processes wrote into the vault's directory of parts, instead of `write`.
+
+        Args:
+          parts: their entries as PartBuffer makes them; a user's parts in order of time.
+          strings: values of each string field, by code.
+          duplicates_dropped: rows that were left out.
+        """
+        self._buffer.adopt(parts, duplicates_dropped)
+        for name, values in strings.items():
+            self._dictionaries[name].extend(0, values)
+        folder = os.path.join(self.path, vault_format.PARTS)
+        ours = {entry["name"] for entry in self._buffer.parts}
+        for name in os.listdir(folder):
+            # Of a task that failed, and was done again.
+            if name.startswith("part-") and name not in ours:
+                shutil.rmtree(os.path.join(folder, name))
+
     def _commit(self) -> None:
         dictionaries = {}
         folder = os.path.join(self.path, vault_format.DICTIONARIES)

@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import mmap
-import os
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -15,21 +13,10 @@ from laser_jax.schema import Schema, SchemaError
 from laser_jax.vault.columns import Coded, check_columns
 from laser_jax.vault.dedup import Window
 from laser_jax.vault.dictionary import Dictionary
-from laser_jax.vault.errors import CorruptionError, UnavailableError, VaultError
-from laser_jax.vault.files import sync_path, writer_lock
-from laser_jax.vault.follower import Follower
-from laser_jax.vault.format import LOG
-from laser_jax.vault.log import (
-    FILE_HEADER,
-    Acknowledged,
-    Batch,
-    LogFile,
-    encode_acknowledged,
-    encode_header,
-    encode_record,
-    log_numbers,
-    log_path,
-)
+from laser_jax.vault.errors import UnavailableError, VaultError
+from laser_jax.vault.files import writer_lock
+from laser_jax.vault.log import Batch, LogFile, encode_record, log_numbers
+from laser_jax.vault.log_writer import LogWriter, log_keys
 from laser_jax.vault.maintenance import LogPiece, Maintenance, WriterOptions
 from laser_jax.vault.manifest import HeldManifest
 from laser_jax.vault.state import State, build_state
@@ -81,18 +68,17 @@ class Appender:
         self._queue: list[_Item] = []
         self._queue_lock = threading.Lock()
         self._commit_lock = threading.RLock()
-        self._descriptor = -1
-        self._mark: mmap.mmap | None = None
         self._broken: str | None = None
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closed = False
-        self.log_bytes = 0
+        self._pieces: list[LogPiece] = []
+        self._log = LogWriter(self._root, self.refuse)
         with contextlib.ExitStack() as stack:
             lock = stack.enter_context(writer_lock(self._root))
             held = HeldManifest(storage)
             state = build_state(storage, held, dictionaries, state, ())
-            tail = self._recover(storage, state)
+            tail = self._log.recover(storage, state, dictionaries)
             self._window = Window(state.schema, options.dedup_window)
             self._refill_window(state)
             self.maintenance = Maintenance(
@@ -131,7 +117,7 @@ class Appender:
         with self._commit_lock:
             tail = self._state.tails[-1]
             if tail.size:
-                self._pieces.append(LogPiece(tail, tuple(self._files)))
+                self._pieces.append(LogPiece(tail, tuple(self._log.files)))
                 self._begin(self._state.schema)
             return list(self._pieces)
 
@@ -163,7 +149,7 @@ class Appender:
 
     def stats(self) -> dict[str, Any]:
         """Bytes written and what is under way."""
-        return self.maintenance.stats() | {"log_bytes_written": self.log_bytes}
+        return self.maintenance.stats() | {"log_bytes_written": self._log.bytes_written}
 
     def close(self) -> None:
         """Ends everything that is under way and gives the lock back."""
@@ -175,7 +161,7 @@ class Appender:
             self._thread.join()
         self.maintenance.close()
         with self._commit_lock:
-            self._close_files()
+            self._log.close()
             self._broken = "the vault was closed"
         self._held.close()
 
@@ -183,56 +169,11 @@ class Appender:
     def _state(self) -> State:
         return self.maintenance.state
 
-    # Recovery.
-
-    def _recover(self, storage: LocalStorage, state: State) -> Tail:
-        """The tail that the log holds; cuts off what a crash left of an event that nobody was told of."""
-        first = state.manifest["log"]["first"]
-        follower = Follower(storage, state.manifest, state.schema, self._dictionaries)
-        try:
-            numbers = [number for number in log_numbers(self._root) if number >= first]
-            if numbers and os.path.getsize(log_path(self._root, numbers[-1])) < FILE_HEADER:
-                # Its header was not yet whole: nothing was ever acknowledged there.
-                os.remove(log_path(self._root, numbers.pop()))
-            if not follower.follow():
-                raise CorruptionError(f"{log_path(self._root, follower.file)} is missing; see `repair`")
-            ends = follower.replay(numbers)
-            if numbers:
-                path = log_path(self._root, numbers[-1])
-                if os.path.getsize(path) > ends[numbers[-1]]:
-                    os.truncate(path, ends[numbers[-1]])
-                sync_path(path)
-        except OSError as error:
-            raise UnavailableError(f"{self._root}: its log cannot be read: {error}") from error
-        self._files: list[tuple[int, int]] = [(number, ends[number]) for number in numbers]
-        self._pieces: list[LogPiece] = []
-        newest = log_numbers(self._root)
-        self._number = max([first, *(number + 1 for number in newest)])
-        self._offset = 0
-        if numbers:
-            self._acknowledge(Acknowledged(numbers[-1], ends[numbers[-1]], follower.tail.next_sequence))
-        return follower.tail
-
     def _refill_window(self, state: State) -> None:
         """Reads the keys of the newest events from the log files that are kept for it."""
-        if not self._window.active:
-            return
-        schemas = [Schema.from_json(schema) for schema in state.manifest["schemas"]]
-        for number in log_numbers(self._root):
-            if number < state.manifest["log"]["kept"]:
-                continue
-            with LogFile(self._root, number) as file:
-                if file.schema < len(schemas) - 1 and state.schema.event_key is None:
-                    continue  # events of other fields: none of today's can repeat one
-                # All that is there at this point is closed: an end inside a record is damage.
-                for batch, _ in file.batches(schemas[file.schema], FILE_HEADER, file.size):
-                    columns: dict[str, Any] = dict(batch.columns)
-                    for name, dictionary in self._dictionaries.items():
-                        if name in columns:
-                            columns[name] = dictionary.array[columns[name]].tolist()
-                    self._window.add(self._window.keys(batch.users, columns))
-
-    # Writing.
+        if self._window.active:
+            schemas = [Schema.from_json(schema) for schema in state.manifest["schemas"]]
+            log_keys(self._root, state.manifest["log"]["kept"], schemas, self._dictionaries, self._window)
 
     def _enqueue(self, events: Mapping[str, Any]) -> _Item:
         schema = self._state.schema
@@ -307,7 +248,8 @@ class Appender:
                 results.append(sequence)
             if not batches:
                 return results
-            self._flush_bytes(b"".join([encode_record(schema, batch) for batch in batches]))
+            data = b"".join([encode_record(schema, batch) for batch in batches])
+            self._log.write(data, tail.next_sequence, sequence, len(self._state.manifest["schemas"]) - 1)
         except (VaultError, OSError):
             # No event with these codes was written: the next ones get them.
             for name, size in known.items():
@@ -317,12 +259,6 @@ class Appender:
             tail.append(batch.users, batch.columns)
         if self._window.active:
             self._window.add(keys)
-        self._files[-1] = (self._number, self._offset)
-        try:
-            self._acknowledge(Acknowledged(self._number, self._offset, sequence))
-        except OSError as error:
-            # These events are durable; but other processes do not hear of them, so there must be no more.
-            self.refuse(f"log/acknowledged could not be written ({error})")
         return results
 
     def refuse(self, why: str) -> None:
@@ -363,87 +299,10 @@ class Appender:
                     new[name] = (size, dictionary.since(size))
         return Batch(sequence, users, rows, new), keys
 
-    def _flush_bytes(self, data: bytes) -> None:
-        """Appends to the log file, durably: all of it, or nothing and an error."""
-        if self._descriptor < 0:
-            self._open_file()
-        try:
-            view, at = memoryview(data), self._offset
-            while view:
-                written = os.pwrite(self._descriptor, view, at)
-                view, at = view[written:], at + written
-        except OSError:
-            try:
-                os.ftruncate(self._descriptor, self._offset)
-            except OSError as error:
-                self._broken = f"its log could not be put right after a failed write ({error})"
-            raise
-        try:
-            os.fdatasync(self._descriptor)
-        except OSError as error:
-            # What is on the disk now is unknown: nothing after it may be acknowledged.
-            self._broken = f"its log could not be flushed ({error})"
-            raise
-        self._offset = at
-        self.log_bytes += len(data)
-
-    def _open_file(self) -> None:
-        path = log_path(self._root, self._number)
-        header = encode_header(
-            self._number, self._state.tails[-1].next_sequence, len(self._state.manifest["schemas"]) - 1
-        )
-        folder = os.path.dirname(path)
-        os.makedirs(folder, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        try:
-            if os.pwrite(descriptor, header, 0) != len(header):
-                raise OSError("no room for the header of a log file")
-            os.fsync(descriptor)
-            sync_path(folder)
-            sync_path(self._root)
-            # Before the first record: without it a reader takes every whole record for acknowledged.
-            self._acknowledge(Acknowledged(self._number, len(header), self._state.tails[-1].next_sequence))
-        except OSError:
-            os.close(descriptor)
-            os.remove(path)
-            raise
-        self._descriptor, self._offset = descriptor, len(header)
-        self._files.append((self._number, self._offset))
-
-    def _acknowledge(self, value: Acknowledged) -> None:
-        """Says how far readers may read; needs no flush, see laser_jax.vault.log."""
-        data = encode_acknowledged(value)
-        if self._mark is None:
-            path = os.path.join(self._root, LOG, "acknowledged")
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            try:
-                if os.fstat(descriptor).st_size != len(data):
-                    os.ftruncate(descriptor, 0)
-                    os.pwrite(descriptor, data, 0)
-                # Mapped: a write would change the file's time, which the next flush of the log would have to record.
-                self._mark = mmap.mmap(descriptor, len(data))
-            finally:
-                os.close(descriptor)
-        self._mark[:] = data
-
     def _begin(self, schema: Schema) -> None:
         """A new tail and, with the next append, a new log file."""
-        self._close_file()
-        if self._files and self._files[-1][0] >= self._number:
-            self._number = self._files[-1][0] + 1
-        self._files = []
+        self._log.begin_files()
         self.maintenance.add_tail(Tail(schema, self._state.next_sequence))
-
-    def _close_file(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-    def _close_files(self) -> None:
-        self._close_file()
-        if self._mark is not None:
-            self._mark.close()
-            self._mark = None
 
 
 def _taken(column: Any, rows: np.ndarray) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from laser_jax.vault import kernels
+from laser_jax.vault import index_kernels, kernels
 from laser_jax.vault.format import PAGE
 from laser_jax.vault.merging import RowReader, wrong_times
 from laser_jax.vault.state import State
@@ -95,7 +95,7 @@ class _Plan:
         table = state.table
         request, number, first, end = state.entries_of(users)
         low, high = np.empty(len(request), np.int64), np.empty(len(request), np.int64)
-        kernels.select_runs(
+        index_kernels.select_runs(
             request,
             first,
             end,
@@ -118,7 +118,7 @@ class _Plan:
             self.slow[:] = [any(user in tail for tail in tails) for user in keys]
         late = np.zeros(len(request), bool)
         if (as_of < state.parts_end).any():
-            kernels.late_runs(low, high, table.last_sequence, as_of[request], late)
+            index_kernels.late_runs(low, high, table.last_sequence, as_of[request], late)
         inexact = [
             number for number, part in state.by_number.items() if not rows.unpacking(part, asked, sequence=False).exact
         ]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from laser_jax.vault import kernels
+from laser_jax.vault import index_kernels
 from laser_jax.vault.part import Part, PartUsers
 
 _COLUMNS = {
@@ -105,7 +105,7 @@ class UserIndex:
             data, begin, end = texts
             self._texts = (data.tobytes(), begin[first], end[first])
         self._table = new_table(len(self.keys))
-        kernels.build_table(self.keys, self._table)
+        index_kernels.build_table(self.keys, self._table)
         for part in parts:
             part.release_users()
 
@@ -134,19 +134,19 @@ class UserIndex:
           user: the key.
           hashed: the key of an int64 user, or the hash of a string.
         """
-        found = kernels.find_one(self.keys, self._table, hashed, 0)
+        found = index_kernels.find_one(self.keys, self._table, hashed, 0)
         if self._texts is None or found < 0:
             return found
         tried = 0
         while found >= 0 and self.key(found) != user:
             tried += 1
-            found = kernels.find_one(self.keys, self._table, hashed, tried)
+            found = index_kernels.find_one(self.keys, self._table, hashed, tried)
         return found
 
     def find(self, users: list[Any] | np.ndarray, hashed: np.ndarray) -> np.ndarray:
         """Positions int64 [B] of users, -1 where they have none here."""
         found = np.empty(len(hashed), np.int64)
-        kernels.find_many(self.keys, self._table, hashed, found)
+        index_kernels.find_many(self.keys, self._table, hashed, found)
         if self._texts is not None:
             for row in np.flatnonzero(found >= 0).tolist():
                 if self.key(int(found[row])) != users[row]:
@@ -162,7 +162,7 @@ def new_table(size: int) -> np.ndarray:
 def _grouped(keys: np.ndarray, users: list[PartUsers]) -> tuple[np.ndarray, np.ndarray, Any]:
     """Numbers the users: group int64 [E] of each entry, the first entry int64 [U] of each group, and string keys."""
     group = np.empty(len(keys), np.int64)
-    groups = kernels.group_keys(keys, new_table(len(keys)), group)
+    groups = index_kernels.group_keys(keys, new_table(len(keys)), group)
     first = _first_of(group, groups)
     if not users or users[0].texts is None:
         return group, first, None
@@ -174,7 +174,7 @@ def _grouped(keys: np.ndarray, users: list[PartUsers]) -> tuple[np.ndarray, np.n
         base += len(data)
     data = _joined([found.texts[0] for found in users], np.uint8)
     begin, end = _joined(begins, np.int64), _joined(ends, np.int64)
-    other = np.flatnonzero(kernels.split_equal_hashes(group, first, data, begin, end))
+    other = np.flatnonzero(index_kernels.split_equal_hashes(group, first, data, begin, end))
     if len(other):
         # Keys whose hashes collide stay two users.
         extra: dict[bytes, int] = {}

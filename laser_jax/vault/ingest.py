@@ -118,7 +118,7 @@ def ingest(
 
 @contextlib.contextmanager
 def spill_place(out: str) -> Iterator[str]:
-    """A directory for what does not fit into memory, under the writer's lock and among what the next writer clears if this one is killed."""
+    """A directory for what does not fit into memory: the next writer clears it if this process is killed."""
     spill = os.path.join(out, vault_format.PARTS, "spill")
     os.makedirs(spill)
     yield spill

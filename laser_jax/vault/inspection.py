@@ -274,7 +274,7 @@ def _damaged_log(storage: LocalStorage, manifest: dict[str, Any]) -> list[str]:
         end = read_acknowledged(root)
     except CorruptionError as error:
         return [*damages, str(error)]
-    newest, last = (end.file, end.offset) if end is not None else (-1, 0)
+    newest, last = (end.file, max(end.offset, FILE_HEADER)) if end is not None else (-1, 0)
     for number in log_numbers(root):
         if number < manifest["log"]["kept"] or (end is not None and number > end.file):
             continue

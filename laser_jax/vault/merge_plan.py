@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from laser_jax.vault import kernels
+from laser_jax.vault import index_kernels
 from laser_jax.vault.format import PAGE
 from laser_jax.vault.part import Part
 from laser_jax.vault.state import State
@@ -66,7 +66,7 @@ def all_entries(state: State) -> Entries:
     number, covers = index.number.astype(np.int64), index.covers.astype(np.int64)
     lost = ~np.isin(number, numbers)
     alive = np.empty(len(owner), bool)
-    kernels.alive_entries(owner, number, np.where(lost, number, covers), alive)
+    index_kernels.alive_entries(owner, number, np.where(lost, number, covers), alive)
     alive &= ~lost
     first, end = index.first_page[alive], index.end_page[alive]
     number = number[alive]
@@ -91,7 +91,7 @@ def plan_newest(state: State, new: list[str], most_parts: int) -> MergePlan | No
         dead.extend(small)
     forced = np.isin(entries.number, dead)
     take = np.zeros(len(forced), bool)
-    kernels.plan_merges(entries.request, entries.size, most_parts, PAGE, forced, take)
+    index_kernels.plan_merges(entries.request, entries.size, most_parts, PAGE, forced, take)
     return _plan(state, entries, take) if take.any() else None
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from laser_jax.schema import Field
-from laser_jax.vault import kernels
+from laser_jax.vault import index_kernels
 from laser_jax.vault.format import PAGE, PageLayout
 from laser_jax.vault.lookup import damage
 from laser_jax.vault.part import Part
@@ -125,7 +125,7 @@ class RowReader:
         if before == NO_BOUND and as_of == NO_BOUND and horizon == _ANY_TIME:
             low, high = max(first, end - -(-n // PAGE)), end  # every page but the oldest is full
         else:
-            low, high = kernels.newest_pages(
+            low, high = index_kernels.newest_pages(
                 first,
                 end,
                 table.first_time,

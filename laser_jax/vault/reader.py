@@ -7,14 +7,22 @@ from typing import Any
 
 import numpy as np
 
-from laser_jax.schema import Schema, SchemaError
+from laser_jax.schema import Schema
 from laser_jax.vault import administration
 from laser_jax.vault.appender import Appender
+from laser_jax.vault.arguments import (
+    checked_bound,
+    checked_bounds,
+    checked_count,
+    checked_user,
+    checked_users,
+    no_rows,
+)
 from laser_jax.vault.batch import BatchReader
+from laser_jax.vault.conditions import allowed_values, newest_that_meet
 from laser_jax.vault.dictionary import Dictionary
 from laser_jax.vault.errors import CorruptionError, MissingError, UnavailableError, UnknownFieldError, VaultError
 from laser_jax.vault.follower import Follower
-from laser_jax.vault.format import PAGE
 from laser_jax.vault.history import Histories, History
 from laser_jax.vault.history_cache import Cached, HistoryCache
 from laser_jax.vault.log import log_path
@@ -168,22 +176,23 @@ class Vault:
           UnknownFieldError, CorruptionError, UnavailableError.
         """
         asked = self._fields(fields)
-        n = _count(n)
-        bound = NO_BOUND if before is None else _one_bound("before", before)
-        hidden = NO_BOUND if as_of is None else _one_bound("as_of", as_of)
+        n = checked_count(n)
+        bound = NO_BOUND if before is None else checked_bound("before", before)
+        hidden = NO_BOUND if as_of is None else checked_bound("as_of", as_of)
         if max_scan is not None and not where:
             raise VaultError("max_scan goes with `where`: without conditions n events are read, and no more")
 
         def read(state: State) -> History:
-            key = _one_user(state.schema, user)
+            key = checked_user(state.schema, user)
             seen = min(state.next_sequence, hidden)
             if key is None or not n:
-                return History(_no_rows(asked), self._values, seen, n > 0)
+                return History(no_rows(asked), self._values, seen, n > 0)
             if where:
-                return self._get_where(state, key, n, bound, seen, asked, where, max_scan)
+                limit = NO_BOUND - 1 if max_scan is None else checked_count(max_scan)
+                return self._get_where(state, key, n, bound, seen, asked, where, limit)
             rows = self._newest(state, key, asked, bound, seen, n, as_of is not None)
             if rows is None:
-                return History(_no_rows(asked), self._values, seen, True)
+                return History(no_rows(asked), self._values, seen, True)
             return History(rows, self._values, seen, len(rows["time"]) < n)
 
         return self._with_state(read)
@@ -209,18 +218,18 @@ class Vault:
           UnknownFieldError, CorruptionError, UnavailableError.
         """
         asked = self._fields(fields)
-        n = _count(n)
-        keys, beyond = _many_users(self.schema, users)
+        n = checked_count(n)
+        keys, beyond = checked_users(self.schema, users)
         size = len(keys)
-        bounds = np.full(size, NO_BOUND) if before is None else _bounds("before", before, size)
-        hidden = np.full(size, NO_BOUND) if as_of is None else _bounds("as_of", as_of, size)
+        bounds = np.full(size, NO_BOUND) if before is None else checked_bounds("before", before, size)
+        hidden = np.full(size, NO_BOUND) if as_of is None else checked_bounds("as_of", as_of, size)
         if beyond is not None:
             bounds = np.where(beyond, np.iinfo(np.int64).min, bounds)
 
         def read(state: State) -> Histories:
             seen = state.next_sequence
             if not n or not size:
-                return Histories(_no_rows(asked), np.zeros(size + 1, np.int64), self._values, seen, n)
+                return Histories(no_rows(asked), np.zeros(size + 1, np.int64), self._values, seen, n)
             # Appends go on meanwhile: every user of the batch is read as of the same moment.
             columns, offsets = self._batch.read(state, keys, bounds, np.minimum(hidden, seen), n, asked)
             return Histories(columns, offsets, self._values, seen, n)
@@ -283,7 +292,7 @@ class Vault:
         Returns:
           Events removed, those of copies included.
         """
-        keys, beyond = _many_users(self.schema, users)
+        keys, beyond = checked_users(self.schema, users)
         if self.schema.user == "int64":
             keys = (keys if beyond is None else keys[~beyond]).tolist()
         removed = administration.forget(self._writer(), keys)
@@ -441,57 +450,20 @@ class Vault:
         seen: int,
         asked: Asked,
         where: Mapping[str, Any],
-        max_scan: int | None,
+        limit: int,
     ) -> History:
-        limit = NO_BOUND - 1 if max_scan is None else _count(max_scan)
-        conditions = {name: self._allowed(name, value) for name, value in where.items()}
-        names = asked.names
-        needed = self._fields(tuple(dict.fromkeys((*names, *conditions))))
-        scan = max(2 * n, PAGE)
-        while True:
-            scan = min(scan, limit)
-            # One more than may be looked at, to know whether there is one.
-            rows = self._rows.newest(state, user, needed, before, seen, scan + 1)
-            if rows is None:
-                return History(_no_rows(asked), self._values, seen, True, 0)
-            exhausted = len(rows["time"]) <= scan
-            rows = {name: column[-scan:] for name, column in rows.items()} if scan else _no_rows(needed)
-            size = len(rows["time"])
-            kept = np.ones(size, bool)
-            for name, allowed in conditions.items():
-                kept &= np.isin(rows[name], allowed)
-            found = np.flatnonzero(kept)
-            if len(found) >= n or exhausted or scan == limit:
-                break
-            scan *= 4
-        found = found[len(found) - min(n, len(found)) :]
-        if len(found) == n and n and found[0] > 0:
-            # It need not have looked further back than that.
-            size, exhausted = size - int(found[0]), False
-        columns = {name: rows[name][found] for name in ("time", *names)}
-        return History(columns, self._values, seen, exhausted, size)
+        conditions = {}
+        for name, value in where.items():
+            field = next(iter(self._fields((name,)).fields), None)
+            conditions[name] = allowed_values(name, field, value, self.encode)
+        needed = self._fields(tuple(dict.fromkeys((*asked.names, *conditions))))
 
-    def _allowed(self, name: str, value: Any) -> np.ndarray:
-        """The values of a field that a condition lets through; codes of a string field."""
-        field = next(iter(self._fields((name,)).fields), None)
-        if field is None or field.size is not None:
-            raise UnknownFieldError(f"where={name!r}: conditions are on scalar fields, before bounds time")
-        listed = list(value) if isinstance(value, (list, tuple, set, frozenset, np.ndarray)) else [value]
-        if field.type == "string":
-            if not all(isinstance(one, str) for one in listed):
-                raise SchemaError(f"where={name!r}: {value!r}: this field holds strings")
-            return self.encode(name, listed)
-        kind = {"b": (bool, np.bool_), "f": (int, float, np.integer, np.floating)}.get(
-            field.dtype.kind, (int, np.integer)
-        )
-        for one in listed:
-            if not isinstance(one, kind) or (isinstance(one, bool) and field.dtype.kind != "b"):
-                raise SchemaError(f"where={name!r}: {one!r}: this field holds {field.type}")
-        if field.dtype.kind in "iu":
-            # What does not fit is in no event; a common type of both could be a float, which rounds.
-            limits = np.iinfo(field.dtype)
-            listed = [int(one) for one in listed if limits.min <= one <= limits.max]
-        return np.array(listed, field.dtype)
+        def read(count: int) -> dict[str, np.ndarray] | None:
+            return self._rows.newest(state, user, needed, before, seen, count)
+
+        rows, scanned, exhausted = newest_that_meet(read, conditions, n, limit)
+        columns = no_rows(asked) if rows is None else {name: rows[name] for name in ("time", *asked.names)}
+        return History(columns, self._values, seen, exhausted, scanned)
 
     def _fields(self, names: Sequence[str] | None) -> Asked:
         key = None if names is None else names if isinstance(names, (str, tuple)) else tuple(names)
@@ -510,66 +482,3 @@ class Vault:
             found = Asked(tuple(self.schema.field(name) for name in dict.fromkeys(key) if name != "time"))
         self._asked[key] = found
         return found
-
-
-def _no_rows(asked: Asked) -> dict[str, np.ndarray]:
-    columns = {"time": np.zeros(0, np.int64)}
-    for field in asked.fields:
-        columns[field.name] = np.zeros((0,) if field.size is None else (0, field.size), field.dtype)
-    return columns
-
-
-def _count(n: int) -> int:
-    if type(n) is int and 0 <= n < NO_BOUND:
-        return n
-    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 0:
-        raise SchemaError(f"n={n!r}: need the number of events, an integer >= 0")
-    return min(int(n), NO_BOUND - 1)
-
-
-def _one_bound(name: str, value: Any) -> int:
-    if type(value) is int and -(2**63) <= value < 2**63:
-        return value
-    return int(_bounds(name, value, 1)[0])
-
-
-def _bounds(name: str, value: Any, size: int) -> np.ndarray:
-    array = np.asarray(value)
-    if array.dtype.kind not in "iu" and array.size:
-        raise SchemaError(f"{name} of type {array.dtype}: need integers (times in the schema's unit)")
-    if array.ndim > 1 or (array.ndim == 1 and len(array) != size):
-        raise SchemaError(f"{name} of shape {array.shape} for {size} users: need one number, or one for each")
-    if array.dtype.kind == "u":
-        array = np.minimum(array, np.uint64(NO_BOUND))
-    return np.broadcast_to(array.astype(np.int64), (size,))
-
-
-def _one_user(schema: Schema, user: Any) -> Any:
-    if schema.user == "string":
-        if not isinstance(user, str):
-            raise SchemaError(f"user {user!r}: this vault's users are strings")
-        return user
-    if type(user) is int and -(2**63) <= user < 2**63:
-        return user
-    if type(user) is not int and (isinstance(user, bool) or not isinstance(user, (int, np.integer))):
-        raise SchemaError(f"user {user!r}: this vault's users are int64")
-    user = int(user)
-    # An id beyond int64 is nobody's.
-    return user if -(2**63) <= user < 2**63 else None
-
-
-def _many_users(schema: Schema, users: Any) -> tuple[Any, np.ndarray | None]:
-    """Keys as the schema has them, and which of them are beyond int64: these are nobody's."""
-    if schema.user == "string":
-        if isinstance(users, str):
-            raise SchemaError(f"users {users!r}: need a sequence of strings")
-        listed = users.tolist() if isinstance(users, np.ndarray) else list(users)
-        for user in listed:
-            if not isinstance(user, str):
-                raise SchemaError(f"user {user!r}: this vault's users are strings")
-        return listed, None
-    array = np.asarray(users)
-    if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
-        raise SchemaError(f"users of type {array.dtype} and shape {array.shape}: need int64 [B]")
-    beyond = array > np.iinfo(np.int64).max
-    return array.astype(np.int64), beyond if beyond.any() else None

@@ -1,4 +1,4 @@
-"""Raw logs -> vault, on Spark: executors read log files, sort and write whole parts; the driver commits one manifest."""
+"""Raw logs -> vault, on Spark: executors read logs, sort and write whole parts; the driver commits one manifest."""
 
 import contextlib
 import functools
@@ -25,8 +25,9 @@ from laser_jax.vault.spark_tasks import Plan
 
 #: Fewer events are not worth a partition of their own.
 _LEAST_EVENTS = 1 << 18
-#: What Spark says before it listens to log levels is nothing that an ingestion needs.
-_QUIET = "rootLogger.level = off\n"
+#: Java's log, off from its start. Without an appender Spark would put its own settings in place of these.
+_QUIET = "rootLogger.level = off\nappender.none.type = Null\nappender.none.name = none\n"
+_QUIET += "rootLogger.appenderRef.none.ref = none\n"
 
 
 def ingest(
@@ -213,6 +214,7 @@ def _session(master: str | None, memory: int, spill: str) -> Iterator[tuple[Any,
     except ImportError as error:
         raise VaultError(f"--engine=spark needs pyspark: pip install 'laser_jax[spark]' ({error})") from error
     running = SparkContext._active_spark_context is not None
+    new_java = SparkContext._gateway is None
     builder = SparkSession.builder
     if not running:
         master = master or os.environ.get("SPARK_MASTER")
@@ -221,6 +223,8 @@ def _session(master: str | None, memory: int, spill: str) -> Iterator[tuple[Any,
         for key, value in _settings(master, memory, spill).items():
             builder = builder.config(key, value)
     with contextlib.ExitStack() as stack:
+        if new_java:
+            stack.callback(_end_java, SparkContext)
         stack.enter_context(_same_python(local=(master or "").startswith("local")))
         try:
             with _no_warnings():
@@ -232,6 +236,16 @@ def _session(master: str | None, memory: int, spill: str) -> Iterator[tuple[Any,
             stack.callback(spark.stop)
         local = spark.sparkContext.master.startswith("local")
         yield spark, spark.sparkContext.defaultParallelism if local else 1
+
+
+def _end_java(context: Any) -> None:
+    """Ends Java, which pyspark keeps for the next session: it remembers the memory and the directory of the first."""
+    gateway, context._gateway, context._jvm = context._gateway, None, None
+    if gateway is not None:
+        gateway.shutdown()
+        # It waits for its end.
+        gateway.proc.stdin.close()
+        gateway.proc.wait()
 
 
 def _settings(master: str | None, memory: int, spill: str) -> dict[str, str]:

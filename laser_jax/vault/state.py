@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from laser_jax.schema import Schema
-from laser_jax.vault import kernels
+from laser_jax.vault import index_kernels
 from laser_jax.vault.dictionary import Dictionary
 from laser_jax.vault.errors import CorruptionError
 from laser_jax.vault.files import Folder
@@ -112,7 +112,7 @@ class State:
             request, number, first, end, covers = (column[order] for column in (request, number, first, end, covers))
         lost = ~np.isin(number, np.fromiter(self.by_number, np.int64, len(self.by_number)))
         alive = np.empty(len(request), bool)
-        kernels.alive_entries(request, number, np.where(lost, number, covers), alive)
+        index_kernels.alive_entries(request, number, np.where(lost, number, covers), alive)
         alive &= ~lost
         return request[alive], number[alive], first[alive], end[alive]
 

@@ -3,6 +3,7 @@
 LASER_KILLS=200 kills that often and prints what was seen (run with -s).
 """
 
+import contextlib
 import os
 import random
 import signal
@@ -154,8 +155,9 @@ class Writer:
         """Processes that it started."""
         found = []
         for task in os.listdir(f"/proc/{self.process.pid}/task"):
-            with open(f"/proc/{self.process.pid}/task/{task}/children", encoding="ascii") as file:
-                found.extend(map(int, file.read().split()))
+            with contextlib.suppress(FileNotFoundError):  # a thread that has ended
+                with open(f"/proc/{self.process.pid}/task/{task}/children", encoding="ascii") as file:
+                    found.extend(map(int, file.read().split()))
         return found
 
     def kill(self) -> None:

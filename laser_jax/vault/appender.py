@@ -217,7 +217,9 @@ class Appender:
             tail = self._state.tails[-1]
             full = tail.num_bytes >= self._options.tail_bytes // 2
         if full:
-            self.maintenance.tail_is_full()
+            # These events are taken, whatever becomes of the part; if it cannot be made, the next ones hear of it.
+            with contextlib.suppress(VaultError, OSError):
+                self.maintenance.tail_is_full()
 
     def _fits(self, item: _Item) -> bool:
         """Checks events anew if the schema has changed since they came; if they do not fit, their future says so."""

@@ -176,8 +176,9 @@ def writer_lock(path: str) -> Iterator[int]:
             time.sleep(0.02)  # the writer was killed, and its worker is about to notice
         if not os.path.exists(name) or not os.path.samestat(os.fstat(descriptor), os.stat(name)):
             raise LockedError(f"{path} was removed by another writer at this moment: try again")
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        with contextlib.suppress(OSError):  # a full disk must not keep anybody from making room
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
         yield descriptor
     finally:
         os.close(descriptor)

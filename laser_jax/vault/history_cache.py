@@ -17,7 +17,7 @@ class Cached:
 
     Attributes:
       stamp: of the state at which it was last known to be right.
-      entries: of the user in the parts, and the epoch of their page numbers.
+      entries: of the user in the parts, the epoch of their page numbers, and the number of schemas.
       columns: `time` and every scalar field, read-only, of the newest events in the parts.
       complete: whether these are all.
       size: bytes.
@@ -31,6 +31,11 @@ class Cached:
         self.columns = columns
         self.complete = complete
         self.size = sum(column.nbytes for column in columns.values()) + _OVERHEAD
+
+
+def version_of(state: State, entries: Any) -> Any:
+    """What has to be equal for a history to be the same."""
+    return state.epoch, len(state.manifest["schemas"]), entries
 
 
 class HistoryCache:
@@ -63,7 +68,7 @@ class HistoryCache:
             self._entries.move_to_end(user)
             self.hits += 1
         if found.stamp != state.stamp:
-            if found.entries != (state.epoch, state.entries(user)):
+            if found.entries != version_of(state, state.entries(user)):
                 return None
             found.stamp = state.stamp
         return found

@@ -12,8 +12,8 @@ from laser_jax.vault.dictionary import Dictionary
 from laser_jax.vault.errors import CorruptionError, UnavailableError, VaultError
 from laser_jax.vault.files import Folder
 from laser_jax.vault.follower import Follower
-from laser_jax.vault.format import DICTIONARIES, MANIFEST, MANIFEST_COPY, PAGE
-from laser_jax.vault.log import FILE_HEADER, LogFile, log_numbers, log_path, read_acknowledged
+from laser_jax.vault.format import DICTIONARIES, LOG, MANIFEST, MANIFEST_COPY, PAGE
+from laser_jax.vault.log import FILE_HEADER, LogFile, log_numbers, log_path, log_size, read_acknowledged
 from laser_jax.vault.lookup import LocalPages, RemotePages
 from laser_jax.vault.manifest import HeldManifest, parse_manifest, snapshots
 from laser_jax.vault.merge_plan import all_entries
@@ -45,7 +45,7 @@ def stats(vault: Any) -> dict[str, Any]:
     log_bytes = 0
     if vault.local:
         size += os.path.getsize(os.path.join(vault.path, MANIFEST))
-        log_bytes = sum(os.path.getsize(log_path(vault.path, number)) for number in log_numbers(vault.path))
+        log_bytes = log_size(vault.path)
     found = all_entries(state)
     per_user, events = np.bincount(found.request), np.bincount(found.request, weights=found.size).astype(np.int64)
     per_user, lengths = per_user[per_user > 0], events[events > 0]
@@ -270,10 +270,11 @@ def _damaged_log(storage: LocalStorage, manifest: dict[str, Any]) -> list[str]:
             damages.append(f"{log_path(root, follower.file)} is missing")
     except (CorruptionError, UnavailableError, UnicodeDecodeError) as error:
         damages.append(str(error))
-    try:
-        end = read_acknowledged(root)
-    except CorruptionError as error:
-        return [*damages, str(error)]
+    end = read_acknowledged(root)
+    if end is None and os.path.exists(os.path.join(root, LOG, "acknowledged")):
+        damages.append(
+            f"{os.path.join(root, LOG, 'acknowledged')} is damaged; `repair` or the next writer makes it anew"
+        )
     newest, last = (end.file, max(end.offset, FILE_HEADER)) if end is not None else (-1, 0)
     for number in log_numbers(root):
         if number < manifest["log"]["kept"] or (end is not None and number > end.file):

@@ -14,6 +14,7 @@ All integers are little-endian:
                 or u32 lengths and UTF-8), time int64, and the schema's fields in order, strings as int32 codes
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -79,6 +80,15 @@ def log_numbers(root: str) -> list[int]:
     folder = os.path.join(root, LOG)
     names = os.listdir(folder) if os.path.isdir(folder) else []
     return sorted(int(name[: -len(".log")]) for name in names if _NAME.fullmatch(name))
+
+
+def log_size(root: str) -> int:
+    """Bytes of the log files that are there."""
+    total = 0
+    for number in log_numbers(root):
+        with contextlib.suppress(FileNotFoundError):  # its events have become a part meanwhile
+            total += os.path.getsize(log_path(root, number))
+    return total
 
 
 def encode_header(number: int, first_sequence: int, schema: int) -> bytes:
@@ -242,10 +252,10 @@ def encode_acknowledged(value: Acknowledged) -> bytes:
 
 
 def read_acknowledged(root: str) -> Acknowledged | None:
-    """How far the log is acknowledged; None if nothing was ever appended.
+    """How far the log is acknowledged; None if that is not known.
 
-    Raises:
-      CorruptionError: the file is damaged.
+    It is not if nothing was ever appended, if the file was lost with a crash of the machine, if it is damaged, or if the
+    writer was stopped amid changing it. In all these cases what is in whole records was durable.
     """
     path = os.path.join(root, LOG, "acknowledged")
     # The writer changes it in place: a read may meet half of a change.
@@ -261,4 +271,4 @@ def read_acknowledged(root: str) -> Acknowledged | None:
             magic, number, offset, sequence = _ACKNOWLEDGED.unpack_from(data)
             if magic == b"LJXVACK1" and _CRC.unpack_from(data, _ACKNOWLEDGED.size)[0] == crc32c(data[:-4]):
                 return Acknowledged(number, offset, sequence)
-    raise CorruptionError(f"{path} is damaged; `repair` makes it anew from the log")
+    return None

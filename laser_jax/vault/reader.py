@@ -24,7 +24,7 @@ from laser_jax.vault.dictionary import Dictionary
 from laser_jax.vault.errors import CorruptionError, MissingError, UnavailableError, UnknownFieldError, VaultError
 from laser_jax.vault.follower import Follower
 from laser_jax.vault.history import Histories, History
-from laser_jax.vault.history_cache import Cached, HistoryCache
+from laser_jax.vault.history_cache import Cached, HistoryCache, version_of
 from laser_jax.vault.log import log_path
 from laser_jax.vault.lookup import LocalPages, RemotePages
 from laser_jax.vault.maintenance import WriterOptions
@@ -250,22 +250,22 @@ class Vault:
           LockedError: another handle, here or in another process, is the writer.
           UnavailableError: the storage refused; none of them is taken.
         """
-        return self._writer().append(events)
+        return self._write(lambda writer: writer.append(events))
 
     def append_async(self, events: Mapping[str, Any]) -> "Future[int]":
         """As append, without waiting: the future's result is append's. Blocks only while too much is under way."""
-        return self._writer().append_async(events)
+        return self._write(lambda writer: writer.append_async(events))
 
     def flush(self) -> None:
         """Moves all events from the log and the tail into a part."""
-        self._writer().maintenance.flush()
+        self._write(lambda writer: writer.maintenance.flush())
 
     def merge(self, progress: Callable[[str], None] | None = None) -> None:
         """Flushes, merges every user into one part, applies retention, and frees what nobody needs.
 
         `progress` is called with a line now and then.
         """
-        self._writer().maintenance.merge(progress or (lambda line: None))
+        self._write(lambda writer: writer.maintenance.merge(progress or (lambda line: None)))
 
     def merge_in_background(self) -> None:
         """Begins at once what else begins when the tail is full: users in too many parts are merged."""
@@ -276,7 +276,7 @@ class Vault:
 
     def snapshot(self, name: str | None = None) -> str:
         """Pins everything that has been acknowledged, to be opened by `open(path, at=name)`; returns the name."""
-        return administration.snapshot(self._writer(), name)
+        return self._write(lambda writer: administration.snapshot(writer, name))
 
     def snapshots(self) -> list[str]:
         """Names of the snapshots."""
@@ -284,7 +284,7 @@ class Vault:
 
     def drop_snapshot(self, name: str) -> None:
         """Unpins a snapshot."""
-        administration.unpin(self._writer(), name)
+        self._write(lambda writer: administration.unpin(writer, name))
 
     def forget(self, users: Any) -> int:
         """Removes every event of some users, from old parts, log and snapshots too: no file holds them afterwards.
@@ -295,18 +295,18 @@ class Vault:
         keys, beyond = checked_users(self.schema, users)
         if self.schema.user == "int64":
             keys = (keys if beyond is None else keys[~beyond]).tolist()
-        removed = administration.forget(self._writer(), keys)
+        removed = self._write(lambda writer: administration.forget(writer, keys))
         if self._cache is not None:
             self._cache.clear()
         return removed
 
     def evolve(self, schema: Schema) -> None:
         """Changes the schema: adds fields that have a default, widens numbers. What was written stays as it is."""
-        administration.evolve(self._writer(), schema, self._dictionaries)
+        self._write(lambda writer: administration.evolve(writer, schema, self._dictionaries))
 
     def retain(self, events: int | None = None, age: int | None = None) -> None:
         """Sets what merges keep: a user's newest `events`, and those younger than `age` (in the schema's unit)."""
-        administration.retain(self._writer(), events, age)
+        self._write(lambda writer: administration.retain(writer, events, age))
 
     def refresh(self) -> None:
         """Takes in what another handle or process has written since; nothing to do for the writer itself."""
@@ -391,6 +391,13 @@ class Vault:
         self._state = state
         self._pages.forget(set(state.parts))
 
+    def _write(self, call: Callable[[Appender], Any]) -> Any:
+        """What a writing call returns; the storage's refusals become errors of the vault."""
+        try:
+            return call(self._writer())
+        except OSError as error:
+            raise UnavailableError(f"{self.path} cannot be written: {error}") from error
+
     def _writer(self) -> Appender:
         if self._appender is None:
             with self._lock:
@@ -421,7 +428,7 @@ class Vault:
             if entries:
                 parts_only = state.with_tails(())
                 rows = self._rows.newest(parts_only, user, self._fields(None), NO_BOUND, NO_BOUND, n, entries=entries)
-                found = Cached(state.stamp, (state.epoch, entries), rows, len(rows["time"]) < n)
+                found = Cached(state.stamp, version_of(state, entries), rows, len(rows["time"]) < n)
                 cache.keep(user, found)
         if found is None:
             return self._rows.newest(state, user, asked, before, seen, n)

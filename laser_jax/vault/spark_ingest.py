@@ -30,7 +30,7 @@ _QUIET = "rootLogger.level = off\nappender.none.type = Null\nappender.none.name 
 _QUIET += "rootLogger.appenderRef.none.ref = none\n"
 
 
-def ingest(
+def ingest_spark(
     schema: Schema,
     inputs: str | list[str],
     out: str,
@@ -181,7 +181,9 @@ def _write_dictionaries(folder: str, strings: dict[str, list[str]]) -> dict[str,
 
 
 def _partitions(job: _Job, plan: Plan, events: int) -> int:
-    return max(1, min(max(job.context.defaultParallelism, events // plan.buffer_events), events // _LEAST_EVENTS))
+    """At least one a core; so many that most of them, unequal as they are, make one part."""
+    full = 4 * events // (3 * plan.buffer_events) + 1
+    return max(1, min(max(job.context.defaultParallelism, full), events // _LEAST_EVENTS))
 
 
 def _write(job: _Job, plan: Plan, partitions: int) -> tuple[list[dict[str, Any]], int]:

@@ -174,7 +174,8 @@ def test_a_writer_meets_no_damage_unseen(live, tmp_path):
     rng = np.random.default_rng(2)
     refused = 0
     for number, name in enumerate(files_of(live)):
-        for turn in range(3 if name.startswith(("log/", "snapshots/")) else 1):
+        # Of the parts' many small files some are enough: readers meet all of them above.
+        for turn in range(3 if name.startswith(("log/", "snapshots/")) else number % 3 == 0):
             path = tmp_path / f"vault{number}-{turn}"
             shutil.copytree(live, path)
             offset, bit = int(rng.integers((path / name).stat().st_size)), int(rng.integers(8))
@@ -203,8 +204,9 @@ def test_every_cut_of_the_log_is_found(live, copy):
                     # Trying again does not help, and what is left stays for `repair`.
                     with pytest.raises(seqvault.CorruptionError, match="log"):
                         seqvault.open(copy, writing=QUIET).append(events(800, 1))
-                left = open(path, "rb").read() if os.path.exists(path) else b""
-                assert left == data[:size] or size < FILE_HEADER
+                if size >= FILE_HEADER:
+                    with open(path, "rb") as file:
+                        assert file.read() == data[:size]
             with open(path, "wb") as file:
                 file.write(data)
     assert outcome(copy) == "right"

@@ -1129,6 +1129,24 @@ def test_the_cache_changes_no_answer(make):
     assert plain.stats()["cache"] is None
 
 
+def test_the_cache_forgets_what_an_old_schema_read(make):
+    vault = make(Schema(fields=(Field("item", "int32"),)), cache_bytes=1 << 20)
+    vault.append(events([1, 1]))
+    vault.flush()
+    reader = seqvault.open(vault.path, cache_bytes=1 << 20)
+    for handle in (vault, reader):
+        assert [items(handle, 1) for _ in range(5)] == [[0, 1]] * 5
+    vault.evolve(Schema(fields=(*ITEMS.fields, Field("scene", "int8", default=3))))
+    reader.refresh()
+    for handle in (vault, reader):
+        found = handle.get(1)
+        assert found["scene"].tolist() == [3, 3] and found["item"].dtype == np.int64
+    vault.append(events([1], 2, scene=[4]))
+    reader.refresh()
+    for handle in (vault, reader):
+        assert handle.get(1, before=9)["scene"].tolist() == [3, 3, 4]
+
+
 def test_what_a_cache_shares_cannot_be_changed(make):
     vault = make(ITEMS, cache_bytes=1 << 20)
     vault.append(events([1, 1]))

@@ -39,7 +39,7 @@ THIRD = (
 )
 FIELDS = (FIRST, SECOND, THIRD)
 
-times = st.integers(0, 12) | st.integers(0, 400)
+times = st.integers(0, 12) | st.integers(0, 400) | st.sampled_from([2**31 - 1, 2**32 - 10**9, 4102444799])
 counts = st.sampled_from([0, 1, 2, 5, 60, 256, 1000])
 places = st.integers(0, 3)
 
@@ -175,7 +175,7 @@ class VaultMachine(RuleBasedStateMachine):
 
     @rule(place=places, start=times, size=st.sampled_from([50, 256, 300, 600]), step=st.sampled_from([0, 1, -1]))
     def append_many_of_one_user(self, place, start, size, step):
-        rows = [(place, max(0, start + step * row)) for row in range(size)]
+        rows = [(place, min(max(0, start + step * row), 4102444799)) for row in range(size)]
         assert self.vault.append(self.events(rows)) == self.view.next_sequence
 
     @rule(batches=st.lists(st.lists(st.tuples(places, times), min_size=1, max_size=4), min_size=1, max_size=4))
@@ -251,9 +251,11 @@ class VaultMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.level < 2)
     @rule()
     def evolve(self):
+        self.read_everything_often(10_000, False)
         self.level += 1
         self.view.fields = FIELDS[self.level]
         self.vault.evolve(self.make(self.view.fields))
+        self.read_everything_often(10_000, False)
 
     @rule(cached=st.booleans(), check=st.booleans())
     def reopen(self, cached, check):
@@ -275,6 +277,14 @@ class VaultMachine(RuleBasedStateMachine):
         assert self.reader.next_sequence == self.seen.next_sequence
 
     # Reading.
+
+    @rule(n=st.sampled_from([3, 300, 10_000]), both=st.booleans())
+    def read_everything_often(self, n, both):
+        """So that it lies in a cache."""
+        for user in self.users * 3:
+            self.compare_get(self.vault, self.view, user, n, None, None, None)
+            if both:
+                self.compare_get(self.reader, self.seen, user, n, None, None, None)
 
     @rule(place=st.integers(0, 4), n=counts, data=st.data())
     def get(self, place, n, data):

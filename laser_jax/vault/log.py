@@ -254,8 +254,8 @@ def encode_acknowledged(value: Acknowledged) -> bytes:
 def read_acknowledged(root: str) -> Acknowledged | None:
     """How far the log is acknowledged; None if that is not known.
 
-    It is not if nothing was ever appended, if the file was lost with a crash of the machine, if it is damaged, or if the
-    writer was stopped amid changing it. In all these cases what is in whole records was durable.
+    It is not if nothing was ever appended, if the file was lost with a crash of the machine, if it is damaged, or if
+    the writer was stopped amid changing it. In all these cases what is in whole records was durable.
     """
     path = os.path.join(root, LOG, "acknowledged")
     # The writer changes it in place: a read may meet half of a change.

@@ -1,6 +1,7 @@
 """Raw logs -> vault, on Spark: executors read logs, sort and write whole parts; the driver commits one manifest."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -25,6 +26,8 @@ from laser_jax.vault.spark_tasks import Plan
 
 #: Fewer events are not worth a partition of their own.
 _LEAST_EVENTS = 1 << 18
+#: How long tasks of a job that failed may take to end.
+_CANCEL_SECONDS = 30.0
 #: Java's log, off from its start. Without an appender Spark would put its own settings in place of these.
 _QUIET = "rootLogger.level = off\nappender.none.type = Null\nappender.none.name = none\n"
 _QUIET += "rootLogger.appenderRef.none.ref = none\n"
@@ -84,12 +87,12 @@ def ingest_spark(
                 folder = os.path.dirname(spill)
                 # A quarter for parts. DuckDB needs little to read one file at a time.
                 size = buffer_events(schema, memory // 4 // shared)
-                plan = Plan(schema, files, folder, size, MIN_MEMORY)
+                plan = Plan(schema, files, folder, spill, size, MIN_MEMORY)
                 job = _Job(spark, say)
                 survey, strings = _survey(job, plan)
                 check(schema, survey, files, plain_times)
                 say(f"{survey.events:,} events in {len(files)} file{'s' * (len(files) > 1)}: sorting")
-                plan.dictionaries.update(_write_dictionaries(spill, strings))
+                plan = dataclasses.replace(plan, dictionaries=_write_dictionaries(spill, strings))
                 parts, dropped = _write(job, plan, partitions or _partitions(job, plan, survey.events))
             written = sum(entry["events"] for entry in parts) + dropped
             if written != survey.events:
@@ -134,21 +137,35 @@ class _Job:
             with _no_warnings(), _explained():
                 return frame.toArrow()
         except BaseException:
-            self.context.cancelJobGroup(group)
+            self._cancel(group)
             raise
         finally:
             done.set()
             ticker.join()
 
+    def _cancel(self, group: str) -> None:
+        """Returns when no task writes any more: the caller is about to remove what there is."""
+        self.context.cancelJobGroup(group)
+        deadline, waited = time.monotonic() + _CANCEL_SECONDS, False
+        while any(stage.numActiveTasks for stage in self._stages(group)) and time.monotonic() < deadline:
+            waited = True
+            time.sleep(0.1)
+        if waited:
+            # Spark gives a Python process two seconds to end by itself.
+            time.sleep(3)
+
+    def _stages(self, group: str) -> list[Any]:
+        tracker = self.context.statusTracker()
+        jobs = [tracker.getJobInfo(job) for job in tracker.getJobIdsForGroup(group)]
+        stages = [tracker.getStageInfo(stage) for job in jobs if job for stage in job.stageIds]
+        return [stage for stage in stages if stage]
+
     def _tick(self, group: str, label: str, done: threading.Event) -> None:
-        tracker, spoken = self.context.statusTracker(), ""
+        spoken = ""
         while not done.wait(1.0):
-            jobs = [tracker.getJobInfo(job) for job in tracker.getJobIdsForGroup(group)]
-            stages = [tracker.getStageInfo(stage) for job in jobs if job for stage in job.stageIds]
-            active = [stage for stage in stages if stage and stage.numActiveTasks]
+            active = [stage for stage in self._stages(group) if stage.numActiveTasks]
             if active:
-                line = f"{label}: {active[-1].numCompletedTasks} of {active[-1].numTasks} tasks of {active[-1].name}"
-                line = line.split(" of toArrow")[0]
+                line = f"{label}: {active[-1].numCompletedTasks} of {active[-1].numTasks} tasks"
                 if line != spoken:
                     self._say(line)
                 spoken = line
@@ -231,13 +248,14 @@ def _session(master: str | None, memory: int, spill: str) -> Iterator[tuple[Any,
         try:
             with _no_warnings():
                 spark = SparkSession.getActiveSession() or builder.getOrCreate()
+                context = spark.sparkContext
         except (PySparkException, RuntimeError, OSError) as error:
             text = str(error).split("\n")[0]
-            raise UnavailableError(f"Spark cannot be started: {text}; it needs Java 17 or newer") from error
+            needs = "it needs Java 17 or newer, and a session that is not of Spark Connect"
+            raise UnavailableError(f"Spark cannot be started: {text}; {needs}") from error
         if not running:
             stack.callback(spark.stop)
-        local = spark.sparkContext.master.startswith("local")
-        yield spark, spark.sparkContext.defaultParallelism if local else 1
+        yield spark, context.defaultParallelism if context.master.startswith("local") else 1
 
 
 def _end_java(context: Any) -> None:
@@ -264,21 +282,23 @@ def _settings(master: str | None, memory: int, spill: str) -> dict[str, str]:
         settings["spark.master"] = master
     if master is None or not master.startswith("local"):
         return settings
-    quiet = os.path.join(spill, "log4j2.properties")
-    with open(quiet, "w", encoding="utf-8") as file:
-        file.write(_QUIET)
-    return settings | {
+    settings |= {
         "spark.ui.enabled": "false",
         "spark.driver.host": "127.0.0.1",
         "spark.driver.bindAddress": "127.0.0.1",
         "spark.driver.memory": f"{max(memory // 2, 512 << 20) >> 20}m",
         "spark.driver.maxResultSize": "0",
-        "spark.driver.extraJavaOptions": f"-Dlog4j2.configurationFile=file:{quiet}",
         # Every error reaches the caller as an exception.
         "spark.log.level": "OFF",
-        # With what the next writer removes if this process is killed.
-        "spark.local.dir": spill,
     }
+    if re.fullmatch(r"[\w/.-]+", spill):  # these settings are lists of words
+        quiet = os.path.join(spill, "log4j2.properties")
+        with open(quiet, "w", encoding="utf-8") as file:
+            file.write(_QUIET)
+        settings["spark.driver.extraJavaOptions"] = f"-Dlog4j2.configurationFile=file:{quiet}"
+        # With what the next writer removes if this process is killed.
+        settings["spark.local.dir"] = spill
+    return settings
 
 
 @contextlib.contextmanager

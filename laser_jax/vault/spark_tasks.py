@@ -35,14 +35,16 @@ class Plan:
       schema: of the events.
       files: of the log, in order.
       folder: where parts go.
-      dictionaries: string field -> parquet file of `value` and `code`.
+      spill: directory for DuckDB.
       buffer_events: rows that become a part.
       memory: bytes for DuckDB.
+      dictionaries: string field -> parquet file of `value` and `code`.
     """
 
     schema: Schema
     files: list[str]
     folder: str
+    spill: str
     buffer_events: int
     memory: int
     dictionaries: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -127,7 +129,7 @@ def _opened(plan: Plan, number: int) -> Iterator[Any]:
     import duckdb
 
     try:
-        with tempfile.TemporaryDirectory(prefix="laser_jax-") as spill:
+        with tempfile.TemporaryDirectory(dir=plan.spill) as spill:
             with log_files.connect(spill, plan.memory, threads=1) as connection:
                 log_files.create_view(connection, plan.schema, [plan.files[number]])
                 yield connection

@@ -120,7 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--events", type=int, default=100_000_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--memory_mb", type=int, help="given to the ingestion; by default a third of the log")
+    parser.add_argument("--memory_mb", type=int, help="given to the ingestion; by default a quarter of the log")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--path", default="datasets/bench_ingest", help="logs, made on first use, and the vault")
     parser.add_argument("--drop_logs", action="store_true", help="remove the logs at the end")
@@ -131,7 +131,7 @@ def main() -> None:
     with open(schema, "w", encoding="utf-8") as file:
         json.dump(SCHEMA.to_json(), file)
     log_bytes = _size_of(logs)
-    memory = args.memory_mb << 20 if args.memory_mb else max(log_bytes // 3, 512 << 20)
+    memory = args.memory_mb << 20 if args.memory_mb else max(log_bytes // 4, 256 << 20)
     runs = [measure(logs, os.path.join(root, "vault"), schema, memory) for _ in range(args.rounds)]
     raw = events * (8 + sum(dtype.itemsize for dtype in RAW.values()))
     result = {"events": events, "log_bytes": log_bytes, "raw_bytes": raw, "memory_bytes": memory}

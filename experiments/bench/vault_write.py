@@ -9,7 +9,7 @@
   appended, and how many parts users live in at its end
 - reads with nothing else going on, and while users are merged in the background at the default rate
 
-The last line is one JSON object. `--ingest` adds the figures of experiments.bench.vault_ingest.
+Ingestion is measured by experiments.bench.vault_ingest. The last line is one JSON object.
 """
 
 import argparse
@@ -275,7 +275,6 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=10_000, help="users with older histories")
     parser.add_argument("--tail", type=int, default=64, help="MB of memory for events that are in no part")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--ingest", type=int, default=0, help="events to ingest from parquet too; 0 for none")
     args = parser.parse_args()
     os.makedirs(args.path, exist_ok=True)
     events, base = day(args.events, args.active, 0), Events.of(args.users)
@@ -283,10 +282,6 @@ def main() -> None:
     found |= measure_replay(args.path, {name: column[:1_000_000] for name, column in events.items()})
     found |= measure_reads(args.path, base, 6000, args.rounds)
     found |= measure_day(args.path, events, base, args.tail << 20)
-    if args.ingest:
-        from experiments.bench import vault_ingest
-
-        found |= vault_ingest.run(os.path.join(args.path, "ingest"), args.ingest)
     print("| | |\n|---|---|")
     for name, value in found.items():
         print(f"| {name} | {value:,} |")

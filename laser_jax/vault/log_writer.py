@@ -1,5 +1,6 @@
 """Writes log files, durably; and brings in order what a crash left of them."""
 
+import contextlib
 import mmap
 import os
 from collections.abc import Callable
@@ -99,7 +100,10 @@ class LogWriter:
         try:
             os.fdatasync(self._descriptor)
         except OSError as error:
-            # What is on the disk now is unknown: nothing after it may be acknowledged.
+            # What is on the disk now is unknown: nothing after it may be acknowledged. The records are cut off, so that
+            # whoever writes these events again does not write them twice.
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._descriptor, self._offset)
             self._refuse(f"its log could not be flushed ({error})")
             raise
         self._offset = at

@@ -74,14 +74,16 @@ class RowReader:
             entries = []
         elif entries is None:
             entries = state.entries(user)
+        in_parts = NO_BOUND if as_of >= state.parts_end else as_of  # often nothing in the parts is hidden
         names = asked.names
+        if len(entries) == 1 and not sequence and known is None and not any([tail.size for tail in state.tails]):
+            rows = self._run(state, entries[0], asked, before, in_parts, _ANY_TIME, n, False)
+            return self._ordered(rows, asked)
         runs = [
             rows for tail in state.tails if tail.size and (rows := tail.read(user, names, before, as_of, n)) is not None
         ]
         if known is not None:
             runs.insert(0, known | {SEQUENCE: np.full(len(known["time"]), -1)})
-        if as_of >= state.parts_end:
-            as_of = NO_BOUND  # nothing in the parts is hidden
         several = sequence or len(runs) + len(entries) > 1
         total = sum(len(rows["time"]) for rows in runs)
         for entry in entries:
@@ -90,7 +92,7 @@ class RowReader:
                 # The newest n are not older than that.
                 times = np.concatenate([rows["time"] for rows in runs])
                 horizon = int(np.partition(times, total - n)[total - n])
-            rows = self._run(state, entry, asked, before, as_of, horizon, n, several)
+            rows = self._run(state, entry, asked, before, in_parts, horizon, n, several)
             if rows is not None:
                 runs.append(rows)
                 total += len(rows["time"])
@@ -102,10 +104,12 @@ class RowReader:
             # Stable: events that are `known` are in order already.
             order = np.lexsort((rows[SEQUENCE], rows["time"]))[-n:]
             rows = {name: column[order] for name, column in rows.items()}
-        if not sequence:
-            rows.pop(SEQUENCE, None)
-            if asked.vectors:
-                rows = {name: rows[name] for name in ("time", *names)}
+        return rows if sequence else self._ordered(rows, asked)
+
+    def _ordered(self, rows: dict[str, np.ndarray] | None, asked: Asked) -> dict[str, np.ndarray] | None:
+        """The asked columns in the order in which they were asked for."""
+        if rows is not None and (asked.vectors or SEQUENCE in rows):
+            return {name: rows[name] for name in ("time", *asked.names)}
         return rows
 
     def _run(

@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -244,6 +245,9 @@ def _session(master: str | None, memory: int, spill: str) -> Iterator[tuple[Any,
     with contextlib.ExitStack() as stack:
         if new_java:
             stack.callback(_end_java, SparkContext)
+        if not running and threading.current_thread() is threading.main_thread():
+            # A session has Ctrl-C go through itself, even once it is stopped.
+            stack.callback(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT))
         stack.enter_context(_same_python(local=(master or "").startswith("local")))
         try:
             with _no_warnings():

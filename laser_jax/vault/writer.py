@@ -16,7 +16,8 @@ from laser_jax.vault.files import inventory, sync_path, sync_tree, write_strings
 from laser_jax.vault.manifest import commit_manifest, new_manifest
 from laser_jax.vault.part_buffer import PartBuffer
 
-#: Rows buffered before they become a part: about a hundred bytes of memory each for a usual schema.
+#: Rows buffered before they become a part: some 150 bytes of memory each for a usual schema, half of them for the part
+#: that is being written meanwhile.
 BUFFER_EVENTS = 1 << 22
 _OWN_NAMES = {
     vault_format.PARTS,

@@ -5,6 +5,7 @@ LASER_KILLS=200 tries every step.
 
 import contextlib
 import errno
+import itertools
 import os
 import shutil
 import subprocess
@@ -155,12 +156,9 @@ def steps_of(call, functions, whole, folder) -> list[int]:
     shutil.rmtree(path)
     if THOROUGH:
         return list(range(len(counted.names)))
-    # All renames and what follows them, and some of the many flushes and removals of a part's files.
-    chosen = {step for step in range(0, len(counted.names), max(1, len(counted.names) // 6))}
-    for step, name in enumerate(counted.names):
-        if name in ("replace", "link", "pwrite", "fdatasync"):
-            chosen |= {step, min(step + 1, len(counted.names) - 1)}
-    return sorted(chosen)
+    # All renames, and some of the many flushes and removals of a part's files.
+    renames = {step for step, name in enumerate(counted.names) if name == "replace"}
+    return sorted(renames | set(range(0, len(counted.names), max(1, len(counted.names) // 4))))
 
 
 def states_of(name: str) -> tuple[list[set[int]], list]:
@@ -174,12 +172,14 @@ def snapshot_of(path, name: str = "old"):
     return seen(seqvault.open(path, at=name)) if name in seqvault.open(path).snapshots() else None
 
 
-@pytest.mark.parametrize("only_one", [True, False], ids=["once", "for long"])
 @pytest.mark.parametrize("name", CALLS)
-def test_no_space_at_any_step(whole, tmp_path, name, only_one):
+def test_no_space_at_any_step(whole, tmp_path, name):
+    """A flush that fails once, and a disk that stays full, so that tidying up fails as well."""
     call, after, pinned = CALLS[name]
     states, pinned_states = states_of(name)
-    for step in steps_of(call, GROWING, whole, tmp_path):
+    steps = steps_of(call, GROWING, whole, tmp_path)
+    tries = [(step, number % 2 == 0) for number, step in enumerate(steps)]
+    for step, only_one in tries if not THOROUGH else itertools.product(steps, (True, False)):
         path = tmp_path / f"vault{step}"
         shutil.copytree(whole, path)
         counted = Counted()
@@ -191,7 +191,7 @@ def test_no_space_at_any_step(whole, tmp_path, name, only_one):
                     done = True
                 except seqvault.UnavailableError:
                     done = False
-            where = (name, step, counted.names[-1], done)
+            where = (name, step, only_one, counted.names[-1], done)
             assert counted.failed
             now = seen(vault)
             assert now in ([after] if done else states), where
@@ -205,9 +205,10 @@ def test_no_space_at_any_step(whole, tmp_path, name, only_one):
                 # What was written but could not be flushed may be there or not: the handle must not go on.
                 assert "open it again" in str(error) and not done, where
                 vault.close()
-                fresh = seen(seqvault.open(path))
-                assert fresh in states, where
+                assert seen(seqvault.open(path)) in states, where
                 vault.append(events(vault, range(200, 204)))
+                fresh = seen(vault) - set(range(200, 204))
+                assert fresh in states, where
             else:
                 assert fresh == now, where
             fresh |= set(range(200, 204))
@@ -348,16 +349,13 @@ def test_files_that_cannot_grow(whole, tmp_path, size, background):
 # Places that cannot be written.
 
 
-@pytest.mark.parametrize("name", ["log", "manifests", "snapshots", "dictionaries", "parts", "writer.lock"])
+@pytest.mark.parametrize("name", ["log", "manifests", "snapshots", "parts", "writer.lock"])
 def test_something_else_lies_where_a_file_belongs(tmp_path, name):
     path = tmp_path / "vault"
     with seqvault.create(path, SCHEMA):
         pass
-    for place in (path / name,):
-        if place.is_dir():
-            shutil.rmtree(place)
-        elif place.exists():
-            place.unlink()
+    if (path / name).exists():
+        (path / name).rename(tmp_path / "aside")
     (path / name).mkdir() if name == "writer.lock" else (path / name).touch()
     acknowledged = set()
     with pytest.raises(seqvault.UnavailableError, match="vault"):
@@ -368,6 +366,8 @@ def test_something_else_lies_where_a_file_belongs(tmp_path, name):
             vault.flush()
             vault.snapshot("now")
     (path / name).rmdir() if name == "writer.lock" else (path / name).unlink()
+    if (tmp_path / "aside").exists():
+        (tmp_path / "aside").rename(path / name)
     with seqvault.open(path, writing=QUIET) as vault:
         vault.append(events(vault, range(8, 12)))
         vault.snapshot("now")

@@ -409,7 +409,7 @@ class VaultMachine(RuleBasedStateMachine):
 
 
 VaultMachine.TestCase.settings = settings(
-    max_examples=LONG or 30,
+    max_examples=LONG or 25,
     stateful_step_count=60 if LONG else 30,
     derandomize=not LONG,
     deadline=None,

@@ -82,7 +82,7 @@ def create(
       path: a directory that does not exist, is empty, or holds what a killed writer left; or the URL of a key-value
         store (see `open`), to which the vault is uploaded when it is complete.
       schema: of the events.
-      buffer_events: rows to buffer, about a hundred bytes of memory each for a usual schema.
+      buffer_events: rows to buffer, about 150 bytes of memory each for a usual schema.
       partitions: makes a vault of so many partitions by the hash of the user; None makes a single one.
 
     Raises:

@@ -45,8 +45,8 @@ def _parser() -> argparse.ArgumentParser:
     ingest.add_argument("--input", required=True, action="append", help="glob of log files; may be repeated")
     ingest.add_argument("--out", required=True, help="directory of the new vault, or a URL such as s3://bucket/name")
     ingest.add_argument("--engine", choices=("duckdb", "spark"), default="duckdb", help="what sorts the log")
-    ingest.add_argument("--memory", default="2GB", type=_bytes, help="memory to use, such as 500MB or 2GB (duckdb)")
-    ingest.add_argument("--threads", type=int, help="threads that sort; all cores if left out (duckdb)")
+    ingest.add_argument("--memory", default="2GB", type=_bytes, help="memory to use, such as 500MB or 2GB")
+    ingest.add_argument("--threads", type=int, help="threads that sort; all cores if left out")
 
     append = command(
         "append", _append, "append events: JSON lines with user, time and every field, from standard input"

@@ -18,6 +18,7 @@ from laser_jax.vault import log_files
 from laser_jax.vault.columns import Coded
 from laser_jax.vault.errors import UnavailableError, VaultError
 from laser_jax.vault.log_check import Survey, check
+from laser_jax.vault.reader import Vault
 from laser_jax.vault.writer import VaultWriter
 
 #: Rows of a record batch on their way from DuckDB to the writer.
@@ -79,8 +80,6 @@ def ingest(
     """
     import duckdb
 
-    from laser_jax import vault
-
     if memory < MIN_MEMORY:
         raise VaultError(f"memory of {memory >> 20} MB is too little to sort in: give {MIN_MEMORY >> 20} MB or more")
     if threads is not None and threads < 1:
@@ -89,7 +88,7 @@ def ingest(
     say = progress or (lambda line: None)
     out = os.path.abspath(out)
     try:
-        writer = vault.create(out, schema, buffer_events=buffer_events(schema, memory // 4))
+        writer = VaultWriter(out, schema, buffer_events(schema, memory // 4))
         files = log_files.find_files(inputs)
         with writer, spill_place(out) as spill:
             with log_files.connect(spill, int(memory * 0.6), threads or os.cpu_count() or 1) as connection:
@@ -105,7 +104,7 @@ def ingest(
         raise log_files.explained(error, duckdb) from error
     except OSError as error:
         raise UnavailableError(f"vault {out} cannot be written: {error}") from error
-    opened = vault.open(out)
+    opened = Vault(out)
     return Report(
         out,
         opened.num_events,

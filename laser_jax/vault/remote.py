@@ -85,7 +85,10 @@ def ingest_anywhere(
         if engine == "spark":
             from laser_jax.vault.spark_ingest import ingest_spark
 
-            return ingest_spark(schema, inputs, place, progress=progress)
+            if threads is not None and threads < 1:
+                raise VaultError(f"threads must be at least 1, got {threads}; leave it out to use every core")
+            master = f"local[{threads}]" if threads else None
+            return ingest_spark(schema, inputs, place, memory, master, progress=progress)
         raise VaultError(f"engine {engine!r} is not one of duckdb, spark")
 
     if not is_url(out):

@@ -23,7 +23,9 @@ from laser_jax.vault import errors, log_files, spark_tasks
 from laser_jax.vault.errors import UnavailableError, VaultError
 from laser_jax.vault.ingest import MIN_MEMORY, Report, buffer_events, spill_place
 from laser_jax.vault.log_check import Survey, check
+from laser_jax.vault.reader import Vault
 from laser_jax.vault.spark_tasks import Plan
+from laser_jax.vault.writer import VaultWriter
 
 #: Fewer events are not worth a partition of their own.
 _LEAST_EVENTS = 1 << 18
@@ -68,8 +70,6 @@ def ingest_spark(
     """
     import duckdb
 
-    from laser_jax import vault
-
     if memory < MIN_MEMORY:
         raise VaultError(f"memory of {memory >> 20} MB is too little to sort in: give {MIN_MEMORY >> 20} MB or more")
     if partitions is not None and partitions < 1:
@@ -78,7 +78,7 @@ def ingest_spark(
     say = progress or (lambda line: None)
     out = os.path.abspath(out)
     try:
-        writer = vault.create(out, schema)
+        writer = VaultWriter(out, schema)
         files = log_files.find_files(inputs)
         with writer, spill_place(out) as spill:
             with log_files.connect(spill, MIN_MEMORY, threads=1) as connection:
@@ -105,7 +105,7 @@ def ingest_spark(
         raise log_files.explained(error, duckdb) from error
     except OSError as error:
         raise UnavailableError(f"vault {out} cannot be written: {error}") from error
-    opened = vault.open(out)
+    opened = Vault(out)
     seconds = time.monotonic() - started
     return Report(out, opened.num_events, len(opened), len(opened.state.parts), writer.duplicates_dropped, seconds)
 

@@ -793,6 +793,21 @@ def test_where_tells_large_integers_apart(make):
     assert len(vault.get(1, where={"count": -1})) == 0
 
 
+def test_where_on_floats_and_flags(make):
+    vault = make(Schema(fields=(Field("price", "float16"), Field("score", "float32"), Field("clicked", "bool"))))
+    prices = [0.5, float("inf"), float("nan"), 1.0]
+    vault.append(
+        {"user": [1] * 4, "time": [1, 2, 3, 4], "price": prices, "score": [0.1] * 4, "clicked": [True, False] * 2}
+    )
+    assert vault.get(1, where={"price": [0.5, 1]})["time"].tolist() == [1, 4]
+    assert vault.get(1, where={"price": 70_000.0})["time"].tolist() == [], "it fits no float16"
+    assert vault.get(1, where={"price": float("inf")})["time"].tolist() == [2]
+    assert vault.get(1, where={"score": 0.1, "clicked": True})["time"].tolist() == [1, 3], "0.1 as the field holds it"
+    for where in ({"clicked": 1}, {"price": True}, {"price": "1"}, {"clicked": None}):
+        with pytest.raises(seqvault.SchemaError):
+            vault.get(1, where=where)
+
+
 # Retention, snapshots.
 
 

@@ -79,9 +79,9 @@ def test_ingest_to_s3(s3, tmp_path):
     vault = seqvault.open(f"{s3}/logs")
     for user in range(8):
         assert vault.get(f"u{user}", 9999)["time"].tolist() == list(range(user, 2000, 8))
-        assert vault.get(f"u{user}", 3, before=1000)["brand"].tolist() == [
-            f"b{i % 3}" for i in range(user, 1000, 8)
-        ][-3:]
+        assert (
+            vault.get(f"u{user}", 3, before=1000)["brand"].tolist() == [f"b{i % 3}" for i in range(user, 1000, 8)][-3:]
+        )
     assert vault.gather([f"u{user}" for user in range(8)], n=10).num_events == 80
 
 

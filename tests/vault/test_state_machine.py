@@ -1,6 +1,6 @@
 """Any sequence of writing calls leaves a vault that reads like a plain dict of lists.
 
-LASER_STATE_EXAMPLES=1000 runs that many sequences, chosen anew each time.
+LASER_STATE_EXAMPLES=1000 runs that many sequences, chosen anew each time, some with work going on in the background.
 """
 
 import dataclasses
@@ -111,8 +111,9 @@ class VaultMachine(RuleBasedStateMachine):
         unit=st.sampled_from(["s", "ms"]),
         bulk=st.lists(st.tuples(places, times), max_size=30),
         cached=st.booleans(),
+        background=st.booleans() if LONG else st.just(False),
     )
-    def create(self, user, unit, bulk, cached):
+    def create(self, user, unit, bulk, cached, background):
         self.users = USERS[user]
         self.make = lambda fields: Schema(user=user, time_unit=unit, fields=fields)
         self.level = 0
@@ -121,7 +122,9 @@ class VaultMachine(RuleBasedStateMachine):
             writer.write(self.events(bulk))
         # In what order the bulk writer numbers events of different users is its own affair.
         self.bulk = self.view.next_sequence
-        self.options = seqvault.WriterOptions(tail_bytes=6000, background=False)
+        self.options = seqvault.WriterOptions(
+            tail_bytes=6000, background=background, merge_parts=2, merge_bytes_per_s=0
+        )
         self.open(cached)
         self.reader = seqvault.open(self.path, cache_bytes=0 if cached else 1 << 20)
         self.seen = self.view.copy()
@@ -216,6 +219,8 @@ class VaultMachine(RuleBasedStateMachine):
                 found = found[-self.retention["events"] :]
             self.view.events[user] = found
 
+    # Merges in the background would apply it at some moment or other.
+    @precondition(lambda self: not self.options.background)
     @rule(events=st.none() | st.sampled_from([1, 3, 300]), age=st.none() | st.sampled_from([1, 10, 300]))
     def retain(self, events, age):
         self.vault.retain(events, age)

@@ -73,4 +73,9 @@ def allowed_values(name: str, field: Field | None, value: Any, encode: Callable[
         # What does not fit is in no event; a common type of both could be a float, which rounds.
         limits = np.iinfo(field.dtype)
         listed = [int(one) for one in listed if limits.min <= one <= limits.max]
-    return np.array(listed, field.dtype)
+    with np.errstate(over="ignore"):
+        found = np.array(listed).astype(field.dtype)
+    if field.dtype.kind == "f":
+        # What is too large for the type is in no event either.
+        found = found[np.isfinite(found) | ~np.isfinite(np.array(listed, np.float64))]
+    return found

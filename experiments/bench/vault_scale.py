@@ -31,7 +31,7 @@ STORES = (VAULT, "rocksdb_packed_same_decode", "lmdb_same_decode")
 OVERSIZE, MEGABYTES = 4, 200
 _CGROUP = "/sys/fs/cgroup"
 #: Bytes a user while a simulated index is being made.
-_INDEX_PEAK = 240
+_INDEX_PEAK = 190
 
 
 class MemoryLimit:
@@ -193,7 +193,7 @@ class _SimulatedPart:
         lengths = np.clip(rng.lognormal(np.log(239), 1.2, num_users), 10, 10_000).astype(np.int64)
         self.keys = rng.permutation(num_users) * np.int64(2_654_435_761)  # distinct
         self.first_page = np.concatenate(([0], np.cumsum(-(-lengths // 256))))
-        self.covers = np.zeros(num_users, np.int32)
+        self.covers = np.broadcast_to(np.int32(0), num_users)
         self.num_pages = pages = int(self.first_page[-1])
         self.page_count = np.full(pages, 256, np.uint16)
         self.first_time = self.last_time = self.last_sequence = np.arange(pages)
@@ -210,7 +210,7 @@ class _SimulatedPart:
 
 
 def simulate_index(num_users: int) -> dict[str, float]:
-    """THE ENGINE'S INDEX OF INVENTED USERS: to be adapted whenever laser_jax.vault.index changes.
+    """The vault's own index, of invented users.
 
     Returns:
       bytes_per_user: of user and page tables; user_table_bytes_per_user of the former alone.

@@ -46,6 +46,10 @@ class PageTable:
 
     def _append(self, parts: list[Part]) -> None:
         end = self.size + sum(part.num_pages for part in parts)
+        if len(parts) == 1 and not self.size:
+            # As it is: an index of one part is not copied.
+            for name in self._store:
+                self._store[name] = getattr(parts[0], "page_count" if name == "count" else name)
         if end > len(self._store["count"]):
             # Room to grow only once the table is being extended; a vault that is only read needs none.
             room = end if not self.size else end + end // 4
@@ -57,7 +61,9 @@ class PageTable:
             self.base[part.name] = self.size
             stop = self.size + part.num_pages
             for name, array in self._store.items():
-                array[self.size : stop] = getattr(part, "page_count" if name == "count" else name)
+                values = getattr(part, "page_count" if name == "count" else name)
+                if values is not array:
+                    array[self.size : stop] = values
             self.size = stop
         for name, array in self._store.items():
             setattr(self, name, array[: self.size])
@@ -86,6 +92,30 @@ class UserIndex:
     def __init__(self, parts: list[Part], table: PageTable):
         parts = sorted(parts, key=lambda part: part.number)
         self.parts = [part.name for part in parts]
+        self._texts: tuple[bytes, np.ndarray, np.ndarray] | None = None
+        if len(parts) == 1:
+            self._of_one(parts[0], table.base[parts[0].name])
+        else:
+            self._of_many(parts, table)
+        self._table = new_table(len(self.keys))
+        index_kernels.build_table(self.keys, self._table)
+        for part in parts:
+            part.release_users()
+
+    def _of_one(self, part: Part, base: int) -> None:
+        """Every user of a part is there once: most of what the part's files say is taken as it is."""
+        users = part.users
+        self.keys = users.keys
+        self.entry_start = np.arange(len(users.keys) + 1)
+        pages = users.first_page + base if base else users.first_page
+        self.first_page, self.end_page = pages[:-1], pages[1:]
+        self.number = np.broadcast_to(np.int32(part.number), len(users.keys))
+        self.covers = users.covers
+        if users.texts is not None:
+            data, offsets = users.texts
+            self._texts = (data.tobytes(), offsets[:-1], offsets[1:])
+
+    def _of_many(self, parts: list[Part], table: PageTable) -> None:
         users = [part.users for part in parts]
         keys = _joined([found.keys for found in users], np.int64)
         group, first, texts = _grouped(keys, users)
@@ -100,14 +130,9 @@ class UserIndex:
         self.end_page = _joined(ends, np.int64)[order]
         self.number = _joined(numbers, np.int32)[order]
         self.covers = _joined([found.covers for found in users], np.int32)[order]
-        self._texts = None
         if texts is not None:
             data, begin, end = texts
             self._texts = (data.tobytes(), begin[first], end[first])
-        self._table = new_table(len(self.keys))
-        index_kernels.build_table(self.keys, self._table)
-        for part in parts:
-            part.release_users()
 
     @property
     def num_bytes(self) -> int:
@@ -115,7 +140,13 @@ class UserIndex:
         arrays = [self.keys, self.entry_start, self.first_page, self.end_page, self.number, self.covers, self._table]
         if self._texts is not None:
             arrays.extend(self._texts[1:])
-        return sum(array.nbytes for array in arrays) + (len(self._texts[0]) if self._texts else 0)
+        # Arrays may be views of one memory, or one value that stands for many.
+        owned = {}
+        for array in arrays:
+            while isinstance(array.base, np.ndarray):
+                array = array.base
+            owned[id(array)] = array.nbytes
+        return sum(owned.values()) + (len(self._texts[0]) if self._texts else 0)
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -136,7 +136,7 @@ class PartUsers:
         if part.entry["covers"]:
             self.covers = folder.array("user_covers", np.int32, size)
         else:
-            self.covers = np.full(size, part.number, np.int32)
+            self.covers = np.broadcast_to(np.int32(part.number), size)
 
     def key(self, position: int) -> Any:
         """Key of the user at a position of the part."""

@@ -1,6 +1,6 @@
 """What a read returns."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,8 @@ class History:
     """Events of one user, oldest first.
 
     Attributes:
-      columns: `time` int64 [N] and the asked fields, [N] or [N, size]; a string field as int32 codes.
+      columns: `time` int64 [N] and the asked fields, [N] or [N, size]; a string field as int32 codes. Read-only where
+        they are shared with other readers of the same user.
       as_of: what this read saw: every event with a smaller sequence number, and no other. A later read with this
         `as_of` sees the same.
       scanned: events that were looked at; more than N if some did not meet the conditions of `where`.
@@ -19,7 +20,7 @@ class History:
 
     def __init__(
         self,
-        columns: dict[str, np.ndarray],
+        columns: Mapping[str, np.ndarray],
         dictionary: Callable[[str], np.ndarray | None],
         as_of: int,
         exhausted: bool,

@@ -2,6 +2,7 @@
 
 import collections
 import threading
+import types
 from typing import Any
 
 import numpy as np
@@ -19,16 +20,18 @@ class Cached:
       stamp: of the state at which it was last known to be right.
       entries: of the user in the parts, the epoch of their page numbers, and the number of schemas.
       columns: `time` and every scalar field, read-only, of the newest events in the parts.
+      shared: the same, for readers: nobody can put in or take out a column.
       complete: whether these are all.
       size: bytes.
     """
 
-    __slots__ = ("columns", "complete", "entries", "size", "stamp")
+    __slots__ = ("columns", "complete", "entries", "shared", "size", "stamp")
 
     def __init__(self, stamp: int, entries: Any, columns: dict[str, np.ndarray], complete: bool):
         self.stamp = stamp
         self.entries = entries
         self.columns = columns
+        self.shared = types.MappingProxyType(columns)
         self.complete = complete
         self.size = sum(column.nbytes for column in columns.values()) + _OVERHEAD
 

@@ -83,7 +83,7 @@ class RowReader:
             rows for tail in state.tails if tail.size and (rows := tail.read(user, names, before, as_of, n)) is not None
         ]
         if known is not None:
-            runs.insert(0, known | {SEQUENCE: np.full(len(known["time"]), -1)})
+            runs.insert(0, dict(known) | {SEQUENCE: np.full(len(known["time"]), -1)})
         several = sequence or len(runs) + len(entries) > 1
         total = sum(len(rows["time"]) for rows in runs)
         for entry in entries:

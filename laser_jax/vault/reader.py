@@ -442,7 +442,7 @@ class Vault:
         if start or stop < size or asked is not self._asked.get(None):
             known = {name: columns[name][start:stop] for name in ("time", *asked.names)}
         else:
-            known = dict(columns)
+            known = found.shared
         for tail in state.tails:
             if tail.size and user in tail:
                 return self._rows.newest(state, user, asked, before, seen, n, known=known)

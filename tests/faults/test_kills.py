@@ -28,19 +28,20 @@ FIELDS = (Field("item", "int64"), Field("brand", "string"), Field("embedding", "
 
 
 # Which events make up batch k, known to the writer and to who checks: those from first_of(k) to first_of(k + 1) - 1.
+# These functions take numbers, or arrays of them.
 
 
-def first_of(k: int) -> int:
+def first_of(k):
     """First event of a batch."""
     return 5 * k + k * (k - 1) // 2 % 4
 
 
-def user_of(event: int) -> str:
-    """Whose event it is."""
-    return f"user {event * 7919 % 1000003 % USERS}"
+def user_of(event):
+    """The number of the user whose event it is."""
+    return event * 7919 % 1000003 % USERS
 
 
-def time_of(event: int) -> int:
+def time_of(event):
     """When it happened: often late, often at the time of another."""
     return event // 3 + event * 7919 % 50
 
@@ -57,16 +58,16 @@ def guest_of(k: int) -> str:
 
 def batch_of(k: int, guests: bool) -> dict:
     """Columns of a batch."""
-    events = range(first_of(k), first_of(k + 1))
-    users = [user_of(event) for event in events]
+    events = np.arange(first_of(k), first_of(k + 1))
+    users = [f"user {number}" for number in user_of(events).tolist()]
     if guests:
         users[0] = guest_of(k)
     return {
         "user": np.array(users, object),
-        "time": [time_of(event) for event in events],
-        "item": list(events),
-        "brand": np.array([brand_of(event) for event in events], object),
-        "embedding": np.array([[event, -event] for event in events], np.float32),
+        "time": time_of(events),
+        "item": events,
+        "brand": np.array([brand_of(event) for event in events.tolist()], object),
+        "embedding": np.stack([events, -events], axis=1).astype(np.float32),
     }
 
 
@@ -218,51 +219,45 @@ class Truth:
         """
         users = [f"user {number}" for number in range(USERS)]
         batch = vault.gather(users, n=10**6, fields=vault.schema.names)
-        found = [self.events_of(user, batch[position]) for position, user in enumerate(users)]
+        found = [self.events_of(user, batch[user]) for user in range(USERS)]
         events = np.sort(np.concatenate(found))
         newest = self.check_batches(events, least, unsure, most)
         user = random.randrange(USERS)
         single = vault.get(users[user], 10**6, as_of=batch.as_of, fields=vault.schema.names)
-        assert self.events_of(users[user], single).tolist() == found[user].tolist(), "get and gather differ"
+        assert self.events_of(user, single).tolist() == found[user].tolist(), "get and gather differ"
         return newest
 
     def check_batches(self, events: np.ndarray, least: int, unsure: set[int], most: int | None = None) -> int:
         """Sorted events are those of whole batches, with no hole but for batches that nobody was told of."""
         assert (np.diff(events) > 0).all(), "an event is there twice"
-        newest = -1
-        while first_of(newest + 1) <= (events[-1] if len(events) else -1):
-            newest += 1
-        present = set(events.tolist())
-        missing = set()
-        for k in range(newest + 1):
-            # With guests the first event of a batch is another user's.
-            mine = set(range(first_of(k) + self.guests, first_of(k + 1)))
-            if not mine <= present:
-                assert not mine & present, f"batch {k} is torn"
-                missing.add(k)
-            present -= mine
-        assert not present, f"events that were never written: {sorted(present)[:9]}"
-        missing |= set(range(newest + 1, least + 1))
+        last = int(events[-1]) if len(events) else -1
+        starts = first_of(np.arange(last + 2))
+        newest = int(np.searchsorted(starts, last, side="right")) - 1
+        batch = np.searchsorted(starts, events, side="right") - 1
+        # With guests the first event of a batch is another user's.
+        assert not self.guests or not (events == starts[batch]).any(), "an event of another user"
+        found = np.bincount(batch, minlength=newest + 1)
+        torn = np.flatnonzero((found > 0) & (found < np.diff(starts)[: newest + 1] - self.guests))
+        assert not len(torn), f"batches {torn[:9]} are torn"
+        missing = set(np.flatnonzero(found == 0).tolist()) | set(range(newest + 1, least + 1))
         assert missing <= unsure, f"acknowledged batches are lost: {sorted(missing - unsure)[:9]}"
-        assert most is None or newest <= most
+        assert most is None or newest <= most, "an event that nobody wrote"
         with self.lock:
             # Whoever reads from now on must find those of the unsure ones that were there.
             self.unsure &= missing | set(range(newest + 1, self.begun + 1))
         return newest
 
     @staticmethod
-    def events_of(user: str, history) -> np.ndarray:
+    def events_of(user: int, history) -> np.ndarray:
         """The events of a history, if each is what it was when it was written, and all are in order."""
         items = history["item"]
-        expected = {"time": [time_of(event) for event in items.tolist()]}
-        expected["brand"] = [brand_of(event) for event in items.tolist()]
-        expected["embedding"] = [[event, -event] for event in items.tolist()]
-        for name, values in expected.items():
-            assert history[name].tolist() == values, f"{user}: wrong {name}"
-        assert all(user_of(event) == user for event in items.tolist()), f"{user}: events of another user"
+        brands = np.array([brand_of(event) for event in range(0, int(items.max(initial=0)) + 1, 20)], object)
+        assert (user_of(items) == user).all(), f"events of another user than {user}"
+        assert (history["time"] == time_of(items)).all(), f"user {user}: wrong time"
+        assert (history["brand"] == brands[items // 20]).all(), f"user {user}: wrong brand"
+        assert (history["embedding"] == np.stack([items, -items], axis=1)).all(), f"user {user}: wrong embedding"
         # Sequence numbers are in the order of items.
-        order = np.lexsort((items, history["time"]))
-        assert order.tolist() == list(range(len(items))), f"{user}: out of order"
+        assert (np.lexsort((items, history["time"])) == np.arange(len(items))).all(), f"user {user}: out of order"
         return items
 
 

@@ -916,8 +916,9 @@ def test_readers_of_a_snapshot_keep_it_when_its_name_is_given_anew_or_dropped(ma
 # Forgetting.
 
 
-def test_a_forgotten_string_user_is_in_no_file(make):
-    schema = Schema(user="string", fields=(*BRANDS.fields, Field("pair", "float32", size=2)))
+@pytest.mark.parametrize("keys", [{}, {"event_key": "item", "duplicates": "drop"}], ids=["", "log kept"])
+def test_a_forgotten_string_user_is_in_no_file(make, keys):
+    schema = Schema(user="string", fields=(*BRANDS.fields, Field("pair", "float32", size=2)), **keys)
     vault = make(schema, WriterOptions(tail_bytes=1 << 20))
     secret, rest = "somebody-who-wants-to-go", "ann"
 

@@ -308,6 +308,19 @@ def write_until_full(path: str, size: int, background: bool) -> None:
     import time
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    # The compiled loops are kept in files too; they are made before there is no room for any.
+    shutil.copytree(path, path + "-warm")
+    with seqvault.open(path + "-warm", writing=seqvault.WriterOptions(background=background)) as warm:
+        for first in (0, 10, 20):
+            warm.append(events(warm, range(10_000 + first, 10_010 + first)))
+            seen(warm)
+            seen(seqvault.open(path + "-warm"))
+            warm.flush()
+        warm.merge()
+        warm.retain(age=10**6)
+        warm.merge()
+        seen(warm)
+        assert warm.verify() == []
     options = seqvault.WriterOptions(background=background, tail_bytes=4000, merge_parts=2, merge_bytes_per_s=0)
     vault = seqvault.open(path, writing=options)
     vault.flush()

@@ -167,7 +167,8 @@ class Writer:
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
         for thread in self._threads:
-            thread.join()
+            thread.join(PATIENCE)
+            assert not thread.is_alive(), "a process that the writer started outlives it"
         self.process.stdout.close()
         self.process.stderr.close()
         assert alive and not self.errors, f"the writer died by itself, or one of its threads did:\n{self.errors}"

@@ -1103,6 +1103,22 @@ def test_a_dead_writers_worker_writes_nothing_any_more(make):
         time.sleep(0.5)
 
 
+@pytest.mark.parametrize("said", [b"", b"\x10\0", (1000).to_bytes(8, "little") + b"\x80\x05half a task"])
+def test_a_worker_ends_with_its_writer(said):
+    """In the middle of a sentence too: a worker that stays would keep the writer's lock for ever."""
+    process = python("from laser_jax.vault.worker import main; main()", stderr=subprocess.PIPE)
+    try:
+        process.stdin.buffer.write(said)
+        process.stdin.close()
+        assert process.wait(60) == 0
+        assert process.stderr.read() == ""
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        process.stderr.close()
+
+
 # The cache of decoded histories.
 
 

@@ -75,7 +75,10 @@ def _receive(stream: BinaryIO) -> Any:
     header = stream.read(_SIZE.size)
     if len(header) < _SIZE.size:
         raise EOFError
-    data = stream.read(_SIZE.unpack(header)[0])
+    (size,) = _SIZE.unpack(header)
+    data = stream.read(size)
+    if len(data) < size:
+        raise EOFError
     return pickle.loads(data)
 
 

@@ -95,32 +95,49 @@ def verify(path: str | os.PathLike, progress: Callable[[str], None] | None = Non
     path = os.fspath(path)
     if not is_url(path) and is_partitioned(path):
         return [damage for inner in partition_paths(path) for damage in verify(inner, progress)]
-    say = progress or (lambda line: None)
     storage = storage_of(path)
+    say = progress or (lambda line: None)
+    before: list[str] = []
+    while True:
+        damages, current = _damages(storage, say)
+        lasting = [damage for damage in damages if damage in before]
+        if current or not damages:
+            return damages
+        if lasting:
+            return lasting
+        # A writer went on meanwhile, and forgetting removes files even from under a manifest that is held.
+        before = damages
+
+
+def _damages(storage: LocalStorage | KvStorage, say: Callable[[str], None]) -> tuple[list[str], bool]:
+    """Every damage, and whether the manifest is still the one that was looked at."""
     damages: list[str] = []
-    manifests = []
+    held: list[HeldManifest] = []  # held until the end: that keeps their files
+    newest = None
     try:
-        manifests.append(HeldManifest(storage).content)
+        newest = HeldManifest(storage)
+        held.append(newest)
     except VaultError as error:
         damages.append(str(error))
     for name in snapshots(storage):
         try:
-            manifests.append(HeldManifest(storage, name).content)
+            held.append(HeldManifest(storage, name))
         except VaultError as error:
             damages.append(str(error))
     seen: set[str] = set()
-    for manifest in manifests:
-        damages.extend(_damaged_files_of(storage, manifest, seen, say))
-    if manifests and storage.local:
+    for manifest in held:
+        damages.extend(_damaged_files_of(storage, manifest.content, seen, say))
+    if held and storage.local:
         copy = storage.read(MANIFEST_COPY)
         try:
             if copy is not None:
                 parse_manifest(copy, storage.path(MANIFEST_COPY), storage.root)
         except VaultError as error:
             damages.append(str(error))
-        damages.extend(_damaged_log(storage, manifests[0]))
+        damages.extend(_damaged_log(storage, held[0].content))
     # A damaged directory file is found by name and again when the part is opened.
-    return list(dict.fromkeys(damages))
+    current = newest is None or not storage.local or newest.is_current(storage)
+    return list(dict.fromkeys(damages)), current
 
 
 def _damaged_files_of(

@@ -618,6 +618,29 @@ def test_one_damaged_page_does_not_stop_appends(make):
         vault.get(0, 10**6)
 
 
+def test_verify_takes_no_work_that_goes_on_for_damage(make):
+    vault = make(BRANDS, WriterOptions(tail_bytes=3000, merge_parts=1, merge_bytes_per_s=0))
+    vault.append(events(list(range(2000)) * 50, brand=["a"] * 100_000))
+    vault.flush()  # so much that looking at all of it takes a while
+    done = []
+
+    def write():
+        number = 0
+        while not done:
+            vault.append(events([1, 2, 3], number, brand=[f"b{number}", "a", "b"]))
+            number += 3
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        time.sleep(1)
+        found = [seqvault.verify(vault.path) for _ in range(12)]
+    finally:
+        done.append(True)
+        thread.join()
+    assert found == [[]] * 12
+
+
 def test_merge_leaves_one_entry_a_user_and_no_old_file(make):
     vault = make(BRANDS)
     for number in range(5):

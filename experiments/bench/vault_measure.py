@@ -94,24 +94,6 @@ def _time_each(get: Callable[[int], Any], users: list[int]) -> list[int]:
     return taken
 
 
-def count_preads(get: Callable[[int], Any], users: list[int]) -> tuple[float, float]:
-    """Calls of os.pread a lookup and bytes that they brought: the vault's way to local files."""
-    plain, sizes = os.pread, []
-
-    def counting(descriptor: int, size: int, offset: int) -> bytes:
-        data = plain(descriptor, size, offset)
-        sizes.append(len(data))
-        return data
-
-    os.pread = counting
-    try:
-        for user in users:
-            get(user)
-    finally:
-        os.pread = plain
-    return len(sizes) / len(users), sum(sizes) / len(users)
-
-
 def count_reads(get: Callable[[int], Any], users: list[int]) -> tuple[float, float]:
     """Read calls of the whole process a lookup and bytes that they brought, by the kernel's count; NaN without one.
 

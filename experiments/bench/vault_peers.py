@@ -254,5 +254,5 @@ class Cached:
 
 
 def _bytes_of(columns: Columns) -> int:
-    # And about 1 kB of dict, key and array objects.
-    return sum(column.nbytes for column in columns.values()) + 1024
+    # And the dict, key and array objects, as Python counts them.
+    return sum(column.nbytes for column in columns.values()) + 1300

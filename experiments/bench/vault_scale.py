@@ -24,7 +24,7 @@ import numpy as np
 
 from experiments.bench.vault_build import CONTENDERS, VAULT, build, open_store, tell
 from experiments.bench.vault_data import Events
-from experiments.bench.vault_measure import count_preads, disk_bytes, evict, time_lookups
+from experiments.bench.vault_measure import count_reads, disk_bytes, evict, time_lookups
 
 STORES = (VAULT, "rocksdb_packed_same_decode", "lmdb_same_decode")
 #: Data over memory; below some MEGABYTES, Python and its libraries alone hardly fit.
@@ -119,7 +119,7 @@ def work(root: str, name: str) -> None:
         order = json.loads(line)
         if order["block"] == "preads":
             evict(store)
-            calls, size = count_preads(store.get, order["users"])
+            calls, size = count_reads(store.get, order["users"])
             print(json.dumps({"calls": calls, "bytes": size}), flush=True)
             continue
         before = (lambda _: evict(store)) if order["block"] == "cold" else None

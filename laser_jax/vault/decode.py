@@ -17,7 +17,7 @@ from numba import njit, types
 
 from laser_jax.vault import kernels
 from laser_jax.vault.crc import crc32c_of
-from laser_jax.vault.format import CHECKSUM, PAGE
+from laser_jax.vault.format import CHECKSUM, PAGE, PageLayout
 
 
 class DamagedPage(Exception):
@@ -62,6 +62,9 @@ _library = _load()
 _decompress = types.ExternalFunction(
     "blosc2_decompress_ctx", types.int32(types.uintp, types.uintp, types.int32, types.uintp, types.int32)
 )
+_pread = types.ExternalFunction("pread", types.intp(types.int32, types.uintp, types.uintp, types.int64))
+#: How far a run came.
+_UNREAD, _DAMAGED, _UNCOMPRESSED, _UNPACKED = range(4)
 
 
 class _Context:
@@ -101,50 +104,123 @@ def _decode(context, data, at, length, out):
 
 
 @njit(nogil=True, cache=True)
-def _decode_run(context, data, offset, length, words, wide, count, first_time, last_time, before, n, plan, out, prefix):
-    """Decodes the pages of one run, which lie one after the other in `data`, and unpacks its newest n events.
+def _read_run(
+    context,
+    descriptor,
+    offset,
+    length,
+    count,
+    first_time,
+    last_time,
+    low,
+    high,
+    words,
+    wide,
+    before,
+    n,
+    plan,
+    out,
+    prefix,
+):
+    """Reads the adjacent pages low..high-1 of a page table from a file and unpacks their newest n events.
 
     Returns:
-      The first page that fails or -1; if so, whether its checksum was right, and whether it could be decompressed; the
-      first slot taken, the number of events.
+      How far it came (_UNREAD, _DAMAGED, _UNCOMPRESSED or _UNPACKED); the first page that fails, counted from low, or
+      -1; the first slot taken, the number of events.
     """
-    pages = np.empty((len(offset), words, PAGE), np.uint32)
-    at = np.empty(len(offset), np.int64)
-    for page in range(len(offset)):
-        at[page] = np.int64(offset[page]) - np.int64(offset[0])
-    bad, checked = _decode(context, data, at, length, pages.view(np.uint8).reshape(len(offset), words * PAGE * 4))
+    start = np.int64(offset[low])
+    size = np.int64(offset[high - 1]) + np.int64(length[high - 1]) - start
+    data = np.empty(size, np.uint8)
+    if _pread(descriptor, data.ctypes.data, size, start) != size:
+        return _UNREAD, 0, 0, 0
+    pages = np.empty((high - low, words, PAGE), np.uint32)
+    at = np.empty(high - low, np.int64)
+    for page in range(high - low):
+        at[page] = np.int64(offset[low + page]) - start
+    planes = pages.view(np.uint8).reshape(high - low, words * PAGE * 4)
+    bad, checked = _decode(context, data, at, length[low:high], planes)
     if bad >= 0:
-        return bad, checked, False, 0, 0
-    bad, start, rows = kernels.unpack_run(pages, wide, count, first_time, last_time, before, n, plan, out, prefix)
-    return bad, True, True, start, rows
+        return _UNCOMPRESSED if checked else _DAMAGED, bad, 0, 0
+    bad, slot, rows = kernels.unpack_run(
+        pages, wide, count[low:high], first_time[low:high], last_time[low:high], before, n, plan, out, prefix
+    )
+    return _UNPACKED, bad, slot, rows
 
 
-def decode_run(data: bytes, offset: np.ndarray, length: np.ndarray, *run: Any) -> tuple[int, int, int]:
-    """Checks, decodes and unpacks the pages of one run in one go.
+def read_run(
+    descriptor: int,
+    table: Any,
+    low: int,
+    high: int,
+    layout: PageLayout,
+    before: int,
+    n: int,
+    plan: np.ndarray,
+    out: np.ndarray,
+    prefix: np.ndarray,
+) -> tuple[int, int, int] | None:
+    """Reads, checks, decodes and unpacks the pages of one run, without Python's lock.
 
     Args:
-      data: the run's pages as they are stored, one after the other.
-      offset, length: uint32 [P], where they lie in their file, checksums included.
-      *run: words of a page, then the arguments of kernels.unpack_run but the pages.
+      descriptor: of the shard file.
+      table: a PageTable; low, high: the run's first page in it, and one past the last.
+      layout: of the pages.
+      before, n, plan, out, prefix: as for kernels.unpack_run.
 
     Returns:
-      What kernels.unpack_run returns.
+      What kernels.unpack_run returns; None if the file does not give the bytes: somebody else may say why.
 
     Raises:
       DamagedPage: one is not what was written.
     """
-    stored = np.frombuffer(data, np.uint8)
-    bad, checked, decoded, start, rows = _decode_run(_context(), stored, offset, length, *run)
-    if not decoded:
-        raise _damaged(bad, checked)
-    return bad, start, rows
+    came, bad, start, rows = _read_run(
+        _context(),
+        descriptor,
+        table.offset,
+        table.length,
+        table.count,
+        table.first_time,
+        table.last_time,
+        low,
+        high,
+        layout.num_words,
+        layout.time_words == 2,
+        before,
+        n,
+        plan,
+        out,
+        prefix,
+    )
+    if came == _UNPACKED:
+        return bad, start, rows
+    if came == _UNREAD:
+        return None
+    raise _damaged(bad, came == _UNCOMPRESSED)
 
 
-def decode_pages(data: bytes | np.ndarray, at: np.ndarray, length: np.ndarray, page_bytes: int) -> np.ndarray:
+@njit(nogil=True, cache=True)
+def read_runs(descriptor, start, size, target, data, first):
+    """Reads runs of bytes from files, without Python's lock, from run `first` on.
+
+    Args:
+      descriptor: int32 [R], of the file of each run.
+      start, size: int64 [R], where it lies there.
+      target: int64 [R], where it goes in `data`, uint8.
+
+    Returns:
+      The first run that the file does not give, or R.
+    """
+    for run in range(first, len(start)):
+        if _pread(descriptor[run], data.ctypes.data + target[run], size[run], start[run]) != size[run]:
+            return run
+    return len(start)
+
+
+def decode_pages(data: np.ndarray, at: np.ndarray, length: np.ndarray, page_bytes: int) -> np.ndarray:
     """Checks and decodes pages.
 
     Args:
-      data: holds them.
+      data: uint8, holds them.
       at, length: int64 [P], where they lie, checksums included.
       page_bytes: of a decoded page.
 
@@ -154,9 +230,8 @@ def decode_pages(data: bytes | np.ndarray, at: np.ndarray, length: np.ndarray, p
     Raises:
       DamagedPage: one is not what was written.
     """
-    stored = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data
     out = np.empty((len(at), page_bytes), np.uint8)
-    bad, checked = _decode(_context(), stored, at, length, out)
+    bad, checked = _decode(_context(), data, at, length, out)
     if bad >= 0:
         raise _damaged(bad, checked)
     return out
@@ -164,10 +239,11 @@ def decode_pages(data: bytes | np.ndarray, at: np.ndarray, length: np.ndarray, p
 
 def _context() -> int:
     """This thread's context."""
-    context = getattr(_local, "context", None)
-    if context is None:
-        context = _local.context = _Context()
-    return context.address
+    try:
+        return _local.context.address
+    except AttributeError:  # the thread's first read
+        _local.context = _Context()
+        return _local.context.address
 
 
 def _damaged(page: int, checked: bool) -> DamagedPage:

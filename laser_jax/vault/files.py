@@ -103,7 +103,9 @@ class Folder:
         dtype = np.dtype(dtype)
         if any(codec["name"] == "blosc" for codec in metadata["codecs"]):
             whole = np.zeros(1, np.int64), np.array([len(data)])
-            array = decode_pages(data, *whole, metadata["shape"][0] * dtype.itemsize)[0].view(dtype)
+            array = decode_pages(np.frombuffer(data, np.uint8), *whole, metadata["shape"][0] * dtype.itemsize)[0].view(
+                dtype
+            )
         else:
             array = np.frombuffer(data[:-4], dtype)
         if length is not None and len(array) != length:

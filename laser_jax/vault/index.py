@@ -174,6 +174,12 @@ class UserIndex:
             found = index_kernels.find_one(self.keys, self._table, hashed, tried)
         return found
 
+    def first_entry(self, user: int) -> tuple[int, int, int, int]:
+        """Of an int64 user the number of entries, and of the first: part number, first page, one past the last page."""
+        return index_kernels.find_entry(
+            self.keys, self._table, user, self.entry_start, self.first_page, self.end_page, self.number
+        )
+
     def find(self, users: list[Any] | np.ndarray, hashed: np.ndarray) -> np.ndarray:
         """Positions int64 [B] of users, -1 where they have none here."""
         found = np.empty(len(hashed), np.int64)

@@ -39,6 +39,16 @@ def find_one(keys, table, key, skip):
 
 
 @njit(nogil=True, cache=True)
+def find_entry(keys, table, key, entry_start, first_page, end_page, number):
+    """The number of entries of a key, and the first one: part number, first page, one past the last page."""
+    position = find_one(keys, table, key, 0)
+    if position < 0:
+        return 0, 0, 0, 0
+    entry = entry_start[position]
+    return entry_start[position + 1] - entry, number[entry], first_page[entry], end_page[entry]
+
+
+@njit(nogil=True, cache=True)
 def find_many(keys, table, wanted, found):
     """Positions of many keys, -1 where there is none, into `found` int64 [B]."""
     mask = np.uint64(len(table) - 1)

@@ -97,47 +97,54 @@ def verify(path: str | os.PathLike, progress: Callable[[str], None] | None = Non
         return [damage for inner in partition_paths(path) for damage in verify(inner, progress)]
     storage = storage_of(path)
     say = progress or (lambda line: None)
-    before: list[str] = []
-    while True:
-        damages, current = _damages(storage, say)
-        lasting = [damage for damage in damages if damage in before]
-        if current or not damages:
-            return damages
-        if lasting:
-            return lasting
-        # A writer went on meanwhile, and forgetting removes files even from under a manifest that is held.
-        before = damages
-
-
-def _damages(storage: LocalStorage | KvStorage, say: Callable[[str], None]) -> tuple[list[str], bool]:
-    """Every damage, and whether the manifest is still the one that was looked at."""
-    damages: list[str] = []
-    held: list[HeldManifest] = []  # held until the end: that keeps their files
-    newest = None
-    try:
-        newest = HeldManifest(storage)
-        held.append(newest)
-    except VaultError as error:
-        damages.append(str(error))
-    for name in snapshots(storage):
-        try:
-            held.append(HeldManifest(storage, name))
-        except VaultError as error:
-            damages.append(str(error))
-    seen: set[str] = set()
-    for manifest in held:
-        damages.extend(_damaged_files_of(storage, manifest.content, seen, say))
-    if held and storage.local:
+    damages = _lasting(storage, lambda manifest: _damaged_files_of_all(storage, manifest, say))
+    if storage.local:
         copy = storage.read(MANIFEST_COPY)
         try:
             if copy is not None:
                 parse_manifest(copy, storage.path(MANIFEST_COPY), storage.root)
         except VaultError as error:
             damages.append(str(error))
-        damages.extend(_damaged_log(storage, held[0].content))
+        damages += _lasting(storage, lambda manifest: [] if manifest is None else _damaged_log(storage, manifest))
     # A damaged directory file is found by name and again when the part is opened.
-    current = newest is None or not storage.local or newest.is_current(storage)
-    return list(dict.fromkeys(damages)), current
+    return list(dict.fromkeys(damages))
+
+
+def _lasting(storage: LocalStorage | KvStorage, look: Callable[[dict[str, Any] | None], list[str]]) -> list[str]:
+    """The damages that `look` finds, given the manifest; None stands for one that cannot be read.
+
+    A writer may go on meanwhile: files of the log go, and forgetting removes others even from under a manifest that is
+    held. Then only what is found twice is damage.
+    """
+    before: list[str] = []
+    while True:
+        try:
+            held = HeldManifest(storage)
+        except VaultError as error:
+            return [str(error), *look(None)]
+        damages = look(held.content)
+        lasting = [damage for damage in damages if damage in before]
+        if not damages or not storage.local or held.is_current(storage):
+            return damages
+        if lasting:
+            return lasting
+        before = damages
+
+
+def _damaged_files_of_all(
+    storage: LocalStorage | KvStorage, manifest: dict[str, Any] | None, say: Callable[[str], None]
+) -> list[str]:
+    """Damages of the parts and dictionaries of a manifest and of all snapshots."""
+    seen: set[str] = set()
+    damages = [] if manifest is None else _damaged_files_of(storage, manifest, seen, say)
+    for name in snapshots(storage):
+        try:
+            held = HeldManifest(storage, name)
+        except VaultError as error:
+            damages.append(str(error))
+        else:
+            damages += _damaged_files_of(storage, held.content, seen, say)
+    return damages
 
 
 def _damaged_files_of(
@@ -301,6 +308,8 @@ def _damaged_log(storage: LocalStorage, manifest: dict[str, Any]) -> list[str]:
                 stop = last if number == newest else None if end is None else file.size
                 for _ in file.batches(schemas[file.schema], FILE_HEADER, stop):
                     pass
+        except FileNotFoundError:
+            damages.append(f"{log_path(root, number)} is missing")
         except (CorruptionError, UnavailableError) as error:
             damages.append(str(error))
     return damages

@@ -9,9 +9,10 @@ import numpy as np
 from laser_jax.schema import Field
 from laser_jax.vault import format as vault_format
 from laser_jax.vault import kernels
-from laser_jax.vault.decode import DamagedPage, decode_pages, decode_run
+from laser_jax.vault.decode import DamagedPage, decode_pages, read_run, read_runs
 from laser_jax.vault.errors import CorruptionError, MissingError, UnavailableError
 from laser_jax.vault.format import PAGE, SHARD_PAGES
+from laser_jax.vault.index import PageTable
 from laser_jax.vault.part import Part
 from laser_jax.vault.storage import shared_context
 
@@ -25,9 +26,10 @@ class _ShardFile:
     def __init__(self, path: str):
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
-    def __del__(self):
+    def __del__(self, close=os.close) -> None:
+        # A default: the module's names may be gone when the interpreter ends.
         if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
+            close(self.descriptor)
 
 
 class LocalPages:
@@ -49,8 +51,24 @@ class LocalPages:
         found = self._decoded("pages", parts, first, end, layout.page_bytes)
         return found.view(np.uint32).reshape(-1, layout.num_words, PAGE)
 
-    def unpack(self, part: Part, first: int, end: int, *run: Any) -> tuple[int, int, int]:
-        """Reads the pages of one run and unpacks them; `run` as for kernels.unpack_run, but the pages.
+    def unpack(
+        self,
+        part: Part,
+        table: PageTable,
+        low: int,
+        high: int,
+        before: int,
+        n: int,
+        plan: np.ndarray,
+        out: np.ndarray,
+        prefix: np.ndarray,
+    ) -> tuple[int, int, int]:
+        """Reads the pages of one run and unpacks its newest n events before a bound.
+
+        Args:
+          part: that the pages belong to.
+          table: of pages; low, high: the run's first page in it, and one past the last.
+          before, n, plan, out, prefix: as for kernels.unpack_run.
 
         Returns:
           What kernels.unpack_run returns.
@@ -58,16 +76,17 @@ class LocalPages:
         Raises:
           As for words.
         """
-        shard = first // SHARD_PAGES
-        if end > (shard + 1) * SHARD_PAGES:
-            return kernels.unpack_run(self.words([part], np.array([first]), np.array([end])), *run)
-        offset, length = part.offset, part.length
-        start, last = int(offset[first]), end - 1
-        data = self._read(part, "pages", shard, start, int(offset[last]) + int(length[last]) - start)
-        try:
-            return decode_run(data, offset[first:end], length[first:end], part.layout.num_words, *run)
-        except DamagedPage as error:
-            raise damage(part, "pages", first + error.position, error) from error
+        layout, base = part.layout, table.base[part.name]
+        shard = (low - base) // SHARD_PAGES
+        if (high - 1 - base) // SHARD_PAGES == shard:
+            file = self._opened(part, "pages", shard)  # held: another thread may push it out of the table meanwhile
+            try:
+                found = read_run(file.descriptor, table, low, high, layout, before, n, plan, out, prefix)
+            except DamagedPage as error:
+                raise damage(part, "pages", low - base + error.position, error) from error
+            if found is not None:
+                return found
+        return _unpack_words(self, part, table, low, high, before, n, plan, out, prefix)
 
     def vectors(self, part: Part, field: Field, first: int, end: int) -> np.ndarray:
         """Pages first..end-1 of a vector field: [end - first, PAGE, size]; errors as for `words`."""
@@ -93,11 +112,10 @@ class LocalPages:
         total = int(counts.sum())
         offset, length = np.empty(total, np.int64), np.empty(total, np.int64)
         pages = np.repeat(first - before, counts) + np.arange(total)
-        distinct = list(dict.fromkeys(parts))
-        for part in distinct:
-            mine: Any = slice(None)
-            if len(distinct) > 1:
-                mine = np.repeat(np.fromiter((other is part for other in parts), bool, len(parts)), counts)
+        numbers = {part: number for number, part in enumerate(dict.fromkeys(parts))}
+        number = np.fromiter(map(numbers.__getitem__, parts), np.int64, len(parts)) if len(numbers) > 1 else None
+        for part, own in numbers.items():
+            mine: Any = slice(None) if number is None else np.repeat(number == own, counts)
             offsets, lengths = self._locations_of(part, array)
             offset[mine], length[mine] = offsets[pages[mine]], lengths[pages[mine]]
         last = before + counts - 1
@@ -105,10 +123,7 @@ class LocalPages:
         size = offset[last] + length[last] - start
         target = np.cumsum(size) - size
         data = np.empty(int(size.sum()), np.uint8)
-        view = memoryview(data)
-        rows = zip(parts, (first // SHARD_PAGES).tolist(), start.tolist(), target.tolist(), size.tolist(), strict=True)
-        for part, shard, begin, at, count in rows:
-            self._read_into(part, array, shard, begin, view[at : at + count])
+        self._read(array, parts, first // SHARD_PAGES, start, size, target, data)
         try:
             return decode_pages(data, offset + np.repeat(target - start, counts), length, page_bytes)
         except DamagedPage as error:
@@ -123,30 +138,42 @@ class LocalPages:
             found = self._locations[part.name, array] = part.locations(array)
         return found
 
-    def _read_into(self, part: Part, array: str, shard: int, offset: int, target: memoryview) -> None:
-        """Fills `target`; what lies beyond the end of the file stays as it is, and fails its checksum."""
-        try:
-            file = self._file(part, array, shard)  # held: another thread may push it out of the table meanwhile
-            os.preadv(file.descriptor, (target,), offset)
-        except FileNotFoundError as error:
-            raise MissingError(f"{_shard_name(part, array, shard)} is missing") from error
-        except OSError as error:
-            raise UnavailableError(f"{_shard_name(part, array, shard)} cannot be read: {error}") from error
+    def _read(
+        self,
+        array: str,
+        parts: list[Part],
+        shards: np.ndarray,
+        start: np.ndarray,
+        size: np.ndarray,
+        target: np.ndarray,
+        data: np.ndarray,
+    ) -> None:
+        """Fills `data` run by run; what lies beyond the end of a file stays as it is, and fails its checksum."""
+        places = list(zip(parts, shards.tolist(), strict=True))
+        # Held until the end: another thread may push them out of the table meanwhile.
+        files = {place: self._opened(place[0], array, place[1]) for place in dict.fromkeys(places)}
+        descriptor = np.fromiter((files[place].descriptor for place in places), np.int32, len(places))
+        run = read_runs(descriptor, start, size, target, data, 0)
+        while run < len(places):
+            try:
+                view = memoryview(data)[target[run] : target[run] + size[run]]
+                os.preadv(files[places[run]].descriptor, (view,), int(start[run]))
+            except OSError as error:
+                part, shard = places[run]
+                raise UnavailableError(f"{_shard_name(part, array, shard)} cannot be read: {error}") from error
+            run = read_runs(descriptor, start, size, target, data, run + 1)
 
-    def _read(self, part: Part, array: str, shard: int, offset: int, size: int) -> bytes:
-        try:
-            file = self._file(part, array, shard)  # held: another thread may push it out of the table meanwhile
-            return os.pread(file.descriptor, size, offset)
-        except FileNotFoundError as error:
-            raise MissingError(f"{_shard_name(part, array, shard)} is missing") from error
-        except OSError as error:
-            raise UnavailableError(f"{_shard_name(part, array, shard)} cannot be read: {error}") from error
-
-    def _file(self, part: Part, array: str, shard: int) -> _ShardFile:
+    def _opened(self, part: Part, array: str, shard: int) -> _ShardFile:
         key = (part.name, array, shard)
         found = self._files.get(key)
         if found is None:
-            found = _ShardFile(_shard_name(part, array, shard))
+            name = _shard_name(part, array, shard)
+            try:
+                found = _ShardFile(name)
+            except FileNotFoundError as error:
+                raise MissingError(f"{name} is missing") from error
+            except OSError as error:
+                raise UnavailableError(f"{name} cannot be read: {error}") from error
             with self._lock:
                 if len(self._files) >= _OPEN_FILES:
                     self._files.pop(next(iter(self._files)))
@@ -166,6 +193,19 @@ def _within_shards(parts: list[Part], first: np.ndarray, end: np.ndarray) -> tup
     return list(cut_parts), np.array(begins), np.array(ends)
 
 
+def _unpack_words(pages: Any, part: Part, table: PageTable, low: int, high: int, *run: Any) -> tuple[int, int, int]:
+    """LocalPages.unpack in two steps."""
+    base = table.base[part.name]
+    return kernels.unpack_run(
+        pages.words([part], np.array([low - base]), np.array([high - base])),
+        part.layout.time_words == 2,
+        table.count[low:high],
+        table.first_time[low:high],
+        table.last_time[low:high],
+        *run,
+    )
+
+
 class RemotePages:
     """Reads pages of parts in a key-value store, with a cache of decoded ones."""
 
@@ -183,9 +223,9 @@ class RemotePages:
         found = [self._result(*run, future) for run, future in zip(runs, futures, strict=True)]
         return found[0] if len(found) == 1 else np.concatenate(found)
 
-    def unpack(self, part: Part, first: int, end: int, *run: Any) -> tuple[int, int, int]:
+    def unpack(self, part: Part, table: PageTable, low: int, high: int, *run: Any) -> tuple[int, int, int]:
         """As LocalPages.unpack."""
-        return kernels.unpack_run(self.words([part], np.array([first]), np.array([end])), *run)
+        return _unpack_words(self, part, table, low, high, *run)
 
     def vectors(self, part: Part, field: Field, first: int, end: int) -> np.ndarray:
         """As LocalPages.vectors."""

@@ -135,9 +135,10 @@ class HeldManifest:
             return False
         return (found.st_dev, found.st_ino, found.st_mtime_ns) == self.identity
 
-    def __del__(self):
+    def __del__(self, close=os.close) -> None:
+        # A default: the module's names may be gone when the interpreter ends.
         if getattr(self, "_descriptor", -1) >= 0:
-            os.close(self._descriptor)
+            close(self._descriptor)
 
 
 def read_manifest(storage: LocalStorage | KvStorage) -> dict[str, Any]:

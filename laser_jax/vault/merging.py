@@ -106,6 +106,12 @@ class RowReader:
             rows = {name: column[order] for name, column in rows.items()}
         return rows if sequence else self._ordered(rows, asked)
 
+    def newest_of(
+        self, state: State, entry: tuple[int, int, int], asked: Asked, n: int
+    ) -> dict[str, np.ndarray] | None:
+        """The newest n events that one part holds of a user; `asked` has no vectors."""
+        return self._run(state, entry, asked, NO_BOUND, NO_BOUND, _ANY_TIME, n, False)
+
     def _ordered(self, rows: dict[str, np.ndarray] | None, asked: Asked) -> dict[str, np.ndarray] | None:
         """The asked columns in the order in which they were asked for."""
         if rows is not None and (asked.vectors or SEQUENCE in rows):
@@ -144,33 +150,23 @@ class RowReader:
         if low == high:
             return None
         part = state.by_number[number]
-        base = table.base[part.name]
         # Some events of these pages may have been written too late to be seen.
         filtered = as_of != NO_BOUND and bool((table.last_sequence[low:high] >= as_of).any())
         sequence |= filtered
         unpacking = self.unpacking(part, asked, sequence)
-        count = int(table.count[low])
-        capacity = (high - low - 1) * PAGE + count
+        capacity = (high - low - 1) * PAGE + table.count.item(low)
         if not filtered:
             capacity = min(capacity, n)
         buffer = unpacking.allocate(capacity)
         bad, start, rows = self.pages.unpack(
-            part,
-            low - base,
-            high - base,
-            part.layout.time_words == 2,
-            table.count[low:high],
-            table.first_time[low:high],
-            table.last_time[low:high],
-            before,
-            capacity,
-            unpacking.plan,
-            buffer,
-            unpacking.prefix,
+            part, table, low, high, before, capacity, unpacking.plan, buffer, unpacking.prefix
         )
         if bad >= 0:
-            raise wrong_times(part, low - base + bad)
+            raise wrong_times(part, low - table.base[part.name] + bad)
         columns = unpacking.columns(buffer, capacity, rows)
+        if not (asked.vectors or sequence):
+            return columns if rows else None
+        base = table.base[part.name]
         for field in asked.vectors:
             columns[field.name] = self.vectors(part, field, low - base, high - base)[start : start + rows]
         if sequence and part.layout.sequence_word < 0:

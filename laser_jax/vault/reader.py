@@ -24,7 +24,7 @@ from laser_jax.vault.dictionary import Dictionary
 from laser_jax.vault.errors import CorruptionError, MissingError, UnavailableError, UnknownFieldError, VaultError
 from laser_jax.vault.follower import Follower
 from laser_jax.vault.history import Histories, History
-from laser_jax.vault.history_cache import Cached, HistoryCache, version_of
+from laser_jax.vault.history_cache import HistoryCache
 from laser_jax.vault.log import log_path
 from laser_jax.vault.lookup import LocalPages, RemotePages
 from laser_jax.vault.maintenance import WriterOptions
@@ -37,6 +37,7 @@ from laser_jax.vault.unpacking import Asked, fill_values
 #: Memory for decoded histories of hot users.
 CACHE_BYTES = 64 << 20
 _OPEN_TRIES = 5
+_SMALLEST = -NO_BOUND - 1
 
 
 class Vault:
@@ -75,6 +76,7 @@ class Vault:
         self._rows = RowReader(self._pages, self._fills)
         self._batch = BatchReader(self._rows)
         self._asked: dict[Any, Asked] = {}
+        self._key_type = int if self.schema.user == "int64" else str
 
     def __reduce__(self):
         return Vault, (self.path, self.cache_bytes, self.at, self._writing)
@@ -175,8 +177,8 @@ class Vault:
         Raises:
           UnknownFieldError, CorruptionError, UnavailableError.
         """
-        if before is None and as_of is None and fields is None and not where and self._cache is not None:
-            found = self._known(user, n)
+        if before is None and as_of is None and fields is None and not where and max_scan is None:
+            found = self._latest(user, n)
             if found is not None:
                 return found
         asked = self._fields(fields)
@@ -419,24 +421,43 @@ class Vault:
         dictionary = self._dictionaries.get(field)
         return None if dictionary is None else dictionary.array
 
-    def _known(self, user: Any, n: int) -> History | None:
-        """The newest n events of a user if the cache alone has them: the shortest way that there is."""
+    def _latest(self, user: Any, n: Any) -> History | None:
+        """The newest n events of a user by the shortest way that there is; None if that takes more than this."""
         state = self._state
-        if type(user) not in (int, str) or type(n) is not int or n < 1 or user not in self._cache:
+        if type(user) is not self._key_type or type(n) is not int or n < 1:
             return None
+        seen = state.next_sequence
         for tail in state.tails:
             if tail.size and user in tail:
                 return None
-        found = self._cache.find(user, state)
-        if found is None:
+        cache = self._cache
+        found = None if cache is None else cache.find(user, state)
+        if found is not None:
+            size = found.rows
+            if size == n or (size < n and found.complete):
+                return History(found.columns, self._values, seen, size < n, size)
+            if size > n:
+                columns = {name: column[size - n :] for name, column in found.columns.items()}
+                return History(columns, self._values, seen, False, n)
+        if self._key_type is int and not _SMALLEST <= user <= NO_BOUND:
             return None
-        size = len(found.columns["time"])
-        if size == n or (size < n and found.complete):
-            return History(found.shared, self._values, state.next_sequence, size < n)
-        if size < n:
+        entries = state.entries(user)
+        if not entries:
             return None
-        columns = {name: column[size - n :] for name, column in found.columns.items()}
-        return History(columns, self._values, state.next_sequence, False)
+        asked = self._fields(None)
+        try:
+            if len(entries) == 1:
+                rows = self._rows.newest_of(state, entries[0], asked, n)
+            else:
+                rows = self._rows.newest(state, user, asked, NO_BOUND, seen, n, entries=entries)
+        except MissingError:
+            return None
+        if rows is None:
+            return None
+        size = len(rows["time"])
+        if cache is not None:
+            cache.keep(user, state, entries, rows, size < n, asked.event_bytes)
+        return History(rows, self._values, seen, size < n, size)
 
     def _newest(
         self, state: State, user: Any, asked: Asked, before: int, seen: int, n: int, bounded: bool
@@ -446,26 +467,28 @@ class Vault:
         if cache is None or asked.vectors or (bounded and seen < state.parts_end):
             return self._rows.newest(state, user, asked, before, seen, n)
         found = cache.find(user, state)
-        if before == NO_BOUND and (found is None or not (found.complete or len(found.columns["time"]) >= n)):
+        if found is not None:
+            columns, size, complete = found.columns, found.rows, found.complete
+        if before == NO_BOUND and (found is None or not (complete or size >= n)):
             entries = state.entries(user)
-            if entries:
-                parts_only = state.with_tails(())
-                rows = self._rows.newest(parts_only, user, self._fields(None), NO_BOUND, NO_BOUND, n, entries=entries)
-                found = Cached(state.stamp, version_of(state, entries), rows, len(rows["time"]) < n)
-                cache.keep(user, found)
-        if found is None:
+            every, parts_only = self._fields(None), state.with_tails(())
+            rows = self._rows.newest(parts_only, user, every, NO_BOUND, NO_BOUND, n, entries=entries)
+            if rows is None:
+                return self._rows.newest(state, user, asked, before, seen, n)
+            columns, size = rows, len(rows["time"])
+            complete = size < n
+            cache.keep(user, state, entries, rows, complete, every.event_bytes)
+        elif found is None:
             return self._rows.newest(state, user, asked, before, seen, n)
-        columns = found.columns
-        stop = size = len(columns["time"])
+        stop = size
         if before != NO_BOUND:
             stop = int(np.searchsorted(columns["time"], before))
-            if stop < n and not found.complete:
+            if stop < n and not complete:
                 return self._rows.newest(state, user, asked, before, seen, n)
         start = max(0, stop - n)
+        known = columns
         if start or stop < size or asked is not self._asked.get(None):
             known = {name: columns[name][start:stop] for name in ("time", *asked.names)}
-        else:
-            known = found.shared
         for tail in state.tails:
             if tail.size and user in tail:
                 return self._rows.newest(state, user, asked, before, seen, n, known=known)

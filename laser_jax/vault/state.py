@@ -1,6 +1,7 @@
 """What a read works on: parts, index and tails of one moment. It never changes; a new one takes its place."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,7 @@ class State:
         """The manifest's content."""
         return self.held.content
 
-    @property
+    @functools.cached_property
     def parts_end(self) -> int:
         """Every event in a part has a smaller sequence number."""
         return self.held.content["next_sequence"]
@@ -72,17 +73,18 @@ class State:
     def entries(self, user: Any) -> list[tuple[int, int, int]]:
         """(part number, first page, one past the last page) in every part that counts for a user, newest part first."""
         hashed = user if self.schema.user == "int64" else signed_hash(user)
+        if hashed is user and len(self.indexes) == 1:
+            # As most often; the rest would find the same.
+            count, *entry = self.indexes[0].first_entry(user)
+            if count < 2:
+                return [tuple(entry)] if count and entry[0] in self.by_number else []
         found = []
         for index in self.indexes:
             position = index.find_one(user, hashed)
             if position >= 0:
-                begin, end = index.entry_start[position : position + 2].tolist()
-                for entry in range(begin, end):
-                    number = int(index.number[entry])
-                    row = (number, int(index.first_page[entry]), int(index.end_page[entry]), int(index.covers[entry]))
-                    found.append(row)
-        if len(found) == 1:
-            return [found[0][:3]] if found[0][0] in self.by_number else []
+                for entry in range(*index.entry_start[position : position + 2].tolist()):
+                    row = (index.number[entry], index.first_page[entry], index.end_page[entry], index.covers[entry])
+                    found.append(tuple(map(int, row)))
         reach = np.iinfo(np.int64).max
         alive = []
         for number, first, end, covers in sorted(found, reverse=True):

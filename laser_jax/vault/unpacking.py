@@ -18,6 +18,7 @@ class Asked:
 
     Attributes:
       fields: of today's schema. names: their names. vectors: those that hold vectors.
+      event_bytes: of an event's time and scalar fields.
       plans: unpackings by what they depend on; see RowReader.unpacking.
     """
 
@@ -25,6 +26,7 @@ class Asked:
         self.fields = fields
         self.names = [field.name for field in fields]
         self.vectors = [field for field in fields if field.size is not None]
+        self.event_bytes = 8 + sum(field.dtype.itemsize for field in fields if field.size is None)
         self.plans: dict[Any, Unpacking] = {}
 
 
@@ -73,7 +75,8 @@ class Unpacking:
 
     def columns(self, buffer: np.ndarray, capacity: int, rows: int) -> dict[str, np.ndarray]:
         """The columns in a buffer that was allocated for `capacity` rows, as views of it."""
-        found = {name: np.ndarray(rows, dtype, buffer, begin * capacity) for name, dtype, begin in self._columns}
+        array = np.ndarray  # looked up once
+        found = {name: array(rows, dtype, buffer, begin * capacity) for name, dtype, begin in self._columns}
         for name, dtype in self._wanted.items():
             found[name] = found[name].astype(dtype)
         return found

@@ -15,7 +15,7 @@ from experiments.bench import vault as bench
 from experiments.bench import vault_gather
 from experiments.bench.vault_build import FOLDERS, build, open_store
 from experiments.bench.vault_data import LATEST, RAW, SCHEMA, Events, zipf
-from experiments.bench.vault_measure import count_preads, disk_bytes, evict, time_lookups
+from experiments.bench.vault_measure import count_reads, disk_bytes, evict, time_lookups
 from experiments.bench.vault_peers import Cached
 
 
@@ -91,7 +91,7 @@ def test_lookups_are_timed_and_counted(root, events, stores):
     found = time_lookups(gets, [users, users], block=10, before_block=lambda name: evict(stores[name]), quiet=True)
     for timing in found.values():
         assert len(timing.p50) == 2 and timing.median("p99") >= timing.median("p50") > 0
-    calls, size = count_preads(stores["vault"].get, users)
+    calls, size = count_reads(stores["vault"].get, users)
     assert calls == pytest.approx(1, abs=0.1) and size > 0
     assert all(disk_bytes(f"{root}/{name}") > 0 for name in FOLDERS)
 

@@ -101,7 +101,7 @@ def test_reads_no_more_parts_than_needed(make_vault, small_schema):
     read = []
     words, unpack = vault._pages.words, vault._pages.unpack
     vault._pages.words = lambda parts, first, end: read.extend((end - first).tolist()) or words(parts, first, end)
-    vault._pages.unpack = lambda part, first, end, *run: read.append(end - first) or unpack(part, first, end, *run)
+    vault._pages.unpack = lambda part, table, *run: read.append(run[1] - run[0]) or unpack(part, table, *run)
     for before, pages in ((3900, 4), (None, 3)):
         assert len(vault.gather([1], before, 500)) == len(vault.gather([1], before, 500)) == 1
         assert sum(read) // 2 <= pages

@@ -56,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True)
     parser.add_argument("--workdir", required=True)
-    parser.add_argument("--encoders", default=",".join(ENCODERS))
+    parser.add_argument("--encoders", default="laser,laser_plus,ta,din,mean", help=f"of {', '.join(ENCODERS)}")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--against", default="ta")
     args, handed_on = parser.parse_known_args()

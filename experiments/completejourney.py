@@ -3,7 +3,7 @@
   pip install '.[data]'
   python -m laser_jax.main --config=experiments/completejourney.py:laser_plus --workdir=runs/completejourney
 
-`:NAME` picks the encoder (laser, laser_plus, ta, din, mean). One pass over 28 000 requests of at most 10 candidates
+`:NAME` picks the encoder, of laser_jax.models.ENCODERS. One pass over 28 000 requests of at most 10 candidates
 (about 250 000 impressions), d=64, L=1000; test on 2600 whole requests of the last five weeks.
 """
 

@@ -2,7 +2,7 @@
 
   python -m laser_jax.main --config=experiments/xhs.py --workdir=runs/xhs
 
-`:NAME` picks the encoder (laser, laser_plus, ta, din, mean). The data set (3000 users, 3.6 M events, built on first
+`:NAME` picks the encoder, of laser_jax.models.ENCODERS. The data set (3000 users, 3.6 M events, built on first
 use) and one pass over 20 000 requests of 10 candidates fit 2 CPU cores; on your own logs set data.path and data.recipe,
 or `--config.data.recipe.users=...` for more of the generated ones.
 """

@@ -14,6 +14,7 @@ from flax import nnx
 from laser_jax.layers.mlp import weight
 from laser_jax.layers.rankmixer import RankMixer
 from laser_jax.layers.recency import age_bucket
+from laser_jax.layers.tokens import features_of, gather_fields
 from laser_jax.shapes import (
     CandidateTokens,
     EncoderTokens,
@@ -38,11 +39,18 @@ class TokenSource:
     rows: tuple[jax.Array, ...]  # one [U, D] a field
     indices: tuple[jax.Array, ...]  # one int32 [B, L] a field, into its rows
     w_in: jax.Array  # [f, d], f = sum of D
+    # Names of the log's fields, in order of `indices`; what comes after them (the age) is not of the log.
+    fields: tuple[str, ...] = dataclasses.field(default=(), metadata=dict(static=True))
+
+    def field(self, name: str) -> jax.Array:
+        """Indices [B, L] of the field called `name`, for encoders that compare values."""
+        if name not in self.fields:
+            raise ValueError(f"there is no field {name!r} in the history, which has {list(self.fields)}")
+        return self.indices[self.fields.index(name)]
 
     def features(self) -> HistoryFeatures:
         """Concatenated embeddings at unit RMS."""
-        x = jnp.concatenate([rows[index] for rows, index in zip(self.rows, self.indices, strict=True)], axis=-1)
-        return unit_rms(x)
+        return features_of(gather_fields(self.rows, self.indices))
 
     def dense(self) -> HistoryTokens:
         return self.features() @ self.w_in
@@ -182,6 +190,7 @@ class Ranker(nnx.Module):
             rows=(*(rows[table] for _, table, _ in fields), self.age_rows[...]),
             indices=(*(batch["history"][name] for name, _, _ in fields), age_bucket(age, self.age_buckets)),
             w_in=self.w_in[...],
+            fields=tuple(name for name, _, _ in fields),
         )
         fields = self.layout.candidate
         candidates = TokenSource(
@@ -204,11 +213,6 @@ class Ranker(nnx.Module):
         length = self.history_length
         once, each = self.encoder.macs(candidates, length)
         return {"encoder_request": once, "encoder_candidate": each, "head_candidate": self.head.macs()}
-
-
-def unit_rms(x: jax.Array) -> jax.Array:
-    """x over its root mean square along the last axis; zeros stay zeros."""
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
 
 
 def residual_scale(num_layers: int) -> float:

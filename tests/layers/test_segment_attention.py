@@ -5,7 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from laser_jax.layers import packed_segments
 from laser_jax.layers import segment_attention as sta
+from laser_jax.layers.segment_sums import GATES, cut_segments
+from laser_jax.layers.tokens import features_of, gather_fields
 from tests.layers import naive
 
 SHAPES = {  # B, C, L, w, f, d, H, dq, dv
@@ -36,7 +39,7 @@ def call(form, arrays, mask, width, gate):
     return form(a["q"], a["x"], mask, a["wq"], a["wk"], a["wv"], a["bias"], width=width, gate=gate)
 
 
-@pytest.mark.parametrize("gate", sta.GATES)
+@pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("name", SHAPES)
 def test_reference_equals_the_paper_read_as_a_loop(name, gate):
     shape = SHAPES[name]
@@ -51,7 +54,7 @@ def test_reference_equals_the_paper_read_as_a_loop(name, gate):
         assert np.isfinite(log_mass).all()
 
 
-@pytest.mark.parametrize("gate", sta.GATES)
+@pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("name", SHAPES)
 def test_folded_equals_reference_in_values_and_gradients(name, gate):
     shape = SHAPES[name]
@@ -78,6 +81,60 @@ def test_folded_equals_reference_in_values_and_gradients(name, gate):
             assert all(np.abs(gradient).max() > 1e-3 for gradient in jax.tree.leaves(got[1]))
 
 
+def a_user_at_a_time(rows, indices, positions, q, mask, *weights, **settings):
+    return sta.segment_attention_chunked(q, rows, indices, mask, *weights, chunk=1, **settings)
+
+
+def some_users_at_a_time(rows, indices, positions, q, mask, *weights, **settings):
+    return sta.segment_attention_chunked(q, rows, indices, mask, *weights, chunk=4, **settings)
+
+
+def packed(rows, indices, positions, q, mask, *weights, **settings):
+    return sta.segment_attention_packed(q, rows, indices, mask, positions, *weights, **settings)
+
+
+def all_gathered(rows, indices, positions, q, mask, *weights, **settings):
+    return sta.segment_attention_reference(q, features_of(gather_fields(rows, indices)), mask, *weights, **settings)
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize(
+    "name", ["four queries, ragged oldest segment", "more users than a block, one short segment", "many queries"]
+)
+@pytest.mark.parametrize("form", [a_user_at_a_time, some_users_at_a_time, packed])
+def test_forms_that_gather_equal_the_reference_in_values_and_gradients(form, name, gate):
+    shape = SHAPES[name]
+    (b, c, length, width, f, _, heads, _, _), arrays = shape, draw(shape)
+    rng = np.random.default_rng(2)
+    rows = [rng.normal(size=(9, f - 2)).astype(np.float32), rng.normal(size=(4, 2)).astype(np.float32)]
+    indices = [jnp.asarray(rng.integers(0, len(row), (b, length), np.int32)) for row in rows]
+    weigh = [rng.normal(size=size).astype(np.float32) for size in ((b, c, 1, 1), (b, c, heads, 1))]
+    weights = [arrays[name] for name in ("wq", "wk", "wv", "bias")]
+
+    def both(form):
+        def loss(rows, q, weights, mask, positions):
+            tokens, log_mass = form(rows, indices, positions, q, mask, *weights, width=width, gate=gate)
+            return jnp.sum(jnp.sin(tokens) * weigh[0]) + jnp.sum(log_mass * weigh[1]), (tokens, log_mass)
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
+
+    got, want = both(form), both(all_gathered)
+    for mask in masks(b, length):
+        alive = np.pad(mask, ((0, 0), (-length % width, 0))).reshape(-1, width).any(axis=1)
+        positions = np.full(len(alive) + 2, len(alive), np.int32)  # what is padded must not count
+        positions[: alive.sum()] = np.flatnonzero(alive)
+        args = (rows, arrays["q"], weights, mask, positions)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got(*args), want(*args))
+
+
+def test_live_segments_are_those_with_an_event():
+    lengths = np.array([0, 1, 5, 6, 12])
+    positions = packed_segments.live_segments(lengths, history_length=12, width=5, multiple=8)
+    cut = cut_segments(np.arange(12) >= 12 - lengths[:, None], 5)
+    np.testing.assert_array_equal(positions[:7], np.flatnonzero(np.asarray(cut).any(axis=-1)))
+    assert positions.dtype == np.int32 and (positions[7:] == 15).all() and len(positions) == 8
+
+
 @pytest.mark.parametrize("form", [sta.segment_attention_reference, sta.segment_attention_folded])
 def test_a_softmax_gate_ignores_a_common_shift_and_its_mass_shows_it(form):
     arrays = draw(SHAPES["four queries, ragged oldest segment"])
@@ -102,9 +159,9 @@ def test_sigmoid_gates_may_stay_silent_and_softmax_gates_speak():
 
 def test_segments_are_cut_from_the_newest_event_backwards():
     x = np.arange(1, 8)[None, :, None]
-    cut = np.asarray(sta.cut_segments(x, 3))[0, :, :, 0]
+    cut = np.asarray(cut_segments(x, 3))[0, :, :, 0]
     np.testing.assert_array_equal(cut, [[0, 0, 1], [2, 3, 4], [5, 6, 7]])
-    mask = np.asarray(sta.cut_segments(np.ones((1, 7), bool), 3))
+    mask = np.asarray(cut_segments(np.ones((1, 7), bool), 3))
     assert mask.dtype == bool
     np.testing.assert_array_equal(mask[0], [[False, False, True], [True] * 3, [True] * 3])
 

@@ -12,12 +12,24 @@ from laser_jax.models.base import TokenSource
 
 FEATURES, WIDTH, LONGEST = 6, 8, 24
 SEGMENT = 4
+BRANDS = 3
 SMALL = {
     "laser": dict(segment=SEGMENT, key_width=3, layers=2, segment_ffn=2),
     "laser_plus": dict(segment=SEGMENT, key_width=3, layers=2),
     "ta": dict(heads=2),
     "din": dict(hidden=5),
     "mean": {},
+    "sim_soft": dict(top=3, recent=4, heads=2),
+    "sim_hard": dict(field="brand", top=2, recent=4, heads=2),
+    "eta": dict(bits=5, top=3, recent=4, heads=2),
+    "sdim": dict(tables=3, bits=2, recent=4, heads=2),
+    "twin": dict(top=3, recent=4, heads=2),
+    "twin_v2": dict(segment=SEGMENT, top=2, recent=4, heads=2),
+    "mirrn": dict(bits=5, top=5, summarised=3, blocks=2, recent=4, heads=2),
+    "transformer": dict(layers=2, heads=2, ffn=2, block=4),
+    "hstu": dict(layers=3, heads=2, block=4),
+    "stca": dict(layers=3, heads=2),
+    "longer": dict(group=SEGMENT, newest=2, width_token=6, layers=3, heads=2, ffn=2),
 }
 NAMES = tuple(ENCODERS)
 
@@ -41,7 +53,7 @@ class Encoder:
         self.module = nnx.merge(graph, self.params["encoder"])
 
         def tokens(params, x, mask, age, q):
-            return nnx.merge(graph, params["encoder"])(source(x, params["w_in"]), mask, age, q, {}).tokens
+            return nnx.merge(graph, params["encoder"])(source(x, params["w_in"], age), mask, age, q, side(q)).tokens
 
         def loss(params, x, mask, age, q, weights):
             out = tokens(params, x, mask, age, q)
@@ -60,10 +72,25 @@ def encoder(name: str) -> Encoder:
     return Encoder(name)
 
 
-def source(x, w_in) -> TokenSource:
+def source(x, w_in, age=0) -> TokenSource:
+    """Events with a field of no width besides, which only hard search looks at; it follows the age."""
     b, length, width = x.shape
-    indices = jnp.arange(b * length).reshape(b, length)
-    return TokenSource(rows=(x.reshape(-1, width),), indices=(indices,), w_in=w_in)
+    event = jnp.arange(b * length).reshape(b, length)
+    rows = (x.reshape(-1, width), jnp.zeros((BRANDS, 0)))
+    indices = (event, brand_of_events(age + 0 * event))
+    return TokenSource(rows=rows, indices=indices, w_in=w_in, fields=("event", "brand"))
+
+
+def side(q) -> dict[str, jax.Array]:
+    return {"brand": brand_of_candidates(q)}
+
+
+def brand_of_events(age):
+    return age % BRANDS
+
+
+def brand_of_candidates(q):
+    return (q[..., 0] > 0) * 1 + (q[..., 1] > 0)
 
 
 def normal(rng, *shape):

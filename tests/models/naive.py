@@ -3,6 +3,7 @@
 import numpy as np
 
 from tests.layers import naive
+from tests.models import naive_attention, naive_retrieval
 
 
 def encode(encoder, x, mask, age, q):
@@ -102,4 +103,12 @@ def _recency(module, age, back):
     return out if module.position is None else out + np.asarray(module.position[...])[back]
 
 
-FORMS = {"mean": _mean, "ta": _ta, "din": _din, "laser": _laser, "laser_plus": _laser}
+FORMS = {
+    "mean": _mean,
+    "ta": _ta,
+    "din": _din,
+    "laser": _laser,
+    "laser_plus": _laser,
+    **naive_retrieval.FORMS,
+    **naive_attention.FORMS,
+}

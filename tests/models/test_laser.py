@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from laser_jax.layers import segment_attention as sta
 from laser_jax.layers.target_attention import attend_shared
 from laser_jax.models import encoder_config, laser, laser_plus
 from tests.models import harness
@@ -29,6 +30,20 @@ def test_laser_plus_contains_exact_target_attention(length):
     want = attend_shared(q, h, mask, module.wq[...], module.wk[...], module.wv[...]).reshape(got.shape)
     np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
     assert np.abs(want - np.asarray(h)[:, -1:]).max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["laser", "laser_plus"])
+def test_every_form_of_attention_gives_the_same(name, monkeypatch):
+    x, mask, age, q = harness.histories(c=2)
+    weights = harness.normal(np.random.default_rng(1), *harness.encoder(name)(x, mask, age, q).shape)
+    found = []
+    for fold in (False, True):
+        monkeypatch.setattr(sta, "use_fold", lambda *sizes, fold=fold: fold)
+        for chunk in (0, 2):
+            encoder = harness.Encoder(name, chunk=chunk)
+            found.append(encoder.gradient(encoder.params, x, mask, age, q, weights))
+    for other in found[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=5e-5, atol=5e-5), other, found[0])
 
 
 @pytest.mark.parametrize("name", ["laser", "laser_plus"])
@@ -58,6 +73,7 @@ def test_the_gates_of_a_segment_sum_to_about_one_at_init():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (dict(chunk=-1), "chunk=-1"),
         ({"gate": "tanh"}, "gate='tanh' is not one of"),
         ({"norm": "both"}, "norm='both' is not 'pre' or 'post'"),
         ({"heads": 3}, "width=8 is not a multiple of heads=3"),

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from laser_jax.layers.tokens import unit_rms
 from laser_jax.losses import bce_sum
 from laser_jax.models import encoder_config
-from laser_jax.models.base import HeadConfig, Ranker, TokenLayout, TokenSource, unit_rms
+from laser_jax.models.base import HeadConfig, Ranker, TokenLayout, TokenSource
 from tests.models.harness import NAMES, SMALL
 
 LAYOUT = TokenLayout(

@@ -1,0 +1,91 @@
+"""The core of STA: gates of each event, and the gated sums over each segment, with a hand-written gradient.
+
+K = candidates x heads stands after S: the products over an event's features and over a segment's events are then
+batched matrix products without transposing anything as large as the history.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+GATES = ("sigmoid", "softmax")
+NO_MASS = -30.0  # log mass of a segment without a real event: silent, yet finite
+
+
+def cut_segments(x: jax.Array, width: int) -> jax.Array:
+    """[B, L, ...] -> [B, S, w, ...], S = ceil(L / w), padding the old end with zeros (False for a mask)."""
+    b, length, *rest = x.shape
+    missing = -length % width
+    padded = jnp.pad(x, ((0, 0), (missing, 0), *((0, 0) for _ in rest)))
+    return padded.reshape(b, (length + missing) // width, width, *rest)
+
+
+def gates_and_mass(scores, mask, gate, axis):
+    """Scores and a mask that broadcasts with them; a segment's events lie along `axis`.
+
+    Returns:
+      Gates like scores, and the log mass without that axis, both float32.
+    """
+    scores = scores.astype(jnp.float32)
+    if gate == "sigmoid":
+        gates = jnp.where(mask, jax.nn.sigmoid(scores), 0.0)
+        return gates, jnp.log(jnp.maximum(jnp.sum(gates, axis=axis), jnp.exp(NO_MASS)))
+    top = jnp.max(jnp.where(mask, scores, -jnp.inf), axis=axis, keepdims=True)
+    top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))
+    e = jnp.where(mask, jnp.exp(scores - top), 0.0)
+    total = jnp.sum(e, axis=axis, keepdims=True)
+    log_mass = jnp.where(total > 0, jnp.log(jnp.maximum(total, 1e-20)) + top, NO_MASS)
+    return e / jnp.maximum(total, 1e-20), jnp.squeeze(log_mass, axis)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def segment_sums(x, u, bias, mask, gate):
+    """x [B, S, w, f], u [B, K, f], bias [K], mask [B, S, w] -> z [B, S, K, f], log mass [B, S, K]."""
+    return segment_sums_fwd(x, u, bias, mask, gate)[0]
+
+
+def segment_sums_fwd(x, u, bias, mask, gate):
+    b, s, w, f = x.shape
+    scores = (jnp.einsum("bnf,bkf->bnk", x.reshape(b, s * w, f), u) + bias).reshape(b, s, w, -1)
+    gates, log_mass = gates_and_mass(scores, mask[..., None], gate, axis=2)  # [B, S, w, K], [B, S, K]
+    # A multiply and a sum, not a dot: the sum over w is far too short for a matrix product.
+    z = jnp.sum(gates[..., None] * x[:, :, :, None], axis=2)
+    return (z, log_mass), (x, u, gates, log_mass, mask)
+
+
+def segment_sums_bwd(gate, saved, cotangents):
+    x, u, gates, log_mass, mask = saved
+    dz, dlog_mass = cotangents
+    b, s, w, f = x.shape
+    dgates = _event_products(x, dz)
+    if gate == "sigmoid":
+        alive = log_mass > NO_MASS
+        dgates = dgates + jnp.where(alive, dlog_mass * jnp.exp(-log_mass), 0.0)[:, :, None]
+        dscores = dgates * gates * (1.0 - gates)
+    else:
+        centred = dgates - jnp.sum(dgates * gates, axis=2, keepdims=True)
+        dscores = gates * (centred + dlog_mass[:, :, None])
+    dscores = jnp.where(mask[..., None], dscores, 0.0)
+    du = jnp.einsum("bnk,bnf->bkf", dscores.reshape(b, s * w, -1), x.reshape(b, s * w, f))
+    # An event is reached through the sum (gates x dz) and through its score (dscores x u): one product over 2K rows.
+    left = jnp.concatenate([gates, dscores], axis=3)
+    right = jnp.concatenate([dz, jnp.broadcast_to(u[:, None], dz.shape)], axis=2)
+    dx = jnp.einsum("bswk,bskf->bswf", left, right)
+    return dx, du, jnp.sum(dscores, axis=(0, 1, 2)), None
+
+
+def _event_products(x, dz):
+    """x [B, S, w, f], dz [B, S, K, f] -> [B, S, w, K], on CPU by blocks of users that fit its cache (1.5x faster)."""
+    block = next(size for size in (8, 4, 2, 1) if x.shape[0] % size == 0) if x.shape[0] else 1
+    if jax.default_backend() != "cpu" or x.shape[0] <= block:
+        return jnp.einsum("bswf,bskf->bswk", x, dz)
+
+    def blocks(a):
+        return a.reshape(-1, block, *a.shape[1:])
+
+    products = jax.lax.map(lambda pair: jnp.einsum("bswf,bskf->bswk", *pair), (blocks(x), blocks(dz)))
+    return products.reshape(*x.shape[:3], dz.shape[2])
+
+
+segment_sums.defvjp(segment_sums_fwd, segment_sums_bwd)

@@ -1,0 +1,21 @@
+"""Embeddings of an event's fields, side by side at unit RMS."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+
+def unit_rms(x: jax.Array) -> jax.Array:
+    """x over its root mean square along the last axis; zeros stay zeros."""
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
+
+
+def features_of(embeddings: Sequence[jax.Array]) -> jax.Array:
+    """One [..., D] a field -> [..., f], f the sum of D."""
+    return unit_rms(jnp.concatenate(embeddings, axis=-1))
+
+
+def gather_fields(rows: Sequence[jax.Array], indices: Sequence[jax.Array]) -> list[jax.Array]:
+    """Rows [U, D] at indices [...], for each field: [..., D]."""
+    return [jnp.asarray(row)[index] for row, index in zip(rows, indices, strict=True)]

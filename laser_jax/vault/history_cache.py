@@ -122,7 +122,7 @@ class HistoryCache:
                 self._size -= entry.size
             for column in columns.values():
                 column.flags.writeable = False
-            shared = types.MappingProxyType(columns)
+            shared = types.MappingProxyType(dict(columns))  # whoever read them has the other dict
             self._size += size
             self._entries[user] = Cached(state.stamp, version_of(state, entries), shared, complete, size, uses)
             self._strangers.pop(user, None)

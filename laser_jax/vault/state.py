@@ -72,8 +72,9 @@ class State:
 
     def entries(self, user: Any) -> list[tuple[int, int, int]]:
         """(part number, first page, one past the last page) in every part that counts for a user, newest part first."""
-        hashed = user if self.schema.user == "int64" else signed_hash(user)
-        if hashed is user and len(self.indexes) == 1:
+        numeric = self.schema.user == "int64"
+        hashed = user if numeric else signed_hash(user)
+        if numeric and len(self.indexes) == 1:
             # As most often; the rest would find the same.
             count, *entry = self.indexes[0].first_entry(user)
             if count < 2:

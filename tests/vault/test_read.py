@@ -92,6 +92,20 @@ def test_parts_that_overlap_in_time_are_read_as_one_history(make_vault, small_sc
                 assert_same(vault, vault.get(user, n, before), model.read(user, n, before), small_schema.names)
 
 
+@pytest.mark.parametrize("asked", [{}, {"as_of": 10**6}])  # the short way, and the other
+def test_what_a_reader_does_to_its_columns_reaches_no_other(make_vault, small_schema, asked):
+    times = np.arange(20)
+    log = {"user": np.ones(20, np.int64), "time": times, "item": times, "action": np.zeros(20, np.uint8)}
+    vault = make_vault(small_schema, log)
+    columns = vault.get(1, **asked).columns
+    try:
+        del columns["item"]
+    except TypeError:  # read-only
+        pass
+    for _ in range(3):
+        np.testing.assert_array_equal(vault.get(1, **asked)["item"], times)
+
+
 def test_reads_no_more_parts_than_needed(make_vault, small_schema):
     """Parts that follow each other in time: the newest events come from the newest part alone."""
     times = np.arange(4000)

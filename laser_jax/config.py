@@ -68,6 +68,7 @@ class Config:
             history_length=self.data.history_length,
             age_width=features.age_width,
             age_buckets=features.age_buckets,
+            embedding_std=self.optim.table_std,
             rngs=rngs,
         )
 

@@ -32,6 +32,9 @@ class StateFactory:
     Args:
       make_model: builds the model from its random numbers.
       tables: table name -> (rows, width).
+
+    Attributes:
+      optimizer: of the dense parameters. abstract_model: the model with shapes in place of arrays.
     """
 
     def __init__(
@@ -43,7 +46,8 @@ class StateFactory:
     ):
         self._make_model, self._tables, self._optim, self._mesh = make_model, tables, optim, mesh
         self.optimizer = dense_optimizer(optim)
-        self._graphdef = nnx.split(nnx.eval_shape(lambda: make_model(nnx.Rngs(0))), nnx.Param)[0]
+        self.abstract_model = nnx.eval_shape(lambda: make_model(nnx.Rngs(0)))
+        self._graphdef = nnx.split(self.abstract_model, nnx.Param)[0]
 
     def model(self, params: Any) -> nnx.Module:
         """The model with these parameters."""

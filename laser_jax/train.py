@@ -26,6 +26,7 @@ from laser_jax.state import StateFactory, TrainState, num_parameters
 
 logger = logging.getLogger(__name__)
 
+COST_CANDIDATES = (1, 10, 100)  # candidates a request at which results.json gives multiply-accumulates
 DEAD_GATES = 0.02  # spread of loudness over a user's segments, relative to its mean, below which gates ignore content
 
 
@@ -130,7 +131,11 @@ def run(config: Config, workdir: str) -> Predictions:
         predictions = predict(eval_step, state, test, mesh, "test")
         maps = report.gate_maps(eval_step, state, test, mesh, config.train.gate_maps)
     checkpoints.close()
-    _write_results(config, workdir, predictions, best, log, maps)
+    costs = {
+        "parameters": num_parameters(state),
+        "macs": {count: factory.abstract_model.macs(count) for count in COST_CANDIDATES},
+    }
+    _write_results(config, workdir, predictions, best, costs, log, maps)
     return predictions
 
 
@@ -163,15 +168,18 @@ def _loop(config, state, start, train, train_step, validate, checkpoints, log, m
         log.stepped(step + 1, pending, batch, saving=saves(step + 1))
 
 
-def _write_results(config, workdir, predictions, best, log, maps) -> None:
+def _write_results(config, workdir, predictions, best, costs, log, maps) -> None:
     """predictions.npz, results.json, the report, and the closing table."""
     predictions.save(os.path.join(workdir, "predictions.npz"))
     rows = {config.name or type(config.encoder).__name__: predictions.figures(), **predictions.reference_figures()}
     lengths = predictions.figures_by_length(config.train.length_edges)
+    evaluated = next(entry for entry in reversed(log.history) if entry["step"] == best and "valid_auc" in entry)
     results = {
         "test": {name: scores.to_json() for name, scores in rows.items()},
+        "valid_auc": evaluated["valid_auc"],
         "test_by_length": {name: scores.to_json() for name, scores in lengths.items()},
         "step": best,
+        **costs,
         "gate_contrast": log.contrast,
         "samples_per_second": log.samples_per_second,
     }

@@ -140,6 +140,8 @@ class Ranker(nnx.Module):
     Args:
       width: d, of tokens.
       age_width, age_buckets: the log-spaced age embedding that is concatenated to every event.
+      embedding_std: standard deviation of fresh age embeddings. Give that of fresh table rows: a field with larger
+        ones drowns the others in the token that all share.
     """
 
     def __init__(
@@ -152,6 +154,7 @@ class Ranker(nnx.Module):
         history_length: int,
         age_width: int,
         age_buckets: int,
+        embedding_std: float,
         rngs: nnx.Rngs,
     ):
         self.layout = layout
@@ -160,7 +163,7 @@ class Ranker(nnx.Module):
         self.age_buckets = age_buckets
         self.candidate_width = sum(size for _, _, size in layout.candidate)
         width_in = sum(size for _, _, size in layout.history) + age_width
-        self.age_rows = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (age_buckets, age_width)))
+        self.age_rows = nnx.Param(nnx.initializers.normal(embedding_std)(rngs.params(), (age_buckets, age_width)))
         self.w_in = weight(rngs, (width_in, width))
         self.encoder = encoder.build(width_in=width_in, width=width, history_length=history_length, rngs=rngs)
         context_width = sum(size for _, _, size in layout.context)

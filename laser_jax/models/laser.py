@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from laser_jax.layers import segment_attention as sta
+from laser_jax.layers.horizons import HorizonReadout, newest_segments
 from laser_jax.layers.mlp import FeedForward, weight
 from laser_jax.layers.recency import SegmentRecency
 from laser_jax.layers.segment_sums import GATES, cut_segments
@@ -25,15 +26,17 @@ class LaserConfig:
 
     Attributes:
       segment: w, events a segment. heads: H of STA and GSTA. key_width: d_q of a head in STA.
-      layers: M, GSTA layers. segment_ffn: hidden width of the segment feed-forward over d (0: none).
+      layers: M, GSTA layers (0: none). segment_ffn: hidden width of the segment feed-forward over d (0: none).
       gsta_ffn: the same for the target's feed-forward in GSTA.
       gate: "sigmoid" (may stay silent) or "softmax" inside a segment.
       gate_bias: added to every sigmoid gate's score; None is -ln(w - 1): a segment's gates sum to about 1 at init.
       mass_logit: whether a segment's log gate mass is added to its GSTA score; with softmax gates the model then
         contains exact target attention over all events.
-      norm: "post" (the paper: LN after every residual) or "pre".
+      norm: "post" (the paper: LN after every residual), "pre" or "none" (an ablation).
       recency: "age", "position", "both" or "none", added to segment tokens. age_buckets: log-spaced buckets.
       recent: r, newest segment tokens handed to the head. pool: whether the max over segment tokens is.
+      horizons: numbers of newest events over which the head also gets the attention and its mass, besides the whole
+        history; empty for none. Those longer than the history are left out.
       tied: Wk := Wq and value projections := I at init (without it one pass does not align gates and values).
       chunk: users at a time, at most, whose rows are gathered where folding pays, so that the batch's [B, L, f] never
         exists; 0 gathers all at once. The result is the same: 8 is faster on CPU, 0 elsewhere and on sharded batches.
@@ -53,6 +56,7 @@ class LaserConfig:
     age_buckets: int = 32
     recent: int = 3
     pool: bool = True
+    horizons: tuple[int, ...] = ()
     tied: bool = True
     chunk: int = 0
 
@@ -66,8 +70,12 @@ def laser(**overrides) -> LaserConfig:
 
 
 def laser_plus(**overrides) -> LaserConfig:
-    """Hierarchical softmax: softmax gates in a segment, its log-sum-exp in the GSTA score, pre-LN, 1x feed-forward."""
+    """Hierarchical softmax: softmax gates in a segment, its log-sum-exp in the GSTA score, pre-LN, 1x feed-forward.
+
+    Segments are what lets the head see the attention over four horizons for the price of one.
+    """
     settings = dict(gate="softmax", mass_logit=True, norm="pre", heads=4, segment_ffn=1, recency="age", recent=1)
+    settings |= dict(horizons=(20, 50, 200, 1000))
     return LaserConfig(**{**settings, **overrides})
 
 
@@ -79,15 +87,26 @@ class LaserEncoder(SequenceEncoder):
             raise ValueError(f"gate={config.gate!r} is not one of {GATES}")
         if config.chunk < 0:
             raise ValueError(f"chunk={config.chunk}: give a number of users, or 0 for all of the batch")
-        if config.norm not in ("pre", "post"):
-            raise ValueError(f"norm={config.norm!r} is not 'pre' or 'post'")
+        if config.norm not in ("pre", "post", "none"):
+            raise ValueError(f"norm={config.norm!r} is not 'pre', 'post' or 'none'")
+        if any(events < 1 for events in config.horizons):
+            raise ValueError(f"horizons={config.horizons}: give numbers of events, at least 1 each")
         if width % config.heads:
             raise ValueError(f"width={width} is not a multiple of heads={config.heads}")
         self.config, self.width_in = config, width_in
         self.num_segments = -(-history_length // config.segment)
         if not 0 <= config.recent <= self.num_segments:
             raise ValueError(f"recent={config.recent} is not within the {self.num_segments} segments of the history")
-        self.num_tokens = 1 + int(config.pool) + config.recent
+        newest = newest_segments(config.horizons, config.segment, self.num_segments)
+        self.horizons = (
+            HorizonReadout(width, config.heads, newest, config.segment, config.gate, rngs=rngs)
+            if config.horizons
+            else None
+        )
+        self.num_tokens = int(config.layers > 0) + int(config.pool) + config.recent
+        self.num_tokens += self.horizons.num_tokens if self.horizons is not None else 0
+        if not self.num_tokens:
+            raise ValueError("layers=0, pool=False, recent=0 and no horizons leave no token for the head")
         shape = (width, config.heads, config.key_width)
         self.wq = weight(rngs, shape)
         self.wk = nnx.Param(self.wq[...]) if config.tied else weight(rngs, shape)
@@ -96,17 +115,22 @@ class LaserEncoder(SequenceEncoder):
         bias = -math.log(max(config.segment - 1, 1)) if config.gate_bias is None else config.gate_bias
         # A softmax does not feel what is added to all of its scores.
         self.gate_bias = nnx.Param(jnp.full((config.heads,), bias, jnp.float32)) if config.gate == "sigmoid" else None
+        self.gsta = nnx.List([GlobalLayer(config, width, rngs=rngs) for _ in range(config.layers)])
+        # Horizons read the sums as they are; what refines segment tokens is there for those who read tokens.
+        reads_tokens = config.layers or config.pool or config.recent
         scale = residual_scale(1) if config.norm == "pre" else 1.0
         self.ffn = (
-            FeedForward(width, config.segment_ffn * width, rngs=rngs, out_scale=scale) if config.segment_ffn else None
+            FeedForward(width, config.segment_ffn * width, rngs=rngs, out_scale=scale)
+            if reads_tokens and config.segment_ffn
+            else None
         )
-        self.norm = nnx.LayerNorm(width, rngs=rngs)
+        norms = config.norm == "post" or config.norm == "pre" and self.ffn is not None
+        self.norm = nnx.LayerNorm(width, rngs=rngs) if reads_tokens and norms else None
         self.recency = (
-            None
-            if config.recency == "none"
-            else SegmentRecency(config.recency, self.num_segments, width, config.age_buckets, rngs=rngs)
+            SegmentRecency(config.recency, self.num_segments, width, config.age_buckets, rngs=rngs)
+            if reads_tokens and config.recency != "none"
+            else None
         )
-        self.gsta = nnx.List([GlobalLayer(config, width, rngs=rngs) for _ in range(config.layers)])
 
     def precompute(self, history: TokenSource, mask, age):
         config = self.config
@@ -116,11 +140,11 @@ class LaserEncoder(SequenceEncoder):
         newest_age = jnp.min(ages, axis=-1)
         recency = None if self.recency is None else self.recency(newest_age)
         events = history if config.chunk else history.features()
-        return events, history.w_in, mask, segment_mask.any(axis=-1), recency
+        return events, history.w_in, mask, segment_mask.sum(axis=-1), recency
 
     def score(self, ctx, q, side) -> SeqOut:
-        events, w_in, mask, alive, recency = ctx
-        config = self.config
+        events, w_in, mask, num_events, recency = ctx
+        config, alive = self.config, num_events > 0
         wk = jnp.einsum("fd,dhk->fhk", w_in, self.wk[...])
         wv = jnp.einsum("fd,dhv->fhv", w_in, self.wv[...])
         bias = jnp.zeros((config.heads,)) if self.gate_bias is None else self.gate_bias[...]
@@ -134,28 +158,35 @@ class LaserEncoder(SequenceEncoder):
             x = events.features() if config.chunk else events
             attend = sta.segment_attention_folded if fold else sta.segment_attention_reference
             s, log_mass = attend(q, x, mask, *weights, **form)
-        if self.ffn is not None:
-            s = s + self.ffn(self.norm(s) if config.norm == "pre" else s)
-        if config.norm == "post":
-            s = self.norm(s)
-        if recency is not None:
-            s = s + recency[:, None]
-        t = q
-        for layer in self.gsta:
-            t = layer(t, s, alive, log_mass if config.mass_logit else None)
-        tokens = [t - q if config.norm == "pre" else t]
+        sums, s, tokens = s, self._refine(s, recency), []
+        if config.layers:
+            t = q
+            for layer in self.gsta:
+                t = layer(t, s, alive, log_mass if config.mass_logit else None)
+            tokens.append((t if config.norm == "post" else t - q)[:, :, None])
         real = alive[:, None, :, None]
         if config.pool:
             # By place and not by jnp.max, whose gradient asks once more which value is the largest: where a compiler
             # computes s twice and rounds it otherwise the second time, none is, and the gradient is lost.
             place = jnp.argmax(jax.lax.stop_gradient(jnp.where(real, s, -jnp.inf)), axis=2, keepdims=True)
-            top = jnp.take_along_axis(s, place, axis=2)[:, :, 0]
-            tokens.append(jnp.where(alive.any(axis=1)[:, None, None], top, 0.0))
-        s = jnp.where(real, s, 0.0)
-        # A history shorter than the one built for may have fewer segments than `recent`.
-        newest = jnp.pad(s, ((0, 0), (0, 0), (max(config.recent - s.shape[2], 0), 0), (0, 0)))
-        tokens += [newest[:, :, -1 - i] for i in range(config.recent)]
-        return SeqOut(tokens=jnp.stack(tokens, axis=2), diag={"loudness": self._loudness(log_mass, alive)})
+            loudest = jnp.take_along_axis(s, place, axis=2)
+            tokens.append(jnp.where(alive.any(axis=1)[:, None, None, None], loudest, 0.0))
+        if config.recent:
+            # A history shorter than the one built for may have fewer segments than `recent`.
+            missing = max(config.recent - s.shape[2], 0)
+            newest = jnp.pad(jnp.where(real, s, 0.0), ((0, 0), (0, 0), (missing, 0), (0, 0)))
+            tokens.append(newest[:, :, : -1 - config.recent : -1])
+        if self.horizons is not None:
+            tokens.append(self.horizons(sums, log_mass, alive, num_events))
+        return SeqOut(tokens=jnp.concatenate(tokens, axis=2), diag={"loudness": self._loudness(log_mass, alive)})
+
+    def _refine(self, s, recency):
+        """Gated sums [B, C, S, d] -> segment tokens."""
+        if self.ffn is not None:
+            s = s + self.ffn(self.norm(s) if self.config.norm == "pre" else s)
+        if self.config.norm == "post" and self.norm is not None:
+            s = self.norm(s)
+        return s if recency is None else s + recency[:, None]
 
     def _loudness(self, log_mass, alive):
         """[B, C, S]: mean sigmoid gate of a segment's events, or a segment's share of the softmax attention."""
@@ -178,7 +209,10 @@ class LaserEncoder(SequenceEncoder):
         else:
             once = length * self.width_in * (heads * key + d)
             each = d * heads * key + length * (heads * key + d)
-        each += segments * FeedForward.macs(d, config.segment_ffn * d)
+        if self.ffn is not None:
+            each += segments * FeedForward.macs(d, config.segment_ffn * d)
+        if self.horizons is not None:
+            each += self.horizons.macs(segments)
         each += sum(layer.macs(segments) for layer in self.gsta)
         return once, each
 
@@ -187,27 +221,27 @@ class GlobalLayer(nnx.Module):
     """One GSTA layer: the target attends over the segment tokens; only the target is updated."""
 
     def __init__(self, config: LaserConfig, width: int, *, rngs: nnx.Rngs):
-        self.pre = config.norm == "pre"
+        self.norm = config.norm
         self.attention = TargetAttention(width, config.heads, tied=config.tied, rngs=rngs)
-        scale = residual_scale(config.layers) if self.pre else 1.0
+        scale = residual_scale(config.layers) if self.norm == "pre" else 1.0
         self.ffn = FeedForward(width, config.gsta_ffn * width, rngs=rngs, out_scale=scale) if config.gsta_ffn else None
-        self.norm_attention = nnx.LayerNorm(width, rngs=rngs)
-        self.norm_ffn = nnx.LayerNorm(width, rngs=rngs)
+        self.norm_attention = nnx.LayerNorm(width, rngs=rngs) if self.norm != "none" else None
+        self.norm_ffn = nnx.LayerNorm(width, rngs=rngs) if self.norm != "none" and self.ffn is not None else None
 
     def __call__(self, t, s, alive, log_mass):
         """t [B, C, d], s [B, C, S, d], alive [B, S], log_mass [B, C, H, S] or None -> [B, C, d]."""
         b, c, segments, d = s.shape
         # Segment tokens differ by candidate, so every (request, candidate) pair is a request of one candidate here.
-        query = (self.norm_attention(t) if self.pre else t).reshape(b * c, 1, d)
+        query = (self.norm_attention(t) if self.norm == "pre" else t).reshape(b * c, 1, d)
         mask = jnp.repeat(alive, c, axis=0)
         offset = None if log_mass is None else log_mass.reshape(b * c, 1, -1, segments)
         out = self.attention(query, s.reshape(b * c, segments, d), mask, offset=offset).reshape(b, c, d)
         t = t + out
-        if not self.pre:
+        if self.norm == "post":
             t = self.norm_attention(t)
         if self.ffn is not None:
-            t = t + self.ffn(self.norm_ffn(t) if self.pre else t)
-            t = t if self.pre else self.norm_ffn(t)
+            t = t + self.ffn(self.norm_ffn(t) if self.norm == "pre" else t)
+            t = self.norm_ffn(t) if self.norm == "post" else t
         return t
 
     def macs(self, segments: int) -> int:

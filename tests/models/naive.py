@@ -84,8 +84,32 @@ def _laser(module, h, mask, age, q):
             for back in range(config.recent):
                 n = len(cut) - 1 - back
                 tokens.append(s[b, c, n] if n >= 0 and alive[b, n] else np.zeros(q.shape[2]))
-            out[b, c] = tokens
+            out[b, c] = [*tokens, *_horizons(module, h[b], mask[b], q[b, c])]
     return out
+
+
+def _horizons(module, h, mask, q):
+    """Each horizon attended on its own, over events and not over segments."""
+    if module.horizons is None:
+        return []
+    wq, wk, wv = (np.asarray(p[...], np.float64) for p in (module.wq, module.wk, module.wv))
+    tokens, masses = [], []
+    for reach in module.horizons.newest:
+        size = reach * module.config.segment
+        newest = [i for i in range(len(h)) if mask[i] and i >= len(h) - size]
+        token = []
+        for head in range(wq.shape[1]):
+            scores = [(q @ wq[:, head]) @ (h[i] @ wk[:, head]) / np.sqrt(wq.shape[2]) for i in newest]
+            if module.config.gate == "softmax":
+                loud = [np.exp(score) for score in scores]
+            else:
+                loud = [1 / (1 + np.exp(-score - float(module.gate_bias[head]))) for score in scores]
+            mean = sum((g * (h[i] @ wv[:, head]) for g, i in zip(loud, newest, strict=True)), np.zeros(wv.shape[2]))
+            token.append(mean / max(sum(loud), 1e-20))
+            masses.append(np.log(sum(loud) / size) if newest else 0.0)
+        tokens.append(np.concatenate(token))
+        masses.append(np.log(max(len(newest), 1) / size))
+    return [*tokens, np.asarray(masses) @ np.asarray(module.horizons.w_mass[...], np.float64)]
 
 
 def _norm(module, x):

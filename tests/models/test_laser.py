@@ -6,6 +6,8 @@ import pytest
 from flax import nnx
 
 from laser_jax.layers import segment_attention as sta
+from laser_jax.layers.horizons import read_horizons
+from laser_jax.layers.segment_sums import gates_and_mass
 from laser_jax.layers.target_attention import attend_shared
 from laser_jax.models import encoder_config, laser, laser_plus
 from tests.models import harness
@@ -30,6 +32,42 @@ def test_laser_plus_contains_exact_target_attention(length):
     want = attend_shared(q, h, mask, module.wq[...], module.wk[...], module.wv[...]).reshape(got.shape)
     np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
     assert np.abs(want - np.asarray(h)[:, -1:]).max() > 0.1
+
+
+@pytest.mark.parametrize("horizons", [(4,), (2, 8, 5), (100,)])
+def test_horizons_are_exact_target_attention_over_the_newest_events(horizons):
+    config = laser_plus(segment=4, layers=0, segment_ffn=0, pool=False, recent=0, horizons=horizons)
+    module = build(config, history_length=12)
+    x, mask, age, q = harness.histories(length=12)
+    mask[-1] = False
+    q *= 5
+    source = harness.source(x, harness.normal(np.random.default_rng(0), harness.FEATURES, harness.WIDTH))
+    tokens = np.asarray(jax.jit(lambda x: module(source, mask, age, q, {}).tokens)(x))
+    reaches = sorted({-(-events // 4) * 4 for events in horizons if events < 9} | {12})
+    assert tokens.shape[2] == len(reaches) + 1 == module.num_tokens
+    for k, reach in enumerate(reaches):
+        newest = mask & (np.arange(12) >= 12 - reach)
+        want = attend_shared(q, source.dense(), newest, module.wq[...], module.wk[...], module.wv[...])
+        np.testing.assert_allclose(tokens[:, :, k], want.reshape(tokens[:, :, k].shape), rtol=2e-5, atol=2e-5)
+    assert not tokens[-1, :, :-1].any()  # nothing to read; the last token says so
+
+
+@pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
+def test_the_mass_of_a_horizon_is_that_of_its_events(gate):
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(2, 3, 2, 5, 4)).astype(np.float32)  # [B, C, H, S, w]
+    values = rng.normal(size=(2, 5, 4, 2, 3)).astype(np.float32)  # [B, S, w, H, dv]
+    mask = np.arange(20).reshape(5, 4) >= np.array([0, 11])[:, None, None]
+    gates, mass = jax.jit(gates_and_mass, static_argnums=(2, 3))(scores, mask[:, None, None], gate, -1)
+    s = np.einsum("bchsw,bswhv->bcshv", gates, values).reshape(2, 3, 5, 6)
+    means, got = jax.jit(read_horizons, static_argnums=(3, 4))(s, mass, mask.any(axis=-1), (1, 3, 9), gate)
+    loud = np.exp(scores) if gate == "softmax" else 1 / (1 + np.exp(-scores))
+    loud = np.where(mask[:, None, None], loud, 0.0)
+    for k, reach in enumerate((1, 3, 5)):
+        part = loud[..., -reach:, :]
+        np.testing.assert_allclose(got[:, :, k], np.log(part.sum(axis=(-1, -2))), rtol=1e-5, atol=1e-5)
+        want = np.einsum("bchsw,bswhv->bchv", part, values[:, -reach:]) / part.sum(axis=(-1, -2))[..., None]
+        np.testing.assert_allclose(means[:, :, k], want.reshape(2, 3, 6), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["laser", "laser_plus"])
@@ -75,7 +113,9 @@ def test_the_gates_of_a_segment_sum_to_about_one_at_init():
     [
         (dict(chunk=-1), "chunk=-1"),
         ({"gate": "tanh"}, "gate='tanh' is not one of"),
-        ({"norm": "both"}, "norm='both' is not 'pre' or 'post'"),
+        ({"norm": "both"}, "norm='both' is not 'pre', 'post' or 'none'"),
+        ({"horizons": (20, 0)}, "give numbers of events, at least 1 each"),
+        (dict(layers=0, pool=False, recent=0), "leave no token for the head"),
         ({"heads": 3}, "width=8 is not a multiple of heads=3"),
         ({"recent": 7}, "recent=7 is not within the 6 segments"),
         ({"recency": "time"}, "recency='time' is not one of"),

@@ -24,7 +24,7 @@ B, C, L = 3, 4, 10
 
 
 def ranker(name="laser_plus", **changes):
-    arguments = dict(width=8, history_length=L, age_width=2, age_buckets=8, rngs=nnx.Rngs(0))
+    arguments = dict(width=8, history_length=L, age_width=2, age_buckets=8, embedding_std=0.1, rngs=nnx.Rngs(0))
     head = HeadConfig(tokens=4, width=8, blocks=1)
     return Ranker(changes.pop("layout", LAYOUT), encoder_config(name, **SMALL[name]), head, **{**arguments, **changes})
 

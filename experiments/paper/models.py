@@ -1,0 +1,67 @@
+"""The rows of the tables: every model of the zoo, plain and with all tricks, and what is searched for each."""
+
+import dataclasses
+from typing import Any
+
+from experiments.paper.study import GBDT, Model
+from laser_jax.models import ENCODERS, encoder_config
+
+#: From the cheapest to the dearest, so that a table that is cut short still has most of its rows.
+ORDER = (
+    "laser_plus", "ta", GBDT, "mean", "twin_v2", "sim_hard", "sim_soft", "sdim", "eta", "twin", "laser", "mirrn", "din",
+    "stca", "longer", "transformer", "hstu",
+)  # fmt: skip
+
+#: Tried for every model, one seed, the best on validation kept; each model's own knob comes last.
+TRIALS: tuple[dict[str, Any], ...] = ({}, {"optim.learning_rate": 3e-3}, {"optim.table_learning_rate": 0.2})
+KNOBS: dict[str, dict[str, Any]] = {
+    "laser_plus": {"encoder.segment": 20},
+    "laser": {"encoder.gate_bias": -6.9},
+    "ta": {"encoder.heads": 8},
+    "mean": {"optim.learning_rate": 1e-2},
+    "din": {"encoder.softmax": False},
+    "sim_hard": {"encoder.top": 200},
+    "sim_soft": {"encoder.top": 200},
+    "eta": {"encoder.bits": 64},
+    "sdim": {"encoder.bits": 3},
+    "twin": {"encoder.top": 200},
+    "twin_v2": {"encoder.top": 100},
+    "mirrn": {"encoder.top": 50},
+    "transformer": {"encoder.layers": 2},
+    "hstu": {"encoder.layers": 1},
+    "stca": {"encoder.layers": 1},
+    "longer": {"encoder.group": 4},
+}
+
+
+def model(name: str, column: str) -> Model:
+    """The model called `name` in a column of the table.
+
+    Args:
+      column: "plain" (the model's own card: untied projections, no products in the head) or "tricks" (Wk := Wq at
+        init and product features with the candidate, for all; unit-RMS tokens and log-spaced ages are in both).
+    """
+    if column not in ("plain", "tricks"):
+        raise ValueError(f"column={column!r} is not 'plain' or 'tricks'")
+    if name == GBDT:
+        return Model(name, name)
+    settings: dict[str, Any] = {"head.products": column == "tricks"}
+    if "tied" in {field.name for field in dataclasses.fields(encoder_config(name))}:
+        settings["encoder.tied"] = column == "tricks"
+    if name == "transformer":
+        settings["encoder.ffn"] = 1  # as in PAPER's comparison of costs
+    return Model(name, name, settings)
+
+
+def trials(name: str) -> list[dict[str, Any]]:
+    """What is tried for a model: as many settings for one as for any other."""
+    return [{}] if name == GBDT else [*TRIALS, KNOBS[name]]
+
+
+def names(text: str) -> list[str]:
+    """Comma-separated names, or "all"."""
+    wanted = list(ORDER) if text == "all" else text.split(",")
+    for name in wanted:
+        if name not in ENCODERS and name != GBDT:
+            raise ValueError(f"there is no model {name!r}; choose of {', '.join(ORDER)}, or all")
+    return wanted

@@ -1,0 +1,51 @@
+"""What the paper leaves open (r, gate bias, recency, norm, GSTA layers' width ...), one row a choice.
+
+  python -m experiments.paper.open_points --data=completejourney --seeds=3 --base=laser
+
+Writes ROOT/DATA/open_points-BASE.{md,csv,png}.
+"""
+
+from experiments.paper import models, variants
+from experiments.paper.study import Model, parse
+from laser_jax.models import encoder_config
+
+
+def choices(base: Model) -> list[Model]:
+    """The base, and one row for every other choice of an open point."""
+    config = encoder_config(base.encoder)
+    points = {
+        "recent": (0, 1, 3, 10),
+        "recency": ("none", "age", "position", "both"),
+        "norm": ("pre", "post"),
+        "segment_ffn": (0, 1, 4),
+        "gsta_ffn": (0, 1, 4),
+        "heads": (1, 2, 4, 8),
+        "key_width": (8, 16, 32),
+        "mass_logit": (False, True),
+        "gate": ("sigmoid", "softmax"),
+    }
+    if config.gate == "sigmoid":
+        points["gate_bias"] = (None, 0.0, -4.6, -6.9)
+    rows = [base]
+    for point, values in points.items():
+        for value in values:
+            if value != getattr(config, point):
+                rows.append(base.but(f"{point}={value}", **{f"encoder__{point}": value}))
+    for products in (True, False):
+        if products != base.settings["head.products"]:
+            rows.append(base.but(f"head.products={products}", head__products=products))
+    return rows
+
+
+def main() -> None:
+    def add(parser):
+        parser.add_argument("--base", default="laser", choices=("laser_plus", "laser"))
+
+    args, study = parse(__doc__, add)
+    rows = choices(models.model(args.base, "tricks"))
+    print(variants.tabulate(study, f"open_points-{args.base}", rows, args.seeds, not args.only_report))
+    print(f"\n{args.data}: {len(rows)} choices, {args.seeds} seeds; table and picture in {study.folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""Many runs of one protocol: each a process, resumed if it was killed, never run twice.
+
+A run lies in ROOT/DATA/ENCODER-DIGEST/SEED, the digest being that of its settings, so that tables share the runs they
+have in common. Beside what `laser_jax.main` writes (config.json with the data's checksums, predictions.npz,
+results.json) lies run.json: encoder, settings, seed and git revision.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import time
+from typing import Any
+
+from laser_jax.models import ENCODERS
+
+GBDT = "gbdt"  # the outsider, which is no encoder: see outsider.py
+
+#: Per data set: the experiment file, and how the standard run differs from it (one pass, d=64, L=1000, for all models).
+STANDARD: dict[str, tuple[str, dict[str, Any]]] = {
+    "completejourney": ("experiments/completejourney.py", {}),
+    "xhs_synthetic": (
+        "experiments/xhs.py",
+        {"width": 64, "head.tokens": 8, "head.width": 64, "head.products": False, "optim.b2": 0.999},
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """One row of a table.
+
+    Attributes:
+      label: what the table calls it. encoder: a name of laser_jax.models.ENCODERS, or "gbdt".
+      settings: config field -> value, what differs from the standard run.
+    """
+
+    label: str
+    encoder: str
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.encoder not in ENCODERS and self.encoder != GBDT:
+            raise ValueError(f"there is no model {self.encoder!r}; choose of {', '.join([*ENCODERS, GBDT])}")
+
+    def digest(self) -> str:
+        text = json.dumps(self.settings, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+    def but(self, label: str, **settings: Any) -> "Model":
+        """The same with other settings; double underscores stand for dots."""
+        changed = {name.replace("__", "."): value for name, value in settings.items()}
+        return Model(label, self.encoder, {**self.settings, **changed})
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What one finished run left."""
+
+    model: Model
+    seed: int
+    folder: str
+    results: dict[str, Any]
+
+    @property
+    def test(self) -> dict[str, Any]:
+        """Its figures on test; references (oracle, popularity) come after the model's."""
+        return next(iter(self.results["test"].values()))
+
+    @property
+    def predictions(self) -> str:
+        return os.path.join(self.folder, "predictions.npz")
+
+
+class Study:
+    """Runs models by one protocol.
+
+    Args:
+      experiment: path of the experiment file. settings: config field -> value for all runs.
+      folder: where the runs lie. jobs: runs at a time; each gets its share of the cores.
+      flags: further flags for every run, as they are.
+    """
+
+    def __init__(
+        self, experiment: str, settings: dict[str, Any], folder: str, jobs: int = 1, flags: tuple[str, ...] = ()
+    ):
+        self.experiment, self.settings, self.folder, self.flags = experiment, settings, folder, flags
+        cores = sorted(os.sched_getaffinity(0))
+        if not 1 <= jobs <= len(cores):
+            raise ValueError(f"jobs={jobs} is not within the {len(cores)} cores there are")
+        share = len(cores) // jobs
+        self._cores = [set(cores[k * share : (k + 1) * share]) for k in range(jobs)]
+
+    def path(self, model: Model, seed: int) -> str:
+        return os.path.join(self.folder, f"{model.encoder}-{model.digest()}", str(seed))
+
+    def outcome(self, model: Model, seed: int) -> Outcome | None:
+        """What the run left; None if it is not finished."""
+        folder = self.path(model, seed)
+        if not os.path.exists(os.path.join(folder, "results.json")):
+            return None
+        with open(os.path.join(folder, "results.json"), encoding="utf-8") as file:
+            return Outcome(model, seed, folder, json.load(file))
+
+    def finished(self, model: Model, seeds: int) -> list[Outcome]:
+        """The finished runs among the first `seeds`."""
+        found = [self.outcome(model, seed) for seed in range(seeds)]
+        return [outcome for outcome in found if outcome is not None]
+
+    def run(self, runs: list[tuple[Model, int]]) -> None:
+        """Runs what is not finished, in this order.
+
+        Raises:
+          RuntimeError: a run failed; names its log. The others are finished first.
+        """
+        distinct = {self.path(model, seed): (model, seed) for model, seed in runs}
+        wanted = [run for run in distinct.values() if self.outcome(*run) is None]
+        free: queue.Queue[set[int]] = queue.Queue()
+        for cores in self._cores:
+            free.put(cores)
+        start, done, failed = time.monotonic(), 0, []
+
+        def one(run: tuple[Model, int]) -> str | None:
+            cores = free.get()
+            try:
+                os.sched_setaffinity(0, cores)  # of this thread, and so of the process it starts
+                return self._execute(*run)
+            finally:
+                free.put(cores)
+
+        with concurrent.futures.ThreadPoolExecutor(len(self._cores)) as pool:
+            futures = {pool.submit(one, run): run for run in wanted}
+            for future in concurrent.futures.as_completed(futures):
+                model, seed = futures[future]
+                name = f"{model.label} seed {seed}"
+                done += 1
+                if (log := future.result()) is not None:
+                    failed.append(log)
+                    print(f"{done}/{len(wanted)} {name} FAILED: see {log}", flush=True)
+                    continue
+                seconds = time.monotonic() - start
+                auc = self.outcome(model, seed).test["auc"]
+                eta = seconds / done * (len(wanted) - done)
+                print(f"{done}/{len(wanted)} {name}: test AUC {auc:.4f}  ETA {eta:.0f} s", flush=True)
+        if failed:
+            raise RuntimeError(f"{len(failed)} of {len(wanted)} runs failed: see {', '.join(failed)}")
+
+    def _execute(self, model: Model, seed: int) -> str | None:
+        """One run; the path of its log if it failed."""
+        folder = self.path(model, seed)
+        os.makedirs(folder, exist_ok=True)
+        told = {"label": model.label, "encoder": model.encoder, "settings": {**self.settings, **model.settings}}
+        with open(os.path.join(folder, "run.json"), "w", encoding="utf-8") as file:
+            json.dump({**told, "flags": self.flags, "seed": seed, "revision": revision()}, file, indent=1)
+        if model.encoder == GBDT:
+            command = [sys.executable, "-m", "experiments.paper.outsider", f"--config={self.experiment}"]
+            command += [f"--workdir={folder}", f"--seed={seed}"]
+        else:
+            command = [sys.executable, "-m", "laser_jax.main", f"--config={self.experiment}:{model.encoder}"]
+            command += [f"--workdir={folder}", f"--config.train.seed={seed}", f"--config.data.seed={seed}"]
+            command += [f"--config.{name}={value}" for name, value in told["settings"].items()]
+            command += self.flags
+        log = os.path.join(folder, "log")
+        with open(log, "a", encoding="utf-8") as file:
+            code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
+        return log if code else None
+
+    def search(self, model: Model, trials: list[dict[str, Any]]) -> Model:
+        """Runs seed 0 of the model under each trial's settings; returns it with those best on validation."""
+        tried = [Model(model.label, model.encoder, {**model.settings, **trial}) for trial in trials]
+        self.run([(trial, 0) for trial in tried])
+        return max(tried, key=lambda trial: self.outcome(trial, 0).results["valid_auc"])
+
+
+def revision() -> str:
+    """The git revision of the code, with a mark if the tree has changes; empty outside a repository."""
+    found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return found.stdout.strip()
+
+
+def parse(description: str, add=None) -> tuple[argparse.Namespace, Study]:
+    """The arguments that all tables share, and the study they ask for.
+
+    Args:
+      add: takes the parser and adds a table's own arguments.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="completejourney", choices=sorted(STANDARD))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with its share of the cores")
+    parser.add_argument("--root", default="runs/paper", help="where runs and tables go")
+    parser.add_argument("--only-report", action="store_true", help="run nothing: tabulate what is finished")
+    if add is not None:
+        add(parser)
+    args, flags = parser.parse_known_args()
+    unknown = [flag for flag in flags if not flag.startswith("--config.")]
+    if unknown:
+        parser.error(f"unknown arguments: {' '.join(unknown)}")
+    experiment, settings = STANDARD[args.data]
+    # Other flags are another protocol, whose runs must not mix with these.
+    suffix = f"-{hashlib.sha256(' '.join(flags).encode()).hexdigest()[:6]}" if flags else ""
+    return args, Study(experiment, settings, os.path.join(args.root, args.data + suffix), args.jobs, tuple(flags))

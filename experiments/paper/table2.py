@@ -1,0 +1,81 @@
+"""Table 2: every model on one data set, the same embeddings, head, budget and search for all.
+
+  python -m experiments.paper.table2 --data=completejourney --seeds=3
+  python -m experiments.paper.table2 --data=xhs_synthetic --seeds=3 --models=laser_plus,ta,transformer
+
+Settings are searched with seed 0 on validation (--trials of them a model, 1 for none), then the other seeds run. Two
+columns: `tricks` gives every model what is not tied to segments, `plain` is each model's own card. Differences are
+paired over users. Writes ROOT/DATA/table2-COLUMN.{md,csv,png}; the same command again goes on where it stopped.
+"""
+
+import numpy as np
+
+from experiments.paper import models, tables
+from experiments.paper.study import Model, Outcome, Study, parse
+
+
+def tabulate(study: Study, column: str, chosen: dict[str, Model], seeds: int, against: str) -> str:
+    """The table of what is finished."""
+    found = {name: study.finished(model, seeds) for name, model in chosen.items()}
+    found = {name: outcomes for name, outcomes in found.items() if outcomes}
+    order = sorted(found, key=lambda name: -np.mean([o.test["auc"] for o in found[name]]))
+    head = [*tables.HEAD, f"AUC - {against}", "95 % interval", *tables.COSTS, "settings"]
+    rows = []
+    for name in order:
+        outcomes = found[name]
+        gap = tables.difference(outcomes, found[against]) if against in found else ["", ""]
+        fixed = models.model(name, column).settings
+        searched = {k: v for k, v in chosen[name].settings.items() if fixed.get(k) != v}
+        text = " ".join(f"{key.split('.', 1)[1]}={value}" for key, value in searched.items())
+        rows.append([*tables.figures(name, outcomes), *gap, *tables.costs(outcomes), text])
+    references = reference_aucs(next(iter(found.values()))[0]) if found else {}
+    notes = [f"{name}: AUC {value:.4f}." for name, value in references.items()]
+    text = tables.write(study.folder, f"table2-{column}", head, rows, notes)
+    if found:
+        values = {name: [o.test["auc"] for o in outcomes] for name, outcomes in found.items()}
+        shown = {name: value for name, value in references.items() if name == "oracle"}
+        tables.save(tables.bars(values, "test AUC", f"{column}, a dot a seed", shown), study.folder, f"table2-{column}")
+    return text
+
+
+def reference_aucs(outcome: Outcome) -> dict[str, float]:
+    """AUCs of what was stored with the data."""
+    return {name: scores["auc"] for name, scores in list(outcome.results["test"].items())[1:]}
+
+
+def choose(study: Study, column: str, names: list[str], trials: int, run: bool) -> dict[str, Model]:
+    """Each model with the settings that were best on validation; where not all trials are run, the first ones."""
+    chosen = {}
+    for name in names:
+        model, tried = models.model(name, column), models.trials(name)[:trials]
+        candidates = [Model(name, name, {**model.settings, **trial}) for trial in tried]
+        if run:
+            chosen[name] = study.search(model, tried)
+        else:
+            ready = [c for c in candidates if study.outcome(c, 0) is not None]
+            if ready:
+                chosen[name] = max(ready, key=lambda c: study.outcome(c, 0).results["valid_auc"])
+    return chosen
+
+
+def main() -> None:
+    def add(parser):
+        parser.add_argument("--models", default="all", help=f"of {', '.join(models.ORDER)}")
+        parser.add_argument("--columns", default="tricks,plain")
+        parser.add_argument("--trials", type=int, default=4, help="settings tried a model, with one seed")
+        parser.add_argument("--against", default="laser_plus")
+
+    args, study = parse(__doc__, add)
+    names = models.names(args.models)
+    texts = []
+    for column in args.columns.split(","):
+        chosen = choose(study, column, names, args.trials, run=not args.only_report)
+        if not args.only_report:
+            study.run([(model, seed) for seed in range(args.seeds) for model in chosen.values()])
+        texts.append(f"{column}\n\n" + tabulate(study, column, chosen, args.seeds, args.against))
+    print("\n\n".join(texts))
+    print(f"\n{args.data}: {len(names)} models, {args.seeds} seeds; tables and pictures in {study.folder}")
+
+
+if __name__ == "__main__":
+    main()

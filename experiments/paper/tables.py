@@ -1,0 +1,108 @@
+"""Tables of outcomes as markdown and CSV, and their pictures."""
+
+import csv
+import os
+from collections.abc import Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments.paper.intervals import mean_aucs, paired
+from experiments.paper.study import Outcome
+
+matplotlib.use("Agg")
+matplotlib.rcParams["text.parse_math"] = False
+
+HEAD = ["model", "seeds", "AUC", "sd", "GAUC", "logloss", "ECE"]
+COSTS = ["MACs C=1", "MACs/cand. C=100", "parameters", "samples/s"]
+
+
+def millions(value: float) -> str:
+    return f"{value / 1e6:.2f} M"
+
+
+def encoder_macs(outcome: Outcome, candidates: int) -> float | None:
+    """Encoder multiply-accumulates a candidate, when a request has so many; None for the outsider."""
+    macs = outcome.results.get("macs")
+    if macs is None:
+        return None
+    macs = macs[str(candidates)]
+    return macs["encoder_request"] / candidates + macs["encoder_candidate"]
+
+
+def spread(values: Sequence[float]) -> str:
+    return f"{np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
+
+
+def figures(label: str, outcomes: list[Outcome]) -> list[str]:
+    """The cells of HEAD: means over seeds."""
+    tests = [outcome.test for outcome in outcomes]
+    means = [f"{np.mean([test[name] for test in tests]):.4f}" for name in ("gauc", "logloss", "ece")]
+    aucs = [test["auc"] for test in tests]
+    return [label, str(len(tests)), f"{np.mean(aucs):.4f}", spread(aucs), *means]
+
+
+def costs(outcomes: list[Outcome]) -> list[str]:
+    """The cells of COSTS. Samples a second are those of training, on whatever machine it was."""
+    first = outcomes[0]
+    rate = f"{np.median([outcome.results['samples_per_second'] for outcome in outcomes]):.0f}"
+    if "macs" not in first.results:
+        return ["", "", "", rate]
+    return [
+        millions(encoder_macs(first, 1)),
+        millions(encoder_macs(first, 100)),
+        f"{first.results['parameters']['dense'] / 1e3:.0f} k",
+        rate,
+    ]
+
+
+def difference(outcomes: list[Outcome], reference: list[Outcome]) -> list[str]:
+    """Difference of AUC to the reference and its interval, paired over users; over the seeds that both have."""
+    seeds = {outcome.seed for outcome in outcomes} & {outcome.seed for outcome in reference}
+    if not seeds or outcomes[0].model == reference[0].model:
+        return ["", ""]
+    ours, theirs = (mean_aucs([o.predictions for o in runs if o.seed in seeds]) for runs in (outcomes, reference))
+    value, low, high = paired(ours, theirs)
+    return [f"{value:+.4f}", f"[{low:+.4f}, {high:+.4f}]"]
+
+
+def write(folder: str, name: str, head: list[str], rows: list[list[str]], notes: Sequence[str] = ()) -> str:
+    """Writes FOLDER/NAME.md and .csv; returns the markdown."""
+    os.makedirs(folder, exist_ok=True)
+    lines = ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]]
+    text = "\n".join([*lines, *(f"\n{note}" for note in notes)])
+    with open(os.path.join(folder, f"{name}.md"), "w", encoding="utf-8") as file:
+        file.write(text + "\n")
+    with open(os.path.join(folder, f"{name}.csv"), "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([head, *rows])
+    return text
+
+
+def save(figure: Figure, folder: str, name: str) -> str:
+    """Writes FOLDER/NAME.png; returns its path."""
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, f"{name}.png")
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def bars(values: dict[str, list[float]], label: str, title: str, references: dict[str, float]) -> Figure:
+    """One bar a model, the best on top, with a dot a seed; references as vertical lines."""
+    figure = Figure(figsize=(7.5, 1.2 + 0.32 * len(values)))
+    axes = figure.subplots()
+    order = sorted(values, key=lambda name: np.mean(values[name]))
+    axes.barh(range(len(order)), [np.mean(values[name]) for name in order], color="tab:blue", alpha=0.55)
+    for place, name in enumerate(order):
+        axes.plot(values[name], [place] * len(values[name]), "k.", markersize=4)
+    for name, value in references.items():
+        axes.axvline(value, color="tab:red", linewidth=1)
+        axes.text(value, len(order) - 0.4, name, color="tab:red", ha="center", fontsize=8)
+    every = [v for seeds in values.values() for v in seeds]
+    margin = 0.05 * (max(every) - min(every)) + 1e-3
+    axes.set_xlim(min(every) - margin, max([*every, *references.values()]) + margin)
+    axes.set_yticks(range(len(order)), order)
+    axes.set(xlabel=label, title=title)
+    axes.grid(axis="x", alpha=0.3)
+    return figure

@@ -1,0 +1,80 @@
+"""Target attention over several horizons at once, read out of segment tokens.
+
+A segment's gated sum and its log mass are all that attention over any run of whole segments needs: the newest 20
+events, the newest 200 and the whole history cost one pass over the events between them.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from laser_jax.layers.mlp import weight
+
+
+def newest_segments(horizons: tuple[int, ...], segment: int, num_segments: int) -> tuple[int, ...]:
+    """How many segments hold the newest so many events, for each horizon and for the whole history.
+
+    Args:
+      horizons: in events; those that reach as far as the history, or as another one, count once.
+      segment: w. num_segments: S of the longest history.
+    """
+    counts = {-(-events // segment) for events in horizons}
+    return (*sorted(count for count in counts if count < num_segments), num_segments)
+
+
+def read_horizons(s, log_mass, alive, newest: tuple[int, ...], gate: str):
+    """What the gates let through of the newest events, for each horizon.
+
+    Args:
+      s: [B, C, S, H * dv] gated sums of each segment (softmax: means); log_mass: [B, C, H, S]; alive: [B, S].
+      newest: K numbers of segments, counted from the newest.
+      gate: "softmax": the result is exactly softmax attention over those events; "sigmoid": their gated mean.
+
+    Returns:
+      means [B, C, K, H * dv] and log mass [B, C, K, H]; zeros where there is no event.
+    """
+    b, c, segments, width = s.shape
+    heads = log_mass.shape[2]
+    within = (jnp.arange(segments) >= segments - jnp.asarray(newest)[:, None]) & alive[:, None]
+    within = within[:, None, :, None]  # [B, 1, K, 1, S]
+    scores = jnp.where(within, log_mass[:, :, None].astype(jnp.float32), -1e30)  # [B, C, K, H, S]
+    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    share = jnp.where(within, jnp.exp(scores - top), 0.0)
+    total = jnp.maximum(jnp.sum(share, axis=-1), 1e-20)
+    mass = jnp.where(within.any(axis=-1), jnp.log(total) + top[..., 0], 0.0)
+    # A softmax segment holds a mean, to be weighted by its mass; a sigmoid segment a sum, which has its weight.
+    weights = share / total[..., None] if gate == "softmax" else jnp.where(within, jnp.exp(-mass)[..., None], 0.0)
+    means = jnp.einsum("bckhs,bcshv->bckhv", weights, s.reshape(b, c, segments, heads, width // heads))
+    return means.reshape(b, c, len(newest), width), mass
+
+
+class HorizonReadout(nnx.Module):
+    """A token a horizon, what the gates let through of it, and one token of how much gate and how many events it holds.
+
+    Args:
+      width: d. heads: H. newest: K numbers of segments. segment: w. gate: see read_horizons.
+    """
+
+    def __init__(self, width: int, heads: int, newest: tuple[int, ...], segment: int, gate: str, *, rngs: nnx.Rngs):
+        self.newest, self.segment, self.gate = newest, segment, gate
+        self.num_tokens = len(newest) + 1
+        self.w_mass = weight(rngs, (len(newest) * (heads + 1), width))
+
+    def __call__(self, s, log_mass, alive, num_events) -> jax.Array:
+        """s [B, C, S, d], log_mass [B, C, H, S], alive [B, S], num_events [B, S] -> [B, C, K + 1, d]."""
+        b, c, segments, _ = s.shape
+        means, mass = read_horizons(s, log_mass, alive, self.newest, self.gate)
+        within = jnp.arange(segments) >= segments - jnp.asarray(self.newest)[:, None]
+        events = jnp.sum(jnp.where(within, num_events[:, None], 0), axis=-1)  # [B, K]
+        # Both as parts of a full horizon: of order 1, and a count stays a count whatever the history's length.
+        full = jnp.log(jnp.asarray(self.newest, jnp.float32) * self.segment)
+        mass = jnp.where((events > 0)[:, None, :, None], mass - full[:, None], 0.0)
+        filled = jnp.log(jnp.maximum(events, 1)) - full
+        filled = jnp.broadcast_to(filled[:, None, :, None], (b, c, len(self.newest), 1))
+        masses = jnp.concatenate([mass, filled], axis=-1).reshape(b, c, 1, -1) @ self.w_mass[...]
+        return jnp.concatenate([means, masses], axis=2)
+
+    def macs(self, segments: int) -> int:
+        """Multiply-accumulates a candidate."""
+        inputs, width = self.w_mass.shape
+        return len(self.newest) * segments * width + inputs * width

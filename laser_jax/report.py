@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from laser_jax import metrics
 from laser_jax.evaluate import Predictions, table
+from laser_jax.gate_figures import AGE_NAMES, SILENT, GateFigures
 from laser_jax.pipeline import BatchSource
 from laser_jax.sharding import place_batch
 from laser_jax.state import TrainState
@@ -142,6 +143,30 @@ def _gate_map(gate_map: GateMap) -> Figure:
     return figure
 
 
+def _gates_by_age(gates: GateFigures) -> Figure:
+    figure = Figure(figsize=(7, 3.6))
+    axes = figure.subplots()
+    places = np.arange(len(AGE_NAMES))
+    for name, values in gates.by_age.items():
+        known = [i for i, value in enumerate(values) if value is not None]
+        axes.plot(places[known], [values[i] for i in known], "o-", label=f"{name} ({100 * gates.shares[name]:.1f} %)")
+    axes.axhline(1.0, color="grey", linewidth=0.8)
+    axes.set_xticks(places, AGE_NAMES)
+    axes.set(xlabel="age of the segment's newest event", ylabel="loudness / mean", yscale="symlog")
+    axes.set_title("Gates by age and by what matches the candidate (share of segments)")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def _gate_text(gates: GateFigures) -> str:
+    lines = [f"silent segments (below {SILENT:g} of their history's mean): {100 * gates.silent:.1f} %"]
+    lines += ["", "closest match in the segment: loudness over the history's mean (share of segments)"]
+    lines += [
+        f"  {name:<16s} {value:8.3f}  ({100 * gates.shares[name]:.1f} %)" for name, value in gates.by_match.items()
+    ]
+    return "\n".join(lines)
+
+
 def write(
     workdir: str,
     config: Any,
@@ -149,6 +174,7 @@ def write(
     lengths: dict[str, metrics.Scores],
     history: list[dict[str, Any]],
     maps: list[GateMap],
+    gates: GateFigures | None,
 ) -> str:
     """Writes workdir/report/index.html and its pictures; returns the page's path."""
     folder = os.path.join(workdir, "report")
@@ -161,6 +187,10 @@ def write(
         (_save(_calibration(predictions), folder, "calibration.png"), "Calibration on the test split"),
         (_save(_auc_by_length(lengths), folder, "auc_by_length.png"), "AUC by history length"),
     ]
+    spoken = ""
+    if gates is not None:
+        spoken = f"<h2>Gates</h2><pre>{html.escape(_gate_text(gates))}</pre>\n"
+        pictures.append((_save(_gates_by_age(gates), folder, "gates_by_age.png"), "What the gates listen to"))
     for i, gate_map in enumerate(maps):
         caption = (
             "How loud each segment is for each candidate, best-scored candidate on top. Rows that differ show gates "
@@ -180,7 +210,7 @@ def write(
             "<style>body{font:15px sans-serif;max-width:1000px;margin:2em auto}figure{margin:1em 0}"
             "img{max-width:100%}pre{background:#f4f4f4;padding:1em;overflow:auto}</style>\n"
             f"<h1>{html.escape(name)}</h1>\n<h2>Test</h2><pre>{html.escape(table(rows))}</pre>\n"
-            f"<h2>By history length</h2><pre>{html.escape(table(lengths))}</pre>\n{figures}\n"
+            f"<h2>By history length</h2><pre>{html.escape(table(lengths))}</pre>\n{spoken}{figures}\n"
             f"<details><summary>Configuration</summary><pre>{html.escape(settings)}</pre></details>\n"
         )
     return page

@@ -15,6 +15,7 @@ from laser_jax import report
 from laser_jax.checkpoint import Checkpoints
 from laser_jax.config import Config, check_sizes, remember
 from laser_jax.evaluate import Predictions, make_eval_step, predict, table
+from laser_jax.gate_figures import gate_figures
 from laser_jax.layers.embedding import adagrad_rows, gather_rows
 from laser_jax.losses import bce_sum
 from laser_jax.metrics import logit_histogram
@@ -130,12 +131,13 @@ def run(config: Config, workdir: str) -> Predictions:
         state = checkpoints.restore(best, factory.abstract())
         predictions = predict(eval_step, state, test, mesh, "test")
         maps = report.gate_maps(eval_step, state, test, mesh, config.train.gate_maps)
+        gates = gate_figures(eval_step, state, test, mesh, config.encoder)
     checkpoints.close()
     costs = {
         "parameters": num_parameters(state),
         "macs": {count: factory.abstract_model.macs(count) for count in COST_CANDIDATES},
     }
-    _write_results(config, workdir, predictions, best, costs, log, maps)
+    _write_results(config, workdir, predictions, best, costs, log, maps, gates)
     return predictions
 
 
@@ -168,7 +170,7 @@ def _loop(config, state, start, train, train_step, validate, checkpoints, log, m
         log.stepped(step + 1, pending, batch, saving=saves(step + 1))
 
 
-def _write_results(config, workdir, predictions, best, costs, log, maps) -> None:
+def _write_results(config, workdir, predictions, best, costs, log, maps, gates) -> None:
     """predictions.npz, results.json, the report, and the closing table."""
     predictions.save(os.path.join(workdir, "predictions.npz"))
     rows = {config.name or type(config.encoder).__name__: predictions.figures(), **predictions.reference_figures()}
@@ -181,9 +183,10 @@ def _write_results(config, workdir, predictions, best, costs, log, maps) -> None
         "step": best,
         **costs,
         "gate_contrast": log.contrast,
+        "gates": None if gates is None else dataclasses.asdict(gates),
         "samples_per_second": log.samples_per_second,
     }
-    page = report.write(workdir, config, predictions, lengths, log.history, maps)
+    page = report.write(workdir, config, predictions, lengths, log.history, maps, gates)
     path = os.path.join(workdir, "results.json")
     with open(f"{path}.{os.getpid()}", "w", encoding="utf-8") as file:
         json.dump(results, file, indent=1)

@@ -73,8 +73,11 @@ def test_it_leaves_a_report_with_its_pictures(finished):
     with open(os.path.join(report, "index.html"), encoding="utf-8") as file:
         page = file.read()
     pictures = [name for name in os.listdir(report) if name.endswith(".png")]
-    assert {"loss.png", "roc.png", "calibration.png", "auc_by_length.png", "gates_0.png"} <= set(pictures)
+    assert {"loss.png", "roc.png", "calibration.png", "auc_by_length.png", "gates_0.png", "gates_by_age.png"} <= set(
+        pictures
+    )
     assert all(f'src="{name}"' in page and os.path.getsize(os.path.join(report, name)) > 1000 for name in pictures)
+    assert "silent segments" in page and results(workdir)["gates"]["segments"] > 0
     assert "oracle" in page and os.listdir(os.path.join(workdir, "tensorboard"))
 
 

@@ -8,7 +8,6 @@ leaves what they leave: predictions.npz and results.json. Its settings are chose
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import time
@@ -16,6 +15,7 @@ import time
 import numpy as np
 from sklearn.ensemble import HistGradientBoostingClassifier
 
+from experiments.paper.study import read_config
 from laser_jax.config import Config
 from laser_jax.evaluate import Predictions, table
 from laser_jax.metrics import auc
@@ -127,14 +127,6 @@ def run(config: Config, workdir: str, seed: int) -> Predictions:
         json.dump(results, file, indent=1)
     print(f"\n{table(rows)}\n\ngbdt ({settings}): test AUC {rows['gbdt'].auc:.4f}; predictions: {workdir}")
     return predictions
-
-
-def read_config(path: str) -> Config:
-    """The config that the experiment file at `path` gives."""
-    spec = importlib.util.spec_from_file_location("experiment", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
 
 
 def main() -> None:

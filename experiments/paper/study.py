@@ -9,6 +9,7 @@ import argparse
 import concurrent.futures
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import os
 import queue
@@ -17,6 +18,7 @@ import sys
 import time
 from typing import Any
 
+from laser_jax.config import Config
 from laser_jax.models import ENCODERS
 
 GBDT = "gbdt"  # the outsider, which is no encoder: see outsider.py
@@ -27,6 +29,23 @@ STANDARD: dict[str, tuple[str, dict[str, Any]]] = {
     "xhs_synthetic": (
         "experiments/xhs.py",
         {"width": 64, "head.tokens": 8, "head.width": 64, "head.products": False, "optim.b2": 0.999},
+    ),
+    # Users of up to 10 000 events, half of them with more than 7000.
+    "xhs_long": (
+        "experiments/xhs.py",
+        {
+            "data.path": "datasets/xhs_long",
+            "data.recipe.users": 800,
+            "data.recipe.mean_length": 9_000,
+            "data.recipe.train_requests": 8_000,
+            "data.recipe.valid_requests": 600,
+            "data.recipe.test_requests": 2_000,
+            "width": 64,
+            "head.tokens": 8,
+            "head.width": 64,
+            "head.products": False,
+            "optim.b2": 0.999,
+        },
     ),
 }
 
@@ -170,11 +189,35 @@ class Study:
             code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
         return log if code else None
 
+    def config(self, model: Model, seed: int) -> Config:
+        """The config that `laser_jax.main` runs for this model and seed (but for further flags)."""
+        if self.flags:
+            raise ValueError(f"configs are not built from flags: {' '.join(self.flags)}")
+        config = read_config(self.experiment, model.encoder)
+        seeds = {"train.seed": seed, "data.seed": seed}
+        for name, value in {**self.settings, **model.settings, **seeds}.items():
+            *parts, last = name.split(".")
+            owner: Any = config
+            for part in parts:
+                owner = getattr(owner, part)
+            if not hasattr(owner, last):
+                raise ValueError(f"{model.label}: the config has no field {name!r}")
+            setattr(owner, last, value)
+        return config
+
     def search(self, model: Model, trials: list[dict[str, Any]]) -> Model:
         """Runs seed 0 of the model under each trial's settings; returns it with those best on validation."""
         tried = [Model(model.label, model.encoder, {**model.settings, **trial}) for trial in trials]
         self.run([(trial, 0) for trial in tried])
         return max(tried, key=lambda trial: self.outcome(trial, 0).results["valid_auc"])
+
+
+def read_config(path: str, *arguments: str) -> Config:
+    """What the experiment file at `path` gives for these arguments of its get_config."""
+    spec = importlib.util.spec_from_file_location("experiment", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*arguments)
 
 
 def revision() -> str:

@@ -51,7 +51,9 @@ def main() -> None:
     args, study = parse(__doc__, add)
     rows = ablations(models.model(args.base, "tricks"))
     print(variants.tabulate(study, f"table3-{args.base}", rows, args.seeds, not args.only_report))
-    print(f"\n{args.data}: {len(rows)} variants of {args.base}, {args.seeds} seeds; table and picture in {study.folder}")
+    print(
+        f"\n{args.data}: {len(rows)} variants of {args.base}, {args.seeds} seeds; table and picture in {study.folder}"
+    )
 
 
 if __name__ == "__main__":

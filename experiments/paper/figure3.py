@@ -1,0 +1,74 @@
+"""Figure 3: more GSTA layers (M = 1..4), and longer histories.
+
+  python -m experiments.paper.figure3 --data=completejourney --seeds=3
+  python -m experiments.paper.figure3 --data=xhs_long --seeds=3 --lengths=1000,4000,10000
+
+Every length is trained and served at that length; steps between lengths are paired over users. Writes
+ROOT/DATA/figure3-{layers,lengths}.{md,csv,png}.
+"""
+
+import argparse
+from itertools import pairwise
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments.paper import models, tables, variants
+from experiments.paper.study import Model, Outcome, Study, parse
+
+LAYERS = (1, 2, 3, 4)
+STANDARD_LENGTH = 1000
+
+
+def at_length(name: str, length: int) -> Model:
+    model = models.model(name, "tricks")
+    return model if length == STANDARD_LENGTH else model.but(f"{name} L={length}", data__history_length=length)
+
+
+def tabulate_lengths(study: Study, found: dict[str, dict[int, list[Outcome]]]) -> str:
+    """A row a model and length, with the gain over the next shorter one; and the picture."""
+    rows, figure = [], Figure(figsize=(6, 4))
+    axes = figure.subplots()
+    for name, by_length in found.items():
+        known = [length for length, outcomes in sorted(by_length.items()) if outcomes]
+        gaps = {b: tables.difference(by_length[b], by_length[a]) for a, b in pairwise(known)}
+        for length in known:
+            outcomes = by_length[length]
+            cells = tables.figures(name, outcomes)
+            rows.append([*cells[:1], str(length), *cells[1:], *gaps.get(length, ["", ""]), *tables.costs(outcomes)])
+        means = [np.mean([o.test["auc"] for o in by_length[length]]) for length in known]
+        axes.plot(known, means, "o-", label=name)
+    axes.set(xscale="log", xlabel="L, events of history", ylabel="test AUC", title="Growth with length")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    tables.save(figure, study.folder, "figure3-lengths")
+    head = ["model", "L", *tables.HEAD[1:], "AUC - next shorter", "95 % interval", *tables.COSTS]
+    return tables.write(study.folder, "figure3-lengths", head, rows)
+
+
+def main() -> None:
+    def add(parser):
+        parser.add_argument("--lengths", default="50,200,1000")
+        parser.add_argument("--models", default="laser_plus,ta,mean", help="whose growth with length is drawn")
+        parser.add_argument("--layers", action=argparse.BooleanOptionalAction, default=True, help="also M = 1..4")
+
+    args, study = parse(__doc__, add)
+    lengths = [int(length) for length in args.lengths.split(",")]
+    names = models.names(args.models)
+    runs = [(at_length(name, length), seed) for seed in range(args.seeds) for name in names for length in lengths]
+    if not args.only_report:
+        study.run(runs)
+    found = {name: {n: study.finished(at_length(name, n), args.seeds) for n in lengths} for name in names}
+    texts = [tabulate_lengths(study, found)]
+    if args.layers:
+        base = models.model("laser_plus", "tricks")
+        layers = [
+            base if m == 2 else base.but(f"M={m}", encoder__layers=m) for m in sorted(LAYERS, key=lambda m: m != 2)
+        ]
+        texts.append(variants.tabulate(study, "figure3-layers", layers, args.seeds, not args.only_report))
+    print("\n\n".join(texts))
+    print(f"\n{args.data}: {len(names)} models at L = {args.lengths}, {args.seeds} seeds; pictures in {study.folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Trained at one length, served at another; and who gains from long histories.
+
+  python -m experiments.paper.lengths --data=completejourney --seeds=3 --model=laser_plus
+
+Writes ROOT/DATA/lengths-MODEL.{md,csv}: test AUC of every training length (rows) at every serving length (columns),
+and by_length-MODEL.{md,csv}: AUC by how many events a user has, of the model trained at the longest length.
+"""
+
+import os
+
+import jax
+import numpy as np
+
+from experiments.paper import models, tables
+from experiments.paper.figure3 import at_length
+from experiments.paper.study import Outcome, Study, parse
+from laser_jax import metrics
+from laser_jax.checkpoint import Checkpoints
+from laser_jax.evaluate import make_eval_step, predict
+from laser_jax.pipeline import BatchSource
+from laser_jax.sharding import make_mesh
+from laser_jax.state import StateFactory
+
+
+def serve(study: Study, outcome: Outcome, length: int) -> float:
+    """Test AUC of a finished run when its users' newest `length` events are served; kept beside the run."""
+    path = os.path.join(outcome.folder, f"served-{length}.npz")
+    if not os.path.exists(path):
+        config = study.config(outcome.model, outcome.seed)
+        mesh = make_mesh(config.mesh, config.data.batch_size, config.data.eval_batch_size)
+        factory = StateFactory(config.build_model, config.features.tables(), config.optim, mesh)
+        checkpoints = Checkpoints(outcome.folder)
+        state = checkpoints.restore(outcome.results["step"], factory.abstract())
+        checkpoints.close()
+        config.data.history_length = length
+        source = BatchSource(config.data, config.features, "test")
+        with jax.set_mesh(mesh):
+            predictions = predict(make_eval_step(factory), state, source, mesh, f"{outcome.model.label} at {length}")
+        predictions.save(path)
+    with np.load(path) as stored:
+        return metrics.auc(stored["labels"], stored["logits"])
+
+
+def by_length(outcomes: list[Outcome]) -> list[list[str]]:
+    """Means over seeds, a row for each bucket of lengths."""
+    rows = []
+    for bucket in outcomes[0].results["test_by_length"]:
+        scores = [o.results["test_by_length"][bucket] for o in outcomes]
+        known = [s["auc"] for s in scores if s["auc"] is not None]
+        rows.append([bucket, str(scores[0]["samples"]), f"{np.mean(known):.4f}" if known else "", tables.spread(known)])
+    return rows
+
+
+def main() -> None:
+    def add(parser):
+        parser.add_argument("--model", default="laser_plus", help=f"of {', '.join(models.ORDER)}")
+        parser.add_argument("--lengths", default="50,200,1000")
+
+    args, study = parse(__doc__, add)
+    lengths = [int(length) for length in args.lengths.split(",")]
+    trained = {length: at_length(args.model, length) for length in lengths}
+    if not args.only_report:
+        study.run([(model, seed) for seed in range(args.seeds) for model in trained.values()])
+    rows = []
+    for length, model in trained.items():
+        outcomes = study.finished(model, args.seeds)
+        served = [[serve(study, outcome, n) for outcome in outcomes] for n in lengths]
+        rows.append([str(length), *(f"{np.mean(aucs):.4f}" if aucs else "" for aucs in served)])
+    head = ["trained at L", *(f"served at {n}" for n in lengths)]
+    texts = [tables.write(study.folder, f"lengths-{args.model}", head, rows)]
+    outcomes = study.finished(trained[max(lengths)], args.seeds)
+    if outcomes:
+        head = ["events before the request", "candidates", "AUC", "sd"]
+        texts.append(tables.write(study.folder, f"by_length-{args.model}", head, by_length(outcomes)))
+    print("\n\n".join(texts))
+    print(f"\n{args.data}: {args.model} trained and served at L = {args.lengths}; tables in {study.folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Quality against cost: test AUC over encoder multiply-accumulates, at one and at a hundred candidates a request.
+
+  python -m experiments.paper.pareto --data=completejourney --seeds=3 --times=runs/bench_models/models.csv
+
+Reads what table2 has finished and adds the cheaper and dearer forms of laser_plus. --times: where
+experiments.bench.models wrote; then measured scoring time is drawn as well. A model is on the front unless a cheaper one
+has a higher AUC whose paired interval over users excludes zero. Writes ROOT/DATA/pareto.{md,csv,png}.
+"""
+
+import csv
+import os
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments.paper import models, tables
+from experiments.paper.intervals import mean_aucs, paired
+from experiments.paper.study import GBDT, Model, Outcome, parse
+from experiments.paper.table2 import choose
+
+COUNTS = (1, 100)  # candidates a request
+
+
+def forms() -> list[Model]:
+    """laser_plus, cheaper and dearer."""
+    base = models.model("laser_plus", "tricks")
+    nothing = dict(encoder__layers=0, encoder__pool=False, encoder__recent=0, encoder__recency="none")
+    return [
+        base.but("laser_plus lean (no segment FFN)", encoder__segment_ffn=0),
+        base.but("laser_plus horizons only", encoder__segment_ffn=0, **nothing),
+        base.but("laser_plus w=20", encoder__segment=20),
+        base.but("laser_plus 4x FFN", encoder__segment_ffn=4),
+    ]
+
+
+def read_times(path: str) -> dict[tuple[str, int], float]:
+    """(model, candidates) -> microseconds to score a sample at L=1000, of a models.csv."""
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["L"] == "1000" and row["forward_us_per_sample"]]
+    return {(row["model"], int(row["C"])): float(row["forward_us_per_sample"]) for row in rows}
+
+
+def dominated_by(label: str, found: dict[str, list[Outcome]], cost: dict[str, float]) -> list[str]:
+    """Cheaper models whose AUC is higher beyond the paired interval."""
+    better = []
+    for other, outcomes in found.items():
+        seeds = {o.seed for o in outcomes} & {o.seed for o in found[label]}
+        if other == label or other not in cost or cost[other] >= cost[label] or not seeds:
+            continue
+        aucs = [mean_aucs([o.predictions for o in found[name] if o.seed in seeds]) for name in (other, label)]
+        if paired(*aucs)[1] > 0:
+            better.append(other)
+    return better
+
+
+def picture(panels: dict[str, dict[str, float]], auc: dict[str, float]) -> Figure:
+    """A panel a cost: AUC over it, ours in red."""
+    figure = Figure(figsize=(6.2 * len(panels), 5))
+    for axes, (title, cost) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
+        for label, value in cost.items():
+            color = "tab:red" if label.startswith("laser_plus") else "tab:blue"
+            axes.plot([value], [auc[label]], "o", color=color)
+            axes.annotate(label, (value, auc[label]), xytext=(4, 3), textcoords="offset points", fontsize=7)
+        axes.set(xscale="log", xlabel=title, ylabel="test AUC")
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def main() -> None:
+    def add(parser):
+        parser.add_argument("--trials", type=int, default=4, help="as given to table2")
+        parser.add_argument("--times", default="", help="a models.csv of experiments.bench.models")
+
+    args, study = parse(__doc__, add)
+    if not args.only_report:
+        study.run([(form, seed) for seed in range(args.seeds) for form in forms()])
+    rows = [*choose(study, "tricks", list(models.ORDER), args.trials, run=False).values(), *forms()]
+    found = {model.label: study.finished(model, args.seeds) for model in rows}
+    found = {label: outcomes for label, outcomes in found.items() if outcomes}
+    auc = {label: float(np.mean([o.test["auc"] for o in outcomes])) for label, outcomes in found.items()}
+    with_cost = [label for label in found if label != GBDT]
+    panels = {
+        f"encoder MACs a candidate, C={count}": {
+            label: tables.encoder_macs(found[label][0], count) for label in with_cost
+        }
+        for count in COUNTS
+    }
+    if args.times:
+        times = read_times(args.times)
+        for count in COUNTS:
+            measured = {label: times[label, count] for label in with_cost if (label, count) in times}
+            panels[f"microseconds to score a sample, C={count} (experiments.bench.models)"] = measured
+    head, cells = ["model", "seeds", "AUC", *panels, *(f"dominated at C={count} by" for count in COUNTS)], []
+    for label in sorted(with_cost, key=lambda label: -auc[label]):
+        values = [f"{cost[label]:.4g}" if label in cost else "" for cost in panels.values()]
+        beaten = [", ".join(dominated_by(label, found, panel)) for panel in list(panels.values())[: len(COUNTS)]]
+        cells.append([label, str(len(found[label])), f"{auc[label]:.4f}", *values, *beaten])
+    print(tables.write(study.folder, "pareto", head, cells))
+    path = tables.save(picture(panels, auc), study.folder, "pareto")
+    print(f"\n{args.data}: {len(cells)} models; picture {os.path.relpath(path)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -62,10 +62,8 @@ def main() -> None:
     texts = [tabulate_lengths(study, found)]
     if args.layers:
         base = models.model("laser_plus", "tricks")
-        layers = [
-            base if m == 2 else base.but(f"M={m}", encoder__layers=m) for m in sorted(LAYERS, key=lambda m: m != 2)
-        ]
-        texts.append(variants.tabulate(study, "figure3-layers", layers, args.seeds, not args.only_report))
+        rows = [base, *(base.but(f"M={m}", encoder__layers=m) for m in LAYERS if m != 2)]
+        texts.append(variants.tabulate(study, "figure3-layers", rows, args.seeds, not args.only_report))
     print("\n\n".join(texts))
     print(f"\n{args.data}: {len(names)} models at L = {args.lengths}, {args.seeds} seeds; pictures in {study.folder}")
 

@@ -2,12 +2,13 @@
 
   python -m experiments.paper.outsider --config=experiments/completejourney.py --workdir=runs/outsider
 
-How often each field of the candidate occurs among the newest 20, 50, 200 and 1000 events, how long ago it last did, and,
-for event fields of few values (action, scene), the counts by value. It reads the batches that the models read and
+How often each field of the candidate occurs among the newest 20, 50, 200 and 1000 events, how long ago it last did,
+and, for event fields of few values (action, scene), the counts by value. It reads the batches that the models read and
 leaves what they leave: predictions.npz and results.json. Its settings are chosen on validation.
 """
 
 import argparse
+import ast
 import json
 import os
 import time
@@ -15,7 +16,7 @@ import time
 import numpy as np
 from sklearn.ensemble import HistGradientBoostingClassifier
 
-from experiments.paper.study import read_config
+from experiments.paper.study import change, read_config
 from laser_jax.config import Config
 from laser_jax.evaluate import Predictions, table
 from laser_jax.metrics import auc
@@ -131,13 +132,25 @@ def run(config: Config, workdir: str, seed: int) -> Predictions:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="an experiment file")
+    parser.add_argument("--config", required=True, help="an experiment file; further flags as of laser_jax.main")
     parser.add_argument("--workdir", required=True)
-    parser.add_argument("--seed", type=int, default=0, help="of the boosting and of the data's shuffle")
-    args = parser.parse_args()
+    args, flags = parser.parse_known_args()
+    settings = {}
+    for flag in flags:
+        name, found, value = flag.removeprefix("--config.").partition("=")
+        if not flag.startswith("--config.") or not found:
+            parser.error(f"unknown argument: {flag}")
+        settings[name] = _value(value)
     config = read_config(args.config)
-    config.data.seed = args.seed
-    run(config, args.workdir, args.seed)
+    change(config, settings)
+    run(config, args.workdir, config.train.seed)
+
+
+def _value(text: str) -> object:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):  # a word
+        return text
 
 
 if __name__ == "__main__":

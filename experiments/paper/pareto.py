@@ -3,8 +3,8 @@
   python -m experiments.paper.pareto --data=completejourney --seeds=3 --times=runs/bench_models/models.csv
 
 Reads what table2 has finished and adds the cheaper and dearer forms of laser_plus. --times: where
-experiments.bench.models wrote; then measured scoring time is drawn as well. A model is on the front unless a cheaper one
-has a higher AUC whose paired interval over users excludes zero. Writes ROOT/DATA/pareto.{md,csv,png}.
+experiments.bench.models wrote; then measured scoring time is drawn as well. A model is on the front unless a cheaper
+one has a higher AUC whose paired interval over users excludes zero. Writes ROOT/DATA/pareto.{md,csv,png}.
 """
 
 import csv

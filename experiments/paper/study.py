@@ -178,12 +178,11 @@ class Study:
             json.dump({**told, "flags": self.flags, "seed": seed, "revision": revision()}, file, indent=1)
         if model.encoder == GBDT:
             command = [sys.executable, "-m", "experiments.paper.outsider", f"--config={self.experiment}"]
-            command += [f"--workdir={folder}", f"--seed={seed}"]
         else:
             command = [sys.executable, "-m", "laser_jax.main", f"--config={self.experiment}:{model.encoder}"]
-            command += [f"--workdir={folder}", f"--config.train.seed={seed}", f"--config.data.seed={seed}"]
-            command += [f"--config.{name}={value}" for name, value in told["settings"].items()]
-            command += self.flags
+        command += [f"--workdir={folder}", f"--config.train.seed={seed}", f"--config.data.seed={seed}"]
+        command += [f"--config.{name}={value}" for name, value in told["settings"].items()]
+        command += self.flags
         log = os.path.join(folder, "log")
         with open(log, "a", encoding="utf-8") as file:
             code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
@@ -194,22 +193,8 @@ class Study:
         if self.flags:
             raise ValueError(f"configs are not built from flags: {' '.join(self.flags)}")
         config = read_config(self.experiment, model.encoder)
-        seeds = {"train.seed": seed, "data.seed": seed}
-        for name, value in {**self.settings, **model.settings, **seeds}.items():
-            *parts, last = name.split(".")
-            owner: Any = config
-            for part in parts:
-                owner = getattr(owner, part)
-            if not hasattr(owner, last):
-                raise ValueError(f"{model.label}: the config has no field {name!r}")
-            setattr(owner, last, value)
+        change(config, {**self.settings, **model.settings, "train.seed": seed, "data.seed": seed})
         return config
-
-    def search(self, model: Model, trials: list[dict[str, Any]]) -> Model:
-        """Runs seed 0 of the model under each trial's settings; returns it with those best on validation."""
-        tried = [Model(model.label, model.encoder, {**model.settings, **trial}) for trial in trials]
-        self.run([(trial, 0) for trial in tried])
-        return max(tried, key=lambda trial: self.outcome(trial, 0).results["valid_auc"])
 
 
 def read_config(path: str, *arguments: str) -> Config:
@@ -218,6 +203,22 @@ def read_config(path: str, *arguments: str) -> Config:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.get_config(*arguments)
+
+
+def change(config: Config, settings: dict[str, Any]) -> None:
+    """Sets fields of a config by their dotted names.
+
+    Raises:
+      ValueError: there is no such field.
+    """
+    for name, value in settings.items():
+        *parts, last = name.split(".")
+        owner: Any = config
+        for part in parts:
+            owner = getattr(owner, part)
+        if not hasattr(owner, last):
+            raise ValueError(f"the config has no field {name!r}")
+        setattr(owner, last, value)
 
 
 def revision() -> str:

@@ -8,6 +8,8 @@ columns: `tricks` gives every model what is not tied to segments, `plain` is eac
 paired over users. Writes ROOT/DATA/table2-COLUMN.{md,csv,png}; the same command again goes on where it stopped.
 """
 
+from itertools import zip_longest
+
 import numpy as np
 
 from experiments.paper import models, tables
@@ -44,17 +46,21 @@ def reference_aucs(outcome: Outcome) -> dict[str, float]:
 
 
 def choose(study: Study, column: str, names: list[str], trials: int, run: bool) -> dict[str, Model]:
-    """Each model with the settings that were best on validation; where not all trials are run, the first ones."""
-    chosen = {}
+    """Each model with those of its settings that were best on validation, among the trials that are finished."""
+    tried = {}
     for name in names:
-        model, tried = models.model(name, column), models.trials(name)[:trials]
-        candidates = [Model(name, name, {**model.settings, **trial}) for trial in tried]
-        if run:
-            chosen[name] = study.search(model, tried)
-        else:
-            ready = [c for c in candidates if study.outcome(c, 0) is not None]
-            if ready:
-                chosen[name] = max(ready, key=lambda c: study.outcome(c, 0).results["valid_auc"])
+        model = models.model(name, column)
+        tried[name] = [Model(name, name, {**model.settings, **trial}) for trial in models.trials(name)[:trials]]
+    if run:
+        # The first trials of all models, then the second ones: what is cut short has every model in it.
+        rounds = zip_longest(*tried.values())
+        study.run([(model, 0) for some in rounds for model in some if model is not None])
+    chosen = {}
+    for name, candidates in tried.items():
+        found = [(study.outcome(model, 0), model) for model in candidates]
+        found = [(outcome.results["valid_auc"], model) for outcome, model in found if outcome is not None]
+        if found:
+            chosen[name] = max(found, key=lambda pair: pair[0])[1]
     return chosen
 
 

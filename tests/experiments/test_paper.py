@@ -1,0 +1,150 @@
+"""The study: intervals against plain recounting, and one table through its door on a small data set."""
+
+import csv
+import json
+import os
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from experiments.paper import lengths, models, study, table2, table3
+from experiments.paper.intervals import paired, resampled_aucs, weighted_auc
+from experiments.paper.outsider import WINDOWS, match_counts
+from laser_jax import metrics
+from laser_jax.pipeline import Batch
+
+
+@given(st.integers(2, 60), st.integers(0, 2**32 - 1))
+def test_a_weighted_auc_is_that_of_repeated_samples(n, seed):
+    rng = np.random.default_rng(seed)
+    logits = rng.integers(0, 6, n) / 2.0  # ties
+    positive = np.r_[True, False, rng.random(n - 2) < 0.5]
+    weight = np.r_[1, 1, rng.integers(0, 4, n - 2)]
+    order = np.argsort(logits, kind="stable")
+    ends = np.flatnonzero(np.r_[logits[order][1:] != logits[order][:-1], True])
+    want = metrics.auc(np.repeat(positive, weight), np.repeat(logits, weight))
+    assert weighted_auc(order, ends, positive, weight.astype(float)) == pytest.approx(want)
+
+
+def test_resamples_are_of_users_and_the_same_for_all_models():
+    rng = np.random.default_rng(0)
+    users = np.repeat(np.arange(40), 25)
+    labels = (rng.random(1000) < 0.3).astype(np.float32)
+    good, bad = labels + rng.normal(size=1000), 0.2 * labels + rng.normal(size=1000)
+    ours, theirs = (resampled_aucs(users, labels, logits, 200) for logits in (good, bad))
+    assert ours[0] == pytest.approx(metrics.auc(labels, good))
+    difference, low, high = paired(ours, theirs)
+    assert 0 < low < difference < high
+    assert paired(ours, ours) == (0, 0, 0)
+    # One user alone is the same in every resample; forty are not.
+    assert np.ptp(resampled_aucs(np.zeros(1000), labels, good, 20)) == 0 < np.ptp(ours[1:])
+
+
+def test_match_counts_are_those_of_the_events():
+    rng = np.random.default_rng(0)
+    b, c, length = 2, 3, 60
+    batch = Batch(
+        step={
+            "age": np.sort(rng.integers(0, 1000, (b, length)), axis=1)[:, ::-1].astype(np.int32),
+            "length": np.array([60, 17], np.int32),
+            "mask": np.array([[True, True, False], [True, True, True]]),
+            "history": {"item": rng.integers(0, 4, (b, length)), "action": rng.integers(0, 3, (b, length))},
+            "candidates": {"item": rng.integers(0, 4, (b, c))},
+            "unique": {"item": np.array([0, 2, 4, 9]), "action": np.array([0, 1, 2])},
+        },
+        users=np.arange(b), lengths=np.array([60, 17]), references={}, num_unique={},
+    )  # fmt: skip
+    got = match_counts(batch, ["item"], {"action": 3})
+    windows = [w for w in WINDOWS if w <= length]
+    assert windows == [20, 50]
+    for row, (i, j) in enumerate(zip(*np.nonzero(batch.step["mask"]), strict=True)):
+        candidate = batch.step["candidates"]["item"][i, j]
+        hits = [
+            k
+            for k in range(length - batch.step["length"][i], length)
+            if batch.step["history"]["item"][i, k] == candidate
+        ]
+        hits = hits if candidate != 0 else []
+        want = [min(batch.step["length"][i], w) for w in windows]
+        want += [sum(k >= length - w for k in hits) for w in windows]
+        want.append(batch.step["age"][i, hits[-1]] if hits else np.nan)
+        for action in (1, 2):
+            want += [
+                sum(k >= length - w and batch.step["history"]["action"][i, k] == action for k in hits) for w in windows
+            ]
+        np.testing.assert_array_equal(got[row], want)
+
+
+def test_every_model_is_given_as_many_trials_and_known_fields():
+    assert set(models.ORDER) == {*table2.models.ENCODERS, study.GBDT}
+    for name in models.ORDER:
+        if name != study.GBDT:
+            assert len(models.trials(name)) == 4
+            for column in ("plain", "tricks"):
+                run = study.Study("experiments/completejourney.py", {}, "unused")
+                for trial in models.trials(name):
+                    run.config(
+                        models.model(name, column).but(name, **{k.replace(".", "__"): v for k, v in trial.items()}), 0
+                    )
+    for base in ("laser", "laser_plus"):
+        digests = [row.digest() for row in table3.ablations(models.model(base, "tricks"))]
+        assert len(set(digests)) == len(digests)
+    with pytest.raises(ValueError, match="there is no model 'lasre'"):
+        models.names("ta,lasre")
+    with pytest.raises(ValueError, match="has no field 'encoder.widht'"):
+        run.config(models.model("ta", "plain").but("ta", encoder__widht=3), 0)
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path, known_data):
+    monkeypatch.setitem(
+        study.STANDARD, "small", ("tests/small_config.py", {"data.path": known_data.path, "data.epochs": 2})
+    )
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "programs"))
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    return str(tmp_path / "root")
+
+
+def call(monkeypatch, module, *flags) -> None:
+    monkeypatch.setattr(sys, "argv", [module.__name__, "--data=small", *flags])
+    module.main()
+
+
+def test_table_2_runs_resumes_and_reports(small, monkeypatch, capsys):
+    flags = (f"--root={small}", "--models=mean,gbdt,laser_plus", "--seeds=1", "--trials=1", "--columns=tricks")
+    call(monkeypatch, table2, *flags)
+    said = capsys.readouterr().out
+    folder = os.path.join(small, "small")
+    with open(os.path.join(folder, "table2-tricks.csv"), encoding="utf-8", newline="") as file:
+        rows = {row["model"]: row for row in csv.DictReader(file)}
+    assert rows.keys() == {"mean", "gbdt", "laser_plus"}
+    aucs = [float(row["AUC"]) for row in rows.values()]
+    assert aucs == sorted(aucs, reverse=True)
+    assert os.path.getsize(os.path.join(folder, "table2-tricks.png")) > 1000
+    assert "oracle: AUC" in said and "3 models, 1 seeds" in said and "3/3" in said
+    run = study.Study(*study.STANDARD["small"], folder)
+    outcome = run.outcome(models.model("laser_plus", "tricks"), 0)
+    assert f"{outcome.test['auc']:.4f}" == rows["laser_plus"]["AUC"]
+    with open(os.path.join(outcome.folder, "run.json"), encoding="utf-8") as file:
+        told = json.load(file)
+    assert told["settings"]["head.products"] and told["seed"] == 0 and told["revision"]
+    # A gap is a difference of AUCs of the same users, in the direction that the head says.
+    gap = float(rows["mean"]["AUC - laser_plus"])
+    assert gap == pytest.approx(float(rows["mean"]["AUC"]) - float(rows["laser_plus"]["AUC"]), abs=1.5e-4)
+
+    # Nothing is run again.
+    monkeypatch.setattr(study.Study, "_execute", None)
+    call(monkeypatch, table2, *flags)
+    assert "3/3" not in capsys.readouterr().out
+    # Served as it was trained it says what it said; at another length it is another ranker.
+    assert lengths.serve(run, outcome, 16) == pytest.approx(outcome.test["auc"])
+    assert lengths.serve(run, outcome, 4) != pytest.approx(outcome.test["auc"])
+
+
+def test_a_run_that_fails_names_its_log(small, monkeypatch):
+    flags = (f"--root={small}", "--models=mean", "--seeds=1", "--trials=1", "--columns=plain", "--config.width=0")
+    with pytest.raises(RuntimeError, match="1 of 1 runs failed: see .*log"):
+        call(monkeypatch, table2, *flags)

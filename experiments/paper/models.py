@@ -17,7 +17,7 @@ TRIALS: tuple[dict[str, Any], ...] = ({}, {"optim.learning_rate": 3e-3}, {"optim
 KNOBS: dict[str, dict[str, Any]] = {
     "laser_plus": {"encoder.segment": 20},
     "laser": {"encoder.gate_bias": -6.9},
-    "ta": {"encoder.heads": 8},
+    "ta": {"encoder.mass": True},
     "mean": {"optim.learning_rate": 1e-2},
     "din": {"encoder.softmax": False},
     "sim_hard": {"encoder.top": 200},

@@ -20,6 +20,14 @@ def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
     return e / jnp.maximum(jnp.sum(e, axis=-1, keepdims=True), 1e-20)
 
 
+def log_mass(scores: jax.Array, mask: jax.Array) -> jax.Array:
+    """The log of a masked softmax's denominator over the last axis, in float32; 0 where nothing is real."""
+    scores = jnp.where(mask, scores.astype(jnp.float32), -1e30)
+    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    total = jnp.sum(jnp.where(mask, jnp.exp(scores - top), 0.0), axis=-1)
+    return jnp.where(total > 0, jnp.log(jnp.maximum(total, 1e-20)) + top[..., 0], 0.0)
+
+
 def use_fold(candidates: int, width: int, heads: int, key_width: int, value_width: int) -> bool:
     """Whether folding K and V costs fewer multiply-accumulates than building them once a request.
 
@@ -52,13 +60,14 @@ def attend_folded(q, x, mask, wq, wk, wv, offset=None):
       offset: [B, C, H, L] or None, added to the scores.
 
     Returns:
-      [B, C, H, dv].
+      [B, C, H, dv], and the log mass [B, C, H].
     """
     scores = jnp.einsum("bchf,blf->bchl", fold_queries(q, wq, wk), x)
     if offset is not None:
         scores = scores + offset
-    p = masked_softmax(scores, mask[:, None, None, :])
-    return jnp.einsum("bchf,fhv->bchv", jnp.einsum("bchl,blf->bchf", p, x), wv)
+    mask = mask[:, None, None, :]
+    sums = jnp.einsum("bchl,blf->bchf", masked_softmax(scores, mask), x)
+    return jnp.einsum("bchf,fhv->bchv", sums, wv), log_mass(scores, mask)
 
 
 def attend_shared(q, x, mask, wq, wk, wv, offset=None):
@@ -69,8 +78,8 @@ def attend_shared(q, x, mask, wq, wk, wv, offset=None):
     scores = jnp.einsum("bchk,blhk->bchl", query, keys)
     if offset is not None:
         scores = scores + offset
-    p = masked_softmax(scores, mask[:, None, None, :])
-    return jnp.einsum("bchl,blhv->bchv", p, values)
+    mask = mask[:, None, None, :]
+    return jnp.einsum("bchl,blhv->bchv", masked_softmax(scores, mask), values), log_mass(scores, mask)
 
 
 class TargetAttention(nnx.Module):
@@ -96,13 +105,17 @@ class TargetAttention(nnx.Module):
 
     def __call__(self, q, x, mask, w_in=None, offset=None):
         """q [B, C, d], x [B, L, f], mask [B, L] -> [B, C, d]; w_in [f, d] folds into the key and value projections."""
+        return self.with_mass(q, x, mask, w_in, offset)[0]
+
+    def with_mass(self, q, x, mask, w_in=None, offset=None):
+        """The same and the log mass [B, C, H]: how much there is to attend to."""
         wq, wk, wv = self.wq[...], self.wk[...], self.wv[...]
         if w_in is not None:
             wk = jnp.einsum("fd,dhk->fhk", w_in, wk)
             wv = jnp.einsum("fd,dhv->fhv", w_in, wv)
         fold = use_fold(q.shape[1], x.shape[2], wq.shape[1], wk.shape[2], wv.shape[2])
-        out = (attend_folded if fold else attend_shared)(q, x, mask, wq, wk, wv, offset)
-        return out.reshape(*out.shape[:2], -1) @ self.wo[...]
+        out, mass = (attend_folded if fold else attend_shared)(q, x, mask, wq, wk, wv, offset)
+        return out.reshape(*out.shape[:2], -1) @ self.wo[...], mass
 
     def macs(self, candidates: int, length: int, width_in: int) -> tuple[int, int]:
         """(per request, per candidate), the order that `__call__` picks."""

@@ -6,10 +6,11 @@ import numpy as np
 
 
 def target_attention(q, x, mask, wq, wk, wv, offset=None):
-    """Softmax attention of every candidate over the real events, without output projection: [B, C, H, dv]."""
+    """Softmax attention of every candidate over the real events: heads [B, C, H, dv] and log mass [B, C, H]."""
     q, x, wq, wk, wv = (np.asarray(a, np.float64) for a in (q, x, wq, wk, wv))
     heads = wq.shape[1]
     out = np.zeros((*q.shape[:2], heads, wv.shape[2]))
+    mass = np.zeros(out.shape[:3])
     for b in range(q.shape[0]):
         for c in range(q.shape[1]):
             for h in range(heads):
@@ -22,7 +23,8 @@ def target_attention(q, x, mask, wq, wk, wv, offset=None):
                 if terms:
                     weights = np.exp(np.array([s for s, _ in terms]) - max(s for s, _ in terms))
                     out[b, c, h] = sum(w * v for w, (_, v) in zip(weights / weights.sum(), terms, strict=True))
-    return out
+                    mass[b, c, h] = math.log(sum(math.exp(s) for s, _ in terms))
+    return out, mass
 
 
 def segments(length, width):

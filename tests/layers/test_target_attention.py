@@ -62,8 +62,8 @@ def test_folded_equals_shared_in_values_and_gradients(name, with_offset):
 
     def loss(form):
         def run(args, offset, mask):
-            out = form(*args[:2], mask, *args[2:], offset)
-            return jnp.sum(out * weight), out
+            out, mass = form(*args[:2], mask, *args[2:], offset)
+            return jnp.sum(out * weight) + jnp.sum(mass * weight[..., 0]), (out, mass)
 
         return jax.jit(jax.value_and_grad(run, argnums=(0, 1) if with_offset else 0, has_aux=True))
 
@@ -80,8 +80,8 @@ def test_both_forms_equal_a_triple_loop(name):
     for mask in masks(*args[1].shape[:2]).values():
         want = naive.target_attention(*args[:2], mask, *args[2:], offset)
         for form in forms:
-            got = form(*args[:2], mask, *args[2:], offset)
-            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+            for got, wanted in zip(form(*args[:2], mask, *args[2:], offset), want, strict=True):
+                np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_the_cheaper_form_is_picked():
@@ -101,7 +101,7 @@ def test_the_module_folds_the_input_projection(tied):
     offset = rng.normal(size=(2, 3, 2, 5)).astype(np.float32)
     got = module(q, x, mask, w_in=w_in, offset=offset)
     np.testing.assert_allclose(got, module(q, x @ w_in, mask, offset=offset), rtol=1e-5, atol=1e-5)
-    want = naive.target_attention(q, x @ w_in, mask, module.wq[...], module.wk[...], module.wv[...], offset)
+    want, _ = naive.target_attention(q, x @ w_in, mask, module.wq[...], module.wk[...], module.wv[...], offset)
     np.testing.assert_allclose(got, want.reshape(2, 3, 8) @ module.wo[...], rtol=1e-5, atol=1e-5)
 
 

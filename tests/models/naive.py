@@ -22,11 +22,19 @@ def _mean(module, h, mask, age, q):
 
 
 def _ta(module, h, mask, age, q):
-    return _attend(module.attention, q, h, mask)[:, :, None]
+    attention = module.attention
+    out = _attend(attention, q, h, mask)[:, :, None]
+    if module.w_mass is None:
+        return out
+    _, mass = naive.target_attention(q, h, mask, attention.wq[...], attention.wk[...], attention.wv[...])
+    events = mask.sum(axis=1)[:, None, None] * np.ones((1, q.shape[1], 1))
+    mass = np.where(events > 0, mass - np.log(module.history_length), 0)
+    facts = np.concatenate([mass, np.log(np.maximum(events, 1) / module.history_length)], axis=-1)
+    return np.concatenate([out, (facts @ np.asarray(module.w_mass[...], np.float64))[:, :, None]], axis=2)
 
 
 def _attend(attention, q, h, mask, offset=None):
-    heads = naive.target_attention(q, h, mask, attention.wq[...], attention.wk[...], attention.wv[...], offset)
+    heads, _ = naive.target_attention(q, h, mask, attention.wq[...], attention.wk[...], attention.wv[...], offset)
     return heads.reshape(*q.shape[:2], -1) @ np.asarray(attention.wo[...], np.float64)
 
 

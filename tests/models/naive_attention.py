@@ -116,7 +116,7 @@ def longer(module, h, mask, age, q):
 
 
 def target_attention(attention, q, x, mask):
-    heads = naive.target_attention(q, x, mask, attention.wq[...], attention.wk[...], attention.wv[...])
+    heads, _ = naive.target_attention(q, x, mask, attention.wq[...], attention.wk[...], attention.wv[...])
     return heads.reshape(q.shape) @ _array(attention.wo)
 
 

@@ -9,7 +9,7 @@ from tests.models.harness import brand_of_candidates, brand_of_events
 def attend(attention, q, events):
     """Target attention of one candidate q [d] over its events [n, d]."""
     wq, wk, wv = attention.wq[...], attention.wk[...], attention.wv[...]
-    heads = naive.target_attention(q[None, None], events[None], np.ones((1, len(events)), bool), wq, wk, wv)
+    heads, _ = naive.target_attention(q[None, None], events[None], np.ones((1, len(events)), bool), wq, wk, wv)
     return heads.reshape(-1) @ np.asarray(attention.wo[...], np.float64)
 
 

@@ -83,7 +83,12 @@ def test_candidates_are_independent(name):
 
 
 # Each as its config has it by default, and the other forms that a field picks.
-FORMS = [*((name, {}) for name in NAMES), ("din", {"softmax": True}), ("din", {"softmax": False})]
+FORMS = [
+    *((name, {}) for name in NAMES),
+    ("ta", {"mass": True}),
+    ("din", {"softmax": True}),
+    ("din", {"softmax": False}),
+]
 
 
 @pytest.mark.parametrize(("name", "overrides"), FORMS)

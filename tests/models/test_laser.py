@@ -29,7 +29,7 @@ def test_laser_plus_contains_exact_target_attention(length):
     source = harness.source(x, harness.normal(np.random.default_rng(0), harness.FEATURES, harness.WIDTH))
     got = jax.jit(lambda x: module(source, mask, age, q, {}).tokens)(x)[:, :, 0]
     h = source.dense()
-    want = attend_shared(q, h, mask, module.wq[...], module.wk[...], module.wv[...]).reshape(got.shape)
+    want = attend_shared(q, h, mask, module.wq[...], module.wk[...], module.wv[...])[0].reshape(got.shape)
     np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
     assert np.abs(want - np.asarray(h)[:, -1:]).max() > 0.1
 
@@ -47,7 +47,7 @@ def test_horizons_are_exact_target_attention_over_the_newest_events(horizons):
     assert tokens.shape[2] == len(reaches) + 1 == module.num_tokens
     for k, reach in enumerate(reaches):
         newest = mask & (np.arange(12) >= 12 - reach)
-        want = attend_shared(q, source.dense(), newest, module.wq[...], module.wk[...], module.wv[...])
+        want, _ = attend_shared(q, source.dense(), newest, module.wq[...], module.wk[...], module.wv[...])
         np.testing.assert_allclose(tokens[:, :, k], want.reshape(tokens[:, :, k].shape), rtol=2e-5, atol=2e-5)
     assert not tokens[-1, :, :-1].any()  # nothing to read; the last token says so
 

@@ -18,6 +18,7 @@ def choices(base: Model) -> list[Model]:
         "recency": ("none", "age", "position", "both"),
         "norm": ("pre", "post"),
         "segment_ffn": (0, 1, 4),
+        "horizons": ((), (20, 50, 200, 1000), (10, 20, 50, 100, 200, 500, 1000)),
         "gsta_ffn": (0, 1, 4),
         "heads": (1, 2, 4, 8),
         "key_width": (8, 16, 32),

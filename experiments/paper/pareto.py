@@ -24,12 +24,12 @@ COUNTS = (1, 100)  # candidates a request
 def forms() -> list[Model]:
     """laser_plus, cheaper and dearer."""
     base = models.model("laser_plus", "tricks")
-    nothing = dict(encoder__layers=0, encoder__pool=False, encoder__recent=0, encoder__recency="none")
+    nothing = dict(encoder__layers=0, encoder__pool=False, encoder__recency="none")
     return [
-        base.but("laser_plus lean (no segment FFN)", encoder__segment_ffn=0),
-        base.but("laser_plus horizons only", encoder__segment_ffn=0, **nothing),
+        base.but("laser_plus horizons only", **nothing),
         base.but("laser_plus w=20", encoder__segment=20),
-        base.but("laser_plus 4x FFN", encoder__segment_ffn=4),
+        base.but("laser_plus 1x FFN, recent", encoder__segment_ffn=1, encoder__recent=1),
+        base.but("laser_plus 4x FFN, recent", encoder__segment_ffn=4, encoder__recent=1),
     ]
 
 

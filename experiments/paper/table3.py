@@ -19,27 +19,22 @@ def ablations(base: Model) -> list[Model]:
         base,
         base.but("no recency", encoder__recency="none"),
         base.but("no fusion", encoder__pool=False, encoder__recent=0, encoder__horizons=()),
-        base.but("no FFN, no LayerNorm", encoder__segment_ffn=0, encoder__norm="none"),
+        base.but("no max pool", encoder__pool=False),
         base.but("no LayerNorm", encoder__norm="none"),
         base.but(f"{other_gate} gates", encoder__gate=other_gate),
         base.but("untied", encoder__tied=False),
     ]
+    if config.segment_ffn:
+        rows.append(base.but("no FFN, no LayerNorm", encoder__segment_ffn=0, encoder__norm="none"))
+    else:
+        rows.append(base.but("with FFN 1x", encoder__segment_ffn=1))
     if config.mass_logit:
         rows.append(base.but("no mass in GSTA", encoder__mass_logit=False))
     if config.horizons:
         rows += [
             base.but("no horizons", encoder__horizons=()),
-            base.but("no segment FFN", encoder__segment_ffn=0),
-            base.but("no max pool", encoder__pool=False),
             base.but("no GSTA", encoder__layers=0),
-            base.but(
-                "horizons only",
-                encoder__layers=0,
-                encoder__segment_ffn=0,
-                encoder__pool=False,
-                encoder__recent=0,
-                encoder__recency="none",
-            ),
+            base.but("horizons only", encoder__layers=0, encoder__pool=False, encoder__recency="none"),
         ]
     return rows
 

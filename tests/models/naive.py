@@ -68,7 +68,8 @@ def _laser(module, h, mask, age, q):
         config.gate,
     )
     alive = np.array([[any(mask[b, i] for i in places) for places in cut] for b in range(len(h))])
-    s = s + _feed_forward(module.ffn, s if post else _norm(module.norm, s))
+    if module.ffn is not None:
+        s = s + _feed_forward(module.ffn, s if post else _norm(module.norm, s))
     s = _norm(module.norm, s) if post else s
     for n, places in enumerate(cut):
         for b in range(len(h)):

@@ -86,6 +86,7 @@ def test_candidates_are_independent(name):
 FORMS = [
     *((name, {}) for name in NAMES),
     ("ta", {"mass": True}),
+    ("laser_plus", {"segment_ffn": 1, "recent": 2}),
     ("din", {"softmax": True}),
     ("din", {"softmax": False}),
 ]

@@ -1,13 +1,16 @@
 """The core of STA: gates of each event, and the gated sums over each segment, with a hand-written gradient.
 
 K = candidates x heads stands after S: the products over an event's features and over a segment's events are then
-batched matrix products without transposing anything as large as the history.
+batched matrix products without transposing anything as large as the history. Events may be bfloat16; gates, sums and
+everything that is added up are float32.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
+
+from laser_jax.layers.segment_products import event_products, spread_vectors, weighted_sums
 
 GATES = ("sigmoid", "softmax")
 NO_MASS = -30.0  # log mass of a segment without a real event: silent, yet finite
@@ -47,18 +50,16 @@ def segment_sums(x, u, bias, mask, gate):
 
 def segment_sums_fwd(x, u, bias, mask, gate):
     b, s, w, f = x.shape
-    scores = (jnp.einsum("bnf,bkf->bnk", x.reshape(b, s * w, f), u) + bias).reshape(b, s, w, -1)
-    gates, log_mass = gates_and_mass(scores, mask[..., None], gate, axis=2)  # [B, S, w, K], [B, S, K]
-    # A multiply and a sum, not a dot: the sum over w is far too short for a matrix product.
-    z = jnp.sum(gates[..., None] * x[:, :, :, None], axis=2)
-    return (z, log_mass), (x, u, gates, log_mass, mask)
+    scores = jnp.einsum("bnf,bkf->bnk", x.reshape(b, s * w, f), u, preferred_element_type=jnp.float32) + bias
+    gates, log_mass = gates_and_mass(scores.reshape(b, s, w, -1), mask[..., None], gate, axis=2)
+    return (weighted_sums(gates, x), log_mass), (x, u, gates, log_mass, mask)
 
 
 def segment_sums_bwd(gate, saved, cotangents):
     x, u, gates, log_mass, mask = saved
     dz, dlog_mass = cotangents
     b, s, w, f = x.shape
-    dgates = _event_products(x, dz)
+    dgates = event_products(x, dz)
     if gate == "sigmoid":
         alive = log_mass > NO_MASS
         dgates = dgates + jnp.where(alive, dlog_mass * jnp.exp(-log_mass), 0.0)[:, :, None]
@@ -67,25 +68,12 @@ def segment_sums_bwd(gate, saved, cotangents):
         centred = dgates - jnp.sum(dgates * gates, axis=2, keepdims=True)
         dscores = gates * (centred + dlog_mass[:, :, None])
     dscores = jnp.where(mask[..., None], dscores, 0.0)
-    du = jnp.einsum("bnk,bnf->bkf", dscores.reshape(b, s * w, -1), x.reshape(b, s * w, f))
+    du = jnp.einsum("bnk,bnf->bkf", dscores.reshape(b, s * w, -1), x.reshape(b, s * w, f).astype(jnp.float32))
     # An event is reached through the sum (gates x dz) and through its score (dscores x u): one product over 2K rows.
     left = jnp.concatenate([gates, dscores], axis=3)
-    right = jnp.concatenate([dz, jnp.broadcast_to(u[:, None], dz.shape)], axis=2)
-    dx = jnp.einsum("bswk,bskf->bswf", left, right)
-    return dx, du, jnp.sum(dscores, axis=(0, 1, 2)), None
-
-
-def _event_products(x, dz):
-    """x [B, S, w, f], dz [B, S, K, f] -> [B, S, w, K], on CPU by blocks of users that fit its cache (1.5x faster)."""
-    block = next(size for size in (8, 4, 2, 1) if x.shape[0] % size == 0) if x.shape[0] else 1
-    if jax.default_backend() != "cpu" or x.shape[0] <= block:
-        return jnp.einsum("bswf,bskf->bswk", x, dz)
-
-    def blocks(a):
-        return a.reshape(-1, block, *a.shape[1:])
-
-    products = jax.lax.map(lambda pair: jnp.einsum("bswf,bskf->bswk", *pair), (blocks(x), blocks(dz)))
-    return products.reshape(*x.shape[:3], dz.shape[2])
+    right = jnp.concatenate([dz, jnp.broadcast_to(u.astype(jnp.float32)[:, None], dz.shape)], axis=2)
+    dx = spread_vectors(left, right)
+    return dx.astype(x.dtype), du.astype(u.dtype), jnp.sum(dscores, axis=(0, 1, 2)), None
 
 
 segment_sums.defvjp(segment_sums_fwd, segment_sums_bwd)

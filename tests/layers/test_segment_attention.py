@@ -15,7 +15,8 @@ SHAPES = {  # B, C, L, w, f, d, H, dq, dv
     "one candidate, whole segments": (2, 1, 12, 4, 5, 6, 2, 3, 4),
     "four queries, ragged oldest segment": (3, 2, 13, 5, 6, 4, 2, 2, 3),
     "many queries": (2, 5, 7, 3, 4, 6, 3, 2, 2),
-    "more users than a block, one short segment": (11, 3, 6, 10, 4, 4, 2, 2, 2),
+    "more features than a register, one short segment": (3, 3, 6, 10, 19, 4, 2, 2, 2),
+    "more of everything than is written out": (2, 17, 45, 40, 270, 4, 2, 2, 2),
     "segments of one event": (2, 1, 3, 1, 4, 4, 1, 4, 4),
 }
 
@@ -25,6 +26,8 @@ def draw(shape, seed=0):
     rng = np.random.default_rng(seed)
     sizes = {"q": (b, c, d), "x": (b, length, f), "wq": (d, heads, key), "wk": (f, heads, key), "wv": (f, heads, value)}
     arrays = {name: rng.normal(size=size).astype(np.float32) for name, size in sizes.items()}
+    for name in ("wk", "wv"):
+        arrays[name] *= min(1, (8 / f) ** 0.5)  # keys and values of order 1, for the tolerances
     return {**arrays, "bias": rng.normal(size=heads).astype(np.float32)}
 
 
@@ -54,6 +57,11 @@ def test_reference_equals_the_paper_read_as_a_loop(name, gate):
         assert np.isfinite(log_mass).all()
 
 
+def assert_close(got, want):
+    # float32 sums err with the size of what they add up.
+    np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5 * max(1.0, float(np.abs(want).max(initial=0))))
+
+
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("name", SHAPES)
 def test_folded_equals_reference_in_values_and_gradients(name, gate):
@@ -75,7 +83,7 @@ def test_folded_equals_reference_in_values_and_gradients(name, gate):
     folded, reference = both(sta.segment_attention_folded), both(sta.segment_attention_reference)
     for mask in masks(b, length):
         got, want = folded(arrays, mask), reference(arrays, mask)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, want)
+        jax.tree.map(assert_close, got, want)
         assert (np.asarray(got[1]["x"])[~mask] == 0).all()
         if mask.any():
             assert all(np.abs(gradient).max() > 1e-3 for gradient in jax.tree.leaves(got[1]))
@@ -99,7 +107,7 @@ def all_gathered(rows, indices, positions, q, mask, *weights, **settings):
 
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize(
-    "name", ["four queries, ragged oldest segment", "more users than a block, one short segment", "many queries"]
+    "name", ["four queries, ragged oldest segment", "more features than a register, one short segment", "many queries"]
 )
 @pytest.mark.parametrize("form", [a_user_at_a_time, some_users_at_a_time, packed])
 def test_forms_that_gather_equal_the_reference_in_values_and_gradients(form, name, gate):

@@ -7,7 +7,7 @@ comes out is padded again, but by then a segment is one token and not w events.
 import jax.numpy as jnp
 import numpy as np
 
-from laser_jax.layers.chunked_segments import chunk_size, chunked_segment_sums
+from laser_jax.layers.chunked_segments import chunk_size, chunked_segment_tokens
 
 
 def live_segments(lengths: np.ndarray, history_length: int, width: int, multiple: int = 256) -> np.ndarray:
@@ -27,16 +27,16 @@ def live_segments(lengths: np.ndarray, history_length: int, width: int, multiple
     return np.pad(positions, (0, -len(positions) % multiple), constant_values=alive.size)
 
 
-def packed_segment_sums(rows, indices, positions, u, bias, mask, width: int, gate: str, chunk: int):
+def packed_segment_tokens(rows, indices, positions, u, wv, bias, mask, width: int, gate: str, chunk: int, compute: str):
     """Gated sums over the segments at `positions`.
 
     Args:
-      rows, indices, u, bias, mask, width, gate: as for chunked_segment_sums.
+      rows, indices, u, wv, bias, mask, width, gate, compute: as for chunked_segment_tokens.
       positions: int32 [N], as of `live_segments`.
       chunk: segments at a time, at most.
 
     Returns:
-      z [N, 1, K, f] and log mass [N, 1, K].
+      tokens [N, 1, C, H * dv] and log mass [N, 1, C * H].
     """
     b, length = mask.shape
     segments = -(-length // width)
@@ -46,15 +46,17 @@ def packed_segment_sums(rows, indices, positions, u, bias, mask, width: int, gat
     at = jnp.where(real, user[:, None] * length + place, 0)
     real &= mask.reshape(-1)[at]
     # Every segment is a request of its own here, with the queries of its user.
-    return chunked_segment_sums(
+    return chunked_segment_tokens(
         rows,
         tuple(index.reshape(-1)[at] for index in indices),
         u.at[user].get(mode="clip"),
+        wv,
         bias,
         real,
         width,
         gate,
         chunk_size(len(positions), chunk),
+        compute,
     )
 
 

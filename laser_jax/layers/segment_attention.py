@@ -16,17 +16,21 @@ Segments are cut from the newest event backwards: the last one is full, what is 
 
 import jax.numpy as jnp
 
-from laser_jax.layers.chunked_segments import chunk_size, chunked_segment_sums
-from laser_jax.layers.packed_segments import packed_segment_sums, spread
-from laser_jax.layers.segment_sums import NO_MASS, cut_segments, gates_and_mass, segment_sums
+from laser_jax.layers.chunked_segments import chunk_size, chunked_segment_tokens
+from laser_jax.layers.packed_segments import packed_segment_tokens, spread
+from laser_jax.layers.segment_kernel import segment_sums_kernel
+from laser_jax.layers.segment_sums import NO_MASS, cut_segments, gates_and_mass, project_heads, segment_sums
 from laser_jax.layers.target_attention import fold_queries
+
+KERNELS = ("xla", "pallas", "pallas_interpret")
 
 
 def segment_attention_reference(q, x, mask, wq, wk, wv, bias, *, width: int, gate: str = "sigmoid"):
     """STA as the paper writes it, keys and values built once a request.
 
     Args:
-      q: [B, C, d] candidates; x: [B, L, f] events, oldest to newest; mask: [B, L] bool.
+      q: [B, C, d] candidates; x: [B, L, f] events, oldest to newest, float32 or bfloat16 (the products with events are
+        then taken in bfloat16 and added up in float32); mask: [B, L] bool.
       wq: [d, H, dq]; wk: [f, H, dq]; wv: [f, H, dv]; bias: [H], added to the gate's score.
       width: w, events a segment.
       gate: "sigmoid" or "softmax".
@@ -34,59 +38,89 @@ def segment_attention_reference(q, x, mask, wq, wk, wv, bias, *, width: int, gat
     Returns:
       tokens [B, C, S, H * dv] and log mass [B, C, H, S].
     """
-    query = jnp.einsum("bcd,dhk->bchk", q, wq) * wq.shape[-1] ** -0.5
-    keys = cut_segments(jnp.einsum("blf,fhk->blhk", x, wk), width)
-    values = cut_segments(jnp.einsum("blf,fhv->blhv", x, wv), width)
+    query = (jnp.einsum("bcd,dhk->bchk", q, wq) * wq.shape[-1] ** -0.5).astype(x.dtype)
+    keys = cut_segments(jnp.einsum("blf,fhk->blhk", x, wk.astype(x.dtype)), width)
+    values = cut_segments(jnp.einsum("blf,fhv->blhv", x, wv.astype(x.dtype)), width)
     segment_mask = cut_segments(mask, width)[:, None, None]
-    scores = jnp.einsum("bchk,bswhk->bchsw", query, keys) + bias[:, None, None]
+    scores = jnp.einsum("bchk,bswhk->bchsw", query, keys, preferred_element_type=jnp.float32) + bias[:, None, None]
     gates, log_mass = gates_and_mass(scores, segment_mask, gate, axis=-1)
-    tokens = jnp.einsum("bchsw,bswhv->bcshv", gates, values)
+    tokens = jnp.einsum("bchsw,bswhv->bcshv", gates.astype(x.dtype), values, preferred_element_type=jnp.float32)
     return tokens.reshape(*tokens.shape[:3], -1), log_mass
 
 
-def segment_attention_folded(q, x, mask, wq, wk, wv, bias, *, width: int, gate: str = "sigmoid"):
-    """The same result as `segment_attention_reference` without ever building keys or values."""
+def segment_attention_folded(q, x, mask, wq, wk, wv, bias, *, width: int, gate: str = "sigmoid", kernel: str = "xla"):
+    """The same result as `segment_attention_reference` without ever building keys or values.
+
+    Args:
+      kernel: what sums: "xla", or on a GPU or a TPU "pallas"; "pallas_interpret" runs the latter anywhere, slowly.
+
+    Raises:
+      ValueError: a kernel of another name.
+    """
     u = _flat_queries(q, wq, wk)
     bias = jnp.tile(bias, q.shape[1])
-    sums = segment_sums(cut_segments(x, width), u, bias, cut_segments(mask, width), gate)
-    return _unfold(*sums, q.shape[1], wv)
+    segments = cut_segments(x, width), u, bias, cut_segments(mask, width), gate
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel={kernel!r} is not one of {KERNELS}")
+    if kernel == "xla":
+        z, log_mass = segment_sums(*segments)
+    else:
+        z, log_mass = segment_sums_kernel(*segments, interpret=kernel == "pallas_interpret")
+    return jnp.moveaxis(project_heads(z, wv), 1, 2), _by_candidate(log_mass, q.shape[1])
 
 
 def segment_attention_chunked(
-    q, rows, indices, mask, wq, wk, wv, bias, *, width: int, gate: str = "sigmoid", chunk: int = 8
+    q, rows, indices, mask, wq, wk, wv, bias, *, width: int, gate: str = "sigmoid", chunk: int = 8, compute="float32"
 ):
     """The same again for events that are still rows of tables: gathered for `chunk` users at a time, so that no array
     as large as the history exists.
 
     Args:
       rows: one [U, D] a field; indices: one int32 [B, L] a field; f is the sum of D.
-      chunk: users at a time, at most.
+      chunk: users at a time, at most. compute: type of the events once they are gathered.
     """
     u = _flat_queries(q, wq, wk)
     bias = jnp.tile(bias, q.shape[1])
     chunk = chunk_size(len(mask), chunk)
-    sums = chunked_segment_sums(tuple(rows), tuple(indices), u, bias, mask, width, gate, chunk)
-    return _unfold(*sums, q.shape[1], wv)
+    tokens, log_mass = chunked_segment_tokens(
+        tuple(rows), tuple(indices), u, wv, bias, mask, width, gate, chunk, compute
+    )
+    return jnp.moveaxis(tokens, 1, 2), _by_candidate(log_mass, q.shape[1])
 
 
 def segment_attention_packed(
-    q, rows, indices, mask, positions, wq, wk, wv, bias, *, width: int, gate: str = "sigmoid", chunk: int = 8
+    q,
+    rows,
+    indices,
+    mask,
+    positions,
+    wq,
+    wk,
+    wv,
+    bias,
+    *,
+    width: int,
+    gate: str = "sigmoid",
+    chunk: int = 8,
+    compute="float32",
 ):
     """The same again for histories of unlike lengths: only the segments at `positions` are gathered and summed.
 
     Args:
-      rows, indices: as for `segment_attention_chunked`. chunk: so many full histories of segments at a time, at most.
+      rows, indices, compute: as for `segment_attention_chunked`.
+      chunk: so many full histories of segments at a time, at most.
       positions: int32 [N], of all segments with a real event; see packed_segments.live_segments.
     """
 
     (b, c, _), segments = q.shape, -(-mask.shape[1] // width)
     u = _flat_queries(q, wq, wk)
     chunk = max(chunk * segments, 1)
-    sums = packed_segment_sums(tuple(rows), tuple(indices), positions, u, jnp.tile(bias, c), mask, width, gate, chunk)
-    tokens, log_mass = _unfold(*sums, c, wv)
-    tokens = spread(tokens[:, :, 0], positions, b, segments, 0.0)
-    log_mass = spread(log_mass[..., 0], positions, b, segments, NO_MASS)
-    return jnp.moveaxis(tokens, 1, 2), jnp.moveaxis(log_mass, 1, 3)
+    tokens, log_mass = packed_segment_tokens(
+        tuple(rows), tuple(indices), positions, u, wv, jnp.tile(bias, c), mask, width, gate, chunk, compute
+    )
+    tokens = spread(tokens[:, 0], positions, b, segments, 0.0)
+    log_mass = spread(log_mass[:, 0], positions, b, segments, NO_MASS)
+    return jnp.moveaxis(tokens, 1, 2), _by_candidate(log_mass, c)
 
 
 def _flat_queries(q, wq, wk):
@@ -95,12 +129,9 @@ def _flat_queries(q, wq, wk):
     return u.reshape(len(u), -1, u.shape[-1])
 
 
-def _unfold(z, log_mass, c, wv):
-    """z [B, S, C * H, f], log mass [B, S, C * H] -> tokens [B, C, S, H * dv], log mass [B, C, H, S]."""
-    f, heads, _ = wv.shape
-    tokens = jnp.einsum("bschf,fhv->bcshv", z.reshape(*z.shape[:2], c, heads, f), wv)
-    log_mass = jnp.moveaxis(log_mass.reshape(*z.shape[:2], c, heads), 1, 3)
-    return tokens.reshape(*tokens.shape[:3], -1), log_mass
+def _by_candidate(log_mass, c):
+    """[B, S, C * H] -> [B, C, H, S]."""
+    return jnp.moveaxis(log_mass.reshape(*log_mass.shape[:2], c, -1), 1, 3)
 
 
 def use_fold(candidates: int, width: int, heads: int, key_width: int, value_width: int, segment: int) -> bool:

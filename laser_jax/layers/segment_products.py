@@ -19,7 +19,7 @@ def weighted_sums(gates: jax.Array, x: jax.Array) -> jax.Array:
     """gates [B, S, w, K], x [B, S, w, f] -> [B, S, K, f], float32: sums over a segment's events."""
     width = x.shape[2]
     if not _written_out(width):
-        return jnp.einsum("bswk,bswf->bskf", gates, x, preferred_element_type=jnp.float32)
+        return jnp.einsum("bswk,bswf->bskf", gates.astype(x.dtype), x, preferred_element_type=jnp.float32)
     return sum(gates[:, :, i, :, None] * x[:, :, i, None] for i in range(width))
 
 
@@ -28,7 +28,7 @@ def event_products(x: jax.Array, vectors: jax.Array) -> jax.Array:
     features, count = x.shape[3], vectors.shape[2]
     whole = features - features % LANES
     if not whole or not _written_out(whole // LANES):
-        return jnp.einsum("bswf,bskf->bswk", x, vectors, preferred_element_type=jnp.float32)
+        return jnp.einsum("bswf,bskf->bswk", x, vectors.astype(x.dtype), preferred_element_type=jnp.float32)
 
     def product(start, stop):  # [B, S, w, K, stop - start]
         return x[:, :, :, None, start:stop] * vectors[:, :, None, :, start:stop].astype(jnp.float32)

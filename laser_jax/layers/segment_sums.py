@@ -36,7 +36,8 @@ def gates_and_mass(scores, mask, gate, axis):
         return gates, jnp.log(jnp.maximum(jnp.sum(gates, axis=axis), jnp.exp(NO_MASS)))
     top = jnp.max(jnp.where(mask, scores, -jnp.inf), axis=axis, keepdims=True)
     top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))
-    e = jnp.where(mask, jnp.exp(scores - top), 0.0)
+    # Masked before the exponential too: an infinite one would make the gradient of what is masked NaN.
+    e = jnp.where(mask, jnp.exp(jnp.where(mask, scores - top, 0.0)), 0.0)
     total = jnp.sum(e, axis=axis, keepdims=True)
     log_mass = jnp.where(total > 0, jnp.log(jnp.maximum(total, 1e-20)) + top, NO_MASS)
     return e / jnp.maximum(total, 1e-20), jnp.squeeze(log_mass, axis)
@@ -50,8 +51,13 @@ def segment_sums(x, u, bias, mask, gate):
 
 def segment_sums_fwd(x, u, bias, mask, gate):
     b, s, w, f = x.shape
-    scores = jnp.einsum("bnf,bkf->bnk", x.reshape(b, s * w, f), u, preferred_element_type=jnp.float32) + bias
+    if s == 1:  # packed: every segment has queries of its own
+        scores = event_products(x, u[:, None]) + bias
+    else:
+        events = x.reshape(b, s * w, f)
+        scores = jnp.einsum("bnf,bkf->bnk", events, u.astype(x.dtype), preferred_element_type=jnp.float32) + bias
     gates, log_mass = gates_and_mass(scores.reshape(b, s, w, -1), mask[..., None], gate, axis=2)
+    gates, log_mass = jax.lax.optimization_barrier((gates, log_mass))
     return (weighted_sums(gates, x), log_mass), (x, u, gates, log_mass, mask)
 
 
@@ -68,12 +74,24 @@ def segment_sums_bwd(gate, saved, cotangents):
         centred = dgates - jnp.sum(dgates * gates, axis=2, keepdims=True)
         dscores = gates * (centred + dlog_mass[:, :, None])
     dscores = jnp.where(mask[..., None], dscores, 0.0)
-    du = jnp.einsum("bnk,bnf->bkf", dscores.reshape(b, s * w, -1), x.reshape(b, s * w, f).astype(jnp.float32))
+    if s == 1:
+        du = weighted_sums(dscores, x)[:, 0]
+    else:
+        du = jnp.einsum("bnk,bnf->bkf", dscores.reshape(b, s * w, -1), x.reshape(b, s * w, f).astype(jnp.float32))
     # An event is reached through the sum (gates x dz) and through its score (dscores x u): one product over 2K rows.
     left = jnp.concatenate([gates, dscores], axis=3)
     right = jnp.concatenate([dz, jnp.broadcast_to(u.astype(jnp.float32)[:, None], dz.shape)], axis=2)
+    left, right = jax.lax.optimization_barrier((left, right))
     dx = spread_vectors(left, right)
     return dx.astype(x.dtype), du.astype(u.dtype), jnp.sum(dscores, axis=(0, 1, 2)), None
+
+
+def project_heads(z: jax.Array, wv: jax.Array) -> jax.Array:
+    """z [B, S, C * H, f], wv [f, H, dv] -> [B, S, C, H * dv]: the value projection, after the sum."""
+    f, heads, _ = wv.shape
+    # A product a head: one for all would hand the sums' gradient back in an order that no pass over events likes.
+    of_heads = jnp.split(z.reshape(*z.shape[:2], -1, heads, f), heads, axis=3)
+    return jnp.concatenate([of_head[:, :, :, 0] @ wv[:, h] for h, of_head in enumerate(of_heads)], axis=-1)
 
 
 segment_sums.defvjp(segment_sums_fwd, segment_sums_bwd)

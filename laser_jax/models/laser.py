@@ -19,6 +19,8 @@ from laser_jax.layers.segment_sums import GATES, cut_segments
 from laser_jax.layers.target_attention import TargetAttention, masked_softmax
 from laser_jax.models.base import SeqOut, SequenceEncoder, TokenSource, residual_scale
 
+COMPUTE = ("float32", "bfloat16")
+
 
 @dataclasses.dataclass
 class LaserConfig:
@@ -38,6 +40,9 @@ class LaserConfig:
       horizons: numbers of newest events over which the head also gets the attention and its mass, besides the whole
         history; empty for none. Those longer than the history are left out.
       tied: Wk := Wq and value projections := I at init (without it one pass does not align gates and values).
+      compute: "float32" or "bfloat16", of the events in STA; what is added up stays float32.
+      kernel: what sums where folding pays and nothing is chunked: "xla", or on GPU and TPU "pallas" (one fused kernel
+        forward and one backward, layers/segment_kernel.py); "pallas_interpret" runs that anywhere, slowly.
       chunk: users at a time, at most, whose rows are gathered where folding pays, so that the batch's [B, L, f] never
         exists; 0 gathers all at once. The result is the same: 8 is faster on CPU, 0 elsewhere and on sharded batches.
     """
@@ -58,6 +63,8 @@ class LaserConfig:
     pool: bool = True
     horizons: tuple[int, ...] = ()
     tied: bool = True
+    compute: str = "float32"
+    kernel: str = "xla"
     chunk: int = 0
 
     def build(self, *, width_in: int, width: int, history_length: int, rngs: nnx.Rngs) -> "LaserEncoder":
@@ -86,6 +93,12 @@ class LaserEncoder(SequenceEncoder):
     def __init__(self, config: LaserConfig, width_in: int, width: int, history_length: int, *, rngs: nnx.Rngs):
         if config.gate not in GATES:
             raise ValueError(f"gate={config.gate!r} is not one of {GATES}")
+        if config.compute not in COMPUTE:
+            raise ValueError(f"compute={config.compute!r} is not one of {COMPUTE}")
+        if config.kernel not in sta.KERNELS:
+            raise ValueError(f"kernel={config.kernel!r} is not one of {sta.KERNELS}")
+        if config.chunk and config.kernel != "xla":
+            raise ValueError(f"kernel={config.kernel!r} sums whole batches: set chunk=0 (it is {config.chunk})")
         if config.chunk < 0:
             raise ValueError(f"chunk={config.chunk}: give a number of users, or 0 for all of the batch")
         if config.norm not in ("pre", "post", "none"):
@@ -153,12 +166,14 @@ class LaserEncoder(SequenceEncoder):
         fold = self._fold(q.shape[1])
         if config.chunk and fold:
             s, log_mass = sta.segment_attention_chunked(
-                q, events.rows, events.indices, mask, *weights, **form, chunk=config.chunk
+                q, events.rows, events.indices, mask, *weights, **form, chunk=config.chunk, compute=config.compute
             )
         else:
-            x = events.features() if config.chunk else events
-            attend = sta.segment_attention_folded if fold else sta.segment_attention_reference
-            s, log_mass = attend(q, x, mask, *weights, **form)
+            x = (events.features() if config.chunk else events).astype(config.compute)
+            if fold:
+                s, log_mass = sta.segment_attention_folded(q, x, mask, *weights, **form, kernel=config.kernel)
+            else:
+                s, log_mass = sta.segment_attention_reference(q, x, mask, *weights, **form)
         sums, s, tokens = s, self._refine(s, recency), []
         if config.layers:
             t = q

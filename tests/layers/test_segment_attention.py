@@ -135,6 +135,47 @@ def test_forms_that_gather_equal_the_reference_in_values_and_gradients(form, nam
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got(*args), want(*args))
 
 
+def all_gathered_and_folded(rows, indices, positions, q, mask, *weights, compute="float32", **settings):
+    x = features_of(gather_fields(rows, indices)).astype(compute)
+    return sta.segment_attention_folded(q, x, mask, *weights, **settings)
+
+
+def all_gathered_in(rows, indices, positions, q, mask, *weights, compute="float32", **settings):
+    x = features_of(gather_fields(rows, indices)).astype(compute)
+    return sta.segment_attention_reference(q, x, mask, *weights, **settings)
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("form", [some_users_at_a_time, packed, all_gathered_and_folded, all_gathered_in])
+def test_bfloat16_events_give_nearly_the_same(form, gate):
+    shape = SHAPES["more features than a register, one short segment"]
+    (b, _, length, width, f, *_), arrays = shape, draw(shape)
+    rng = np.random.default_rng(2)
+    rows = [rng.normal(size=(9, f)).astype(np.float32)]
+    indices = [jnp.asarray(rng.integers(0, 9, (b, length), np.int32))]
+    mask = jnp.asarray(masks(b, length)[1])
+    positions = jnp.asarray(packed_segments.live_segments(np.asarray(mask.sum(axis=1)), length, width, 1))
+    weights = [arrays[name] for name in ("wq", "wk", "wv", "bias")]
+
+    def run(compute):
+        def loss(rows, q, weights):
+            settings = dict(width=width, gate=gate, compute=compute)
+            tokens, log_mass = form(rows, indices, positions, q, mask, *weights, **settings)
+            assert tokens.dtype == log_mass.dtype == jnp.float32
+            return jnp.sum(jnp.sin(tokens)), (tokens, log_mass)
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(rows, arrays["q"], weights)
+
+    single, half = run("float32"), run("bfloat16")
+    furthest = 0.0
+    for got, want in zip(jax.tree.leaves(half), jax.tree.leaves(single), strict=True):
+        assert got.dtype == want.dtype == jnp.float32
+        error = np.abs(np.asarray(got) - want).max() / max(1.0, np.abs(want).max())
+        assert error < 2e-2
+        furthest = max(furthest, error)
+    assert furthest > 1e-4  # or it was not computed in half precision at all
+
+
 def test_live_segments_are_those_with_an_event():
     lengths = np.array([0, 1, 5, 6, 12])
     positions = packed_segments.live_segments(lengths, history_length=12, width=5, multiple=8)

@@ -77,8 +77,8 @@ def test_every_form_of_attention_gives_the_same(name, monkeypatch):
     found = []
     for fold in (False, True):
         monkeypatch.setattr(sta, "use_fold", lambda *sizes, fold=fold: fold)
-        for chunk in (0, 2):
-            encoder = harness.Encoder(name, chunk=chunk)
+        for form in (dict(chunk=0), dict(chunk=2), dict(kernel="pallas_interpret")):
+            encoder = harness.Encoder(name, **form)
             found.append(encoder.gradient(encoder.params, x, mask, age, q, weights))
     for other in found[1:]:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=5e-5, atol=5e-5), other, found[0])
@@ -112,6 +112,9 @@ def test_the_gates_of_a_segment_sum_to_about_one_at_init():
     ("overrides", "message"),
     [
         (dict(chunk=-1), "chunk=-1"),
+        (dict(compute="float16"), "compute='float16' is not one of"),
+        (dict(kernel="cuda"), "kernel='cuda' is not one of"),
+        (dict(kernel="pallas", chunk=8), "set chunk=0"),
         ({"gate": "tanh"}, "gate='tanh' is not one of"),
         ({"norm": "both"}, "norm='both' is not 'pre', 'post' or 'none'"),
         ({"horizons": (20, 0)}, "give numbers of events, at least 1 each"),

@@ -126,9 +126,10 @@ def check_sizes(config: Config) -> None:
         raise ValueError(f"train.length_edges={edges}: give ascending lower bounds that begin with 0")
 
 
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested dict's values by their dotted names."""
     if isinstance(value, dict):
-        return {k: v for key, part in value.items() for k, v in _flatten(part, f"{prefix}{key}.").items()}
+        return {k: v for key, part in value.items() for k, v in flatten(part, f"{prefix}{key}.").items()}
     return {prefix[:-1]: value}
 
 
@@ -151,8 +152,8 @@ def remember(config: Config, workdir: str, data: dict[str, str]) -> None:
         os.replace(temporary, path)
         return
     with open(path, encoding="utf-8") as file:
-        before = _flatten(json.load(file))
-    after = _flatten(now)
+        before = flatten(json.load(file))
+    after = flatten(now)
     changed = [
         f"{key}: {before.get(key, 'absent')!r} -> {after.get(key, 'absent')!r}"
         for key in sorted(before.keys() | after.keys())

@@ -1,7 +1,7 @@
 """Many runs of one protocol: each a process, resumed if it was killed, never run twice.
 
-A run lies in ROOT/DATA/ENCODER-DIGEST/SEED, the digest being that of its settings, so that tables share the runs they
-have in common. Beside what `laser_jax.main` writes (config.json with the data's checksums, predictions.npz,
+A run lies in ROOT/DATA/ENCODER-DIGEST/SEED, the digest being that of its config but for the seeds: tables share the
+runs they have in common. Beside what `laser_jax.main` writes (config.json with the data's checksums, predictions.npz,
 results.json) lies run.json: encoder, settings, seed and git revision.
 """
 
@@ -18,7 +18,7 @@ import sys
 import time
 from typing import Any
 
-from laser_jax.config import Config
+from laser_jax.config import FREE_TO_CHANGE, Config, flatten, to_dict
 from laser_jax.models import ENCODERS
 
 GBDT = "gbdt"  # the outsider, which is no encoder: see outsider.py
@@ -67,10 +67,6 @@ class Model:
         if self.encoder not in ENCODERS and self.encoder != GBDT:
             raise ValueError(f"there is no model {self.encoder!r}; choose of {', '.join([*ENCODERS, GBDT])}")
 
-    def digest(self) -> str:
-        text = json.dumps(self.settings, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:8]
-
     def but(self, label: str, **settings: Any) -> "Model":
         """The same with other settings; double underscores stand for dots."""
         changed = {name.replace("__", "."): value for name, value in settings.items()}
@@ -116,15 +112,38 @@ class Study:
         self._cores = [set(cores[k * share : (k + 1) * share]) for k in range(jobs)]
 
     def path(self, model: Model, seed: int) -> str:
-        return os.path.join(self.folder, f"{model.encoder}-{model.digest()}", str(seed))
+        return os.path.join(self.folder, f"{model.encoder}-{self.digest(model)}", str(seed))
+
+    def digest(self, model: Model) -> str:
+        """Of what the config sets and of further flags; a new field at its default does not make new runs."""
+        values = {name: value for name, value in flatten(_set_values(self._config(model, 0))).items() if _counts(name)}
+        text = json.dumps([values, list(self.flags)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     def outcome(self, model: Model, seed: int) -> Outcome | None:
         """What the run left; None if it is not finished."""
         folder = self.path(model, seed)
         if not os.path.exists(os.path.join(folder, "results.json")):
             return None
+        self._check(model, folder)
         with open(os.path.join(folder, "results.json"), encoding="utf-8") as file:
             return Outcome(model, seed, folder, json.load(file))
+
+    def _check(self, model: Model, folder: str) -> None:
+        """Raises ValueError if the finished run in `folder` had another config, by a default that has changed since."""
+        path = os.path.join(folder, "config.json")
+        if self.flags or not os.path.exists(path):
+            return
+        with open(path, encoding="utf-8") as file:
+            before = flatten(json.load(file))
+        now = flatten(json.loads(json.dumps(to_dict(self._config(model, 0)))))
+        changed = [
+            f"{name}: {before[name]!r} -> {now[name]!r}"
+            for name in sorted(before.keys() & now.keys())
+            if _counts(name) and before[name] != now[name]
+        ]
+        if changed:
+            raise ValueError(f"{folder} is a run of another config ({'; '.join(changed)}): delete it to run it anew")
 
     def finished(self, model: Model, seeds: int) -> list[Outcome]:
         """The finished runs among the first `seeds`."""
@@ -192,7 +211,11 @@ class Study:
         """The config that `laser_jax.main` runs for this model and seed (but for further flags)."""
         if self.flags:
             raise ValueError(f"configs are not built from flags: {' '.join(self.flags)}")
-        config = read_config(self.experiment, model.encoder)
+        return self._config(model, seed)
+
+    def _config(self, model: Model, seed: int) -> Config:
+        # The outsider reads what an encoder's config says of the data.
+        config = read_config(self.experiment, *([] if model.encoder == GBDT else [model.encoder]))
         change(config, {**self.settings, **model.settings, "train.seed": seed, "data.seed": seed})
         return config
 
@@ -203,6 +226,26 @@ def read_config(path: str, *arguments: str) -> Config:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.get_config(*arguments)
+
+
+def _counts(name: str) -> bool:
+    """Whether a config field, by its dotted name, makes another run and not another seed of one."""
+    return name not in (*FREE_TO_CHANGE, "train.seed", "data.seed")
+
+
+def _set_values(config: Any) -> Any:
+    """A config as plain values, of each dataclass only those that are not its class's defaults."""
+    if dataclasses.is_dataclass(config):
+        values = {"class": type(config).__name__}
+        for field in dataclasses.fields(config):
+            value = getattr(config, field.name)
+            given = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            if given is dataclasses.MISSING or value != given:
+                values[field.name] = _set_values(value)
+        return values
+    if isinstance(config, (tuple, list)):
+        return [_set_values(value) for value in config]
+    return config
 
 
 def change(config: Config, settings: dict[str, Any]) -> None:
@@ -246,6 +289,4 @@ def parse(description: str, add=None) -> tuple[argparse.Namespace, Study]:
     if unknown:
         parser.error(f"unknown arguments: {' '.join(unknown)}")
     experiment, settings = STANDARD[args.data]
-    # Other flags are another protocol, whose runs must not mix with these.
-    suffix = f"-{hashlib.sha256(' '.join(flags).encode()).hexdigest()[:6]}" if flags else ""
-    return args, Study(experiment, settings, os.path.join(args.root, args.data + suffix), args.jobs, tuple(flags))
+    return args, Study(experiment, settings, os.path.join(args.root, args.data), args.jobs, tuple(flags))

@@ -90,7 +90,7 @@ def test_every_model_is_given_as_many_trials_and_known_fields():
                         models.model(name, column).but(name, **{k.replace(".", "__"): v for k, v in trial.items()}), 0
                     )
     for base in ("laser", "laser_plus"):
-        digests = [row.digest() for row in table3.ablations(models.model(base, "tricks"))]
+        digests = [run.digest(row) for row in table3.ablations(models.model(base, "tricks"))]
         assert len(set(digests)) == len(digests)
     with pytest.raises(ValueError, match="there is no model 'lasre'"):
         models.names("ta,lasre")

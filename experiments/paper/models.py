@@ -12,7 +12,7 @@ ORDER = (
     "stca", "longer", "transformer", "hstu",
 )  # fmt: skip
 
-#: Tried for every model, one seed, the best on validation kept; each model's own knob comes last.
+#: Tried for every model (see table2.choose), the best on validation kept; each model's own knob comes last.
 TRIALS: tuple[dict[str, Any], ...] = ({}, {"optim.learning_rate": 3e-3}, {"optim.table_learning_rate": 0.2})
 KNOBS: dict[str, dict[str, Any]] = {
     "laser_plus": {"encoder.segment": 20},

@@ -3,9 +3,10 @@
   python -m experiments.paper.table2 --data=completejourney --seeds=3
   python -m experiments.paper.table2 --data=xhs_synthetic --seeds=3 --models=laser_plus,ta,transformer
 
-Settings are searched with seed 0 on validation (--trials of them a model, 1 for none), then the other seeds run. Two
-columns: `tricks` gives every model what is not tied to segments, `plain` is each model's own card. Differences are
-paired over users. Writes ROOT/DATA/table2-COLUMN.{md,csv,png}; the same command again goes on where it stopped.
+Settings are searched on validation, with seed 0 and histories of 200 events (--trials of them a model, 1 for none);
+then the seeds run at full length. Two columns: `tricks` gives every model what is not tied to segments, `plain` is each
+model's own card. Differences are paired over users. Writes ROOT/DATA/table2-COLUMN.{md,csv,png}; the same command again
+goes on where it stopped.
 """
 
 from itertools import zip_longest
@@ -14,6 +15,8 @@ import numpy as np
 
 from experiments.paper import models, tables
 from experiments.paper.study import Model, Outcome, Study, parse
+
+SEARCH_LENGTH = 200  # a search at full length would cost more than the table
 
 
 def tabulate(study: Study, column: str, chosen: dict[str, Model], seeds: int, against: str) -> str:
@@ -46,21 +49,27 @@ def reference_aucs(outcome: Outcome) -> dict[str, float]:
 
 
 def choose(study: Study, column: str, names: list[str], trials: int, run: bool) -> dict[str, Model]:
-    """Each model with those of its settings that were best on validation, among the trials that are finished."""
-    tried = {}
-    for name in names:
-        model = models.model(name, column)
-        tried[name] = [Model(name, name, {**model.settings, **trial}) for trial in models.trials(name)[:trials]]
+    """Each model with those of its settings that were best on validation, at SEARCH_LENGTH events and with seed 0.
+
+    Where only one is asked for, or none has been tried yet, it is the first: the model's own defaults.
+    """
+    settings = {name: models.trials(name)[:trials] for name in names}
+    plain = {name: models.model(name, column) for name in names}
+
+    def short(name: str, trial: dict) -> Model:
+        return Model(name, name, {**plain[name].settings, **trial, "data.history_length": SEARCH_LENGTH})
+
+    searched = {name: tried for name, tried in settings.items() if len(tried) > 1}
     if run:
         # The first trials of all models, then the second ones: what is cut short has every model in it.
-        rounds = zip_longest(*tried.values())
+        rounds = zip_longest(*([short(name, trial) for trial in tried] for name, tried in searched.items()))
         study.run([(model, 0) for some in rounds for model in some if model is not None])
     chosen = {}
-    for name, candidates in tried.items():
-        found = [(study.outcome(model, 0), model) for model in candidates]
-        found = [(outcome.results["valid_auc"], model) for outcome, model in found if outcome is not None]
-        if found:
-            chosen[name] = max(found, key=lambda pair: pair[0])[1]
+    for name, tried in settings.items():
+        outcomes = [(study.outcome(short(name, trial), 0), trial) for trial in tried] if name in searched else []
+        found = [(outcome.results["valid_auc"], trial) for outcome, trial in outcomes if outcome is not None]
+        best = max(found, key=lambda pair: pair[0])[1] if found else tried[0]
+        chosen[name] = Model(name, name, {**plain[name].settings, **best})
     return chosen
 
 
@@ -68,7 +77,7 @@ def main() -> None:
     def add(parser):
         parser.add_argument("--models", default="all", help=f"of {', '.join(models.ORDER)}")
         parser.add_argument("--columns", default="tricks,plain")
-        parser.add_argument("--trials", type=int, default=4, help="settings tried a model, with one seed")
+        parser.add_argument("--trials", type=int, default=4, help="settings tried a model, 1 for none")
         parser.add_argument("--against", default="laser_plus")
 
     args, study = parse(__doc__, add)

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -96,6 +97,25 @@ def test_every_model_is_given_as_many_trials_and_known_fields():
         models.names("ta,lasre")
     with pytest.raises(ValueError, match="has no field 'encoder.widht'"):
         run.config(models.model("ta", "plain").but("ta", encoder__widht=3), 0)
+
+
+def test_the_search_is_short_and_its_best_runs_at_full_length():
+    ran = []
+
+    def outcome(model, seed):
+        ran.append(model)
+        rate = model.settings.get("optim.learning_rate", 1e-3)
+        return types.SimpleNamespace(results={"valid_auc": 0.7 if rate == 3e-3 else 0.6})
+
+    fake = types.SimpleNamespace(run=lambda runs: ran.extend(model for model, _ in runs), outcome=outcome)
+    chosen = table2.choose(fake, "tricks", ["ta", "gbdt"], trials=4, run=True)
+    assert {model.settings["data.history_length"] for model in ran} == {table2.SEARCH_LENGTH}
+    assert len({json.dumps(model.settings) for model in ran}) == 4 and {model.encoder for model in ran} == {"ta"}
+    assert chosen["ta"].settings["optim.learning_rate"] == 3e-3 and "data.history_length" not in chosen["ta"].settings
+    assert chosen["gbdt"].settings == {}
+    ran.clear()
+    assert "optim.learning_rate" not in table2.choose(fake, "plain", ["ta"], trials=1, run=True)["ta"].settings
+    assert not ran
 
 
 @pytest.fixture

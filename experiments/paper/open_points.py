@@ -5,8 +5,8 @@
 Writes ROOT/DATA/open_points-BASE.{md,csv,png}.
 """
 
-from experiments.paper import models, variants
-from experiments.paper.study import Model, parse
+from experiments.paper import variants
+from experiments.paper.study import Model
 from laser_jax.models import encoder_config
 
 
@@ -38,15 +38,5 @@ def choices(base: Model) -> list[Model]:
     return rows
 
 
-def main() -> None:
-    def add(parser):
-        parser.add_argument("--base", default="laser", choices=("laser_plus", "laser"))
-
-    args, study = parse(__doc__, add)
-    rows = choices(models.model(args.base, "tricks"))
-    print(variants.tabulate(study, f"open_points-{args.base}", rows, args.seeds, not args.only_report))
-    print(f"\n{args.data}: {len(rows)} choices, {args.seeds} seeds; table and picture in {study.folder}")
-
-
 if __name__ == "__main__":
-    main()
+    variants.main(__doc__, "open_points", choices, base="laser")

@@ -6,8 +6,8 @@ The paper's ablations (recency, fusion, FFN and LayerNorm, LayerNorm, softmax fo
 adds. Differences are paired over users. Writes ROOT/DATA/table3-BASE.{md,csv,png}.
 """
 
-from experiments.paper import models, variants
-from experiments.paper.study import Model, parse
+from experiments.paper import variants
+from experiments.paper.study import Model
 from laser_jax.models import encoder_config
 
 
@@ -39,17 +39,5 @@ def ablations(base: Model) -> list[Model]:
     return rows
 
 
-def main() -> None:
-    def add(parser):
-        parser.add_argument("--base", default="laser_plus", choices=("laser_plus", "laser"))
-
-    args, study = parse(__doc__, add)
-    rows = ablations(models.model(args.base, "tricks"))
-    print(variants.tabulate(study, f"table3-{args.base}", rows, args.seeds, not args.only_report))
-    print(
-        f"\n{args.data}: {len(rows)} variants of {args.base}, {args.seeds} seeds; table and picture in {study.folder}"
-    )
-
-
 if __name__ == "__main__":
-    main()
+    variants.main(__doc__, "table3", ablations, base="laser_plus")

@@ -5,22 +5,16 @@
 w = 5, 10, 20, as in the paper, and 50. Writes ROOT/DATA/table4-BASE.{md,csv,png}.
 """
 
-from experiments.paper import models, variants
-from experiments.paper.study import parse
+from experiments.paper import variants
+from experiments.paper.study import Model
 
 WIDTHS = (10, 5, 20, 50)  # the base first
 
 
-def main() -> None:
-    def add(parser):
-        parser.add_argument("--base", default="laser_plus", choices=("laser_plus", "laser"))
-
-    args, study = parse(__doc__, add)
-    base = models.model(args.base, "tricks")
-    rows = [base if width == 10 else base.but(f"w={width}", encoder__segment=width) for width in WIDTHS]
-    print(variants.tabulate(study, f"table4-{args.base}", rows, args.seeds, not args.only_report))
-    print(f"\n{args.data}: {len(rows)} widths, {args.seeds} seeds; table and picture in {study.folder}")
+def widths(base: Model) -> list[Model]:
+    """The base, whose segments are of 10 events, and the other widths."""
+    return [base if width == 10 else base.but(f"w={width}", encoder__segment=width) for width in WIDTHS]
 
 
 if __name__ == "__main__":
-    main()
+    variants.main(__doc__, "table4", widths, base="laser_plus")

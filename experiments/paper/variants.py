@@ -1,9 +1,11 @@
 """Tables of one model and what becomes of it when one thing is changed."""
 
+from collections.abc import Callable
+
 import numpy as np
 
-from experiments.paper import tables
-from experiments.paper.study import Model, Study
+from experiments.paper import models, tables
+from experiments.paper.study import Model, Study, parse
 
 
 def tabulate(study: Study, name: str, rows: list[Model], seeds: int, run: bool) -> str:
@@ -30,3 +32,19 @@ def tabulate(study: Study, name: str, rows: list[Model], seeds: int, run: bool) 
     if values:
         tables.save(tables.bars(values, "test AUC", f"{name}, a dot a seed", {}), study.folder, name)
     return text
+
+
+def main(description: str, name: str, rows_of: Callable[[Model], list[Model]], base: str) -> None:
+    """The command line of a table of variants.
+
+    Args:
+      name: of the table; its files are called NAME-BASE. rows_of: the base and its variants. base: the default one.
+    """
+
+    def add(parser):
+        parser.add_argument("--base", default=base, choices=("laser_plus", "laser"))
+
+    args, study = parse(description, add)
+    rows = rows_of(models.model(args.base, "tricks"))
+    print(tabulate(study, f"{name}-{args.base}", rows, args.seeds, not args.only_report))
+    print(f"\n{args.data}: {len(rows)} forms of {args.base}, {args.seeds} seeds; table and picture in {study.folder}")

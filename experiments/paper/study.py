@@ -203,6 +203,7 @@ class Study:
         command += [f"--config.{name}={value}" for name, value in told["settings"].items()]
         command += self.flags
         log = os.path.join(folder, "log")
+        print(f"{model.label} seed {seed} runs; follow it in {log}", flush=True)
         with open(log, "a", encoding="utf-8") as file:
             code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
         return log if code else None

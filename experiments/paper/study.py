@@ -16,6 +16,7 @@ import queue
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from laser_jax.config import FREE_TO_CHANGE, Config, flatten, to_dict
@@ -105,6 +106,11 @@ class Study:
         self, experiment: str, settings: dict[str, Any], folder: str, jobs: int = 1, flags: tuple[str, ...] = ()
     ):
         self.experiment, self.settings, self.folder, self.flags = experiment, settings, folder, flags
+        if jobs == 1:
+            self._cores: list[set[int] | None] = [None]  # all there are
+            return
+        if not hasattr(os, "sched_setaffinity"):
+            raise ValueError(f"jobs={jobs}: cores can be shared out on Linux only, use jobs=1 here")
         cores = sorted(os.sched_getaffinity(0))
         if not 1 <= jobs <= len(cores):
             raise ValueError(f"jobs={jobs} is not within the {len(cores)} cores there are")
@@ -117,6 +123,8 @@ class Study:
     def digest(self, model: Model) -> str:
         """Of what the config sets and of further flags; a new field at its default does not make new runs."""
         values = {name: value for name, value in flatten(_set_values(self._config(model, 0))).items() if _counts(name)}
+        if model.encoder == GBDT:  # whatever encoder the experiment has by default
+            values = {name: value for name, value in values.items() if not name.startswith("encoder.")}
         text = json.dumps([values, list(self.flags)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -158,7 +166,7 @@ class Study:
         """
         distinct = {self.path(model, seed): (model, seed) for model, seed in runs}
         wanted = [run for run in distinct.values() if self.outcome(*run) is None]
-        free: queue.Queue[set[int]] = queue.Queue()
+        free: queue.Queue[set[int] | None] = queue.Queue()
         for cores in self._cores:
             free.put(cores)
         start, done, failed = time.monotonic(), 0, []
@@ -166,7 +174,8 @@ class Study:
         def one(run: tuple[Model, int]) -> str | None:
             cores = free.get()
             try:
-                os.sched_setaffinity(0, cores)  # of this thread, and so of the process it starts
+                if cores is not None:
+                    os.sched_setaffinity(0, cores)  # of this thread, and so of the process it starts
                 return self._execute(*run)
             finally:
                 free.put(cores)
@@ -271,7 +280,7 @@ def revision() -> str:
     return found.stdout.strip()
 
 
-def parse(description: str, add=None) -> tuple[argparse.Namespace, Study]:
+def parse(description: str, add: Callable[[argparse.ArgumentParser], None]) -> tuple[argparse.Namespace, Study]:
     """The arguments that all tables share, and the study they ask for.
 
     Args:
@@ -283,8 +292,7 @@ def parse(description: str, add=None) -> tuple[argparse.Namespace, Study]:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with its share of the cores")
     parser.add_argument("--root", default="runs/paper", help="where runs and tables go")
     parser.add_argument("--only-report", action="store_true", help="run nothing: tabulate what is finished")
-    if add is not None:
-        add(parser)
+    add(parser)
     args, flags = parser.parse_known_args()
     unknown = [flag for flag in flags if not flag.startswith("--config.")]
     if unknown:

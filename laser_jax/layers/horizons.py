@@ -16,7 +16,7 @@ def newest_segments(horizons: tuple[int, ...], segment: int, num_segments: int) 
 
     Args:
       horizons: in events; those that reach as far as the history, or as another one, count once.
-      segment: w. num_segments: S of the longest history.
+      segment: w. num_segments: S of the longest history; where a longer one is read, the last horizon stays this long.
     """
     counts = {-(-events // segment) for events in horizons}
     return (*sorted(count for count in counts if count < num_segments), num_segments)

@@ -111,7 +111,6 @@ def segment_attention_packed(
       chunk: so many full histories of segments at a time, at most.
       positions: int32 [N], of all segments with a real event; see packed_segments.live_segments.
     """
-
     (b, c, _), segments = q.shape, -(-mask.shape[1] // width)
     u = _flat_queries(q, wq, wk)
     chunk = max(chunk * segments, 1)

@@ -86,12 +86,12 @@ def segment_sums_bwd(gate, saved, cotangents):
     return dx.astype(x.dtype), du.astype(u.dtype), jnp.sum(dscores, axis=(0, 1, 2)), None
 
 
+segment_sums.defvjp(segment_sums_fwd, segment_sums_bwd)
+
+
 def project_heads(z: jax.Array, wv: jax.Array) -> jax.Array:
     """z [B, S, C * H, f], wv [f, H, dv] -> [B, S, C, H * dv]: the value projection, after the sum."""
     f, heads, _ = wv.shape
     # A product a head: one for all would hand the sums' gradient back in an order that no pass over events likes.
     of_heads = jnp.split(z.reshape(*z.shape[:2], -1, heads, f), heads, axis=3)
     return jnp.concatenate([of_head[:, :, :, 0] @ wv[:, h] for h, of_head in enumerate(of_heads)], axis=-1)
-
-
-segment_sums.defvjp(segment_sums_fwd, segment_sums_bwd)

@@ -88,7 +88,7 @@ def laser_plus(**overrides) -> LaserConfig:
 
 
 class LaserEncoder(SequenceEncoder):
-    """History -> segment tokens per candidate (STA) -> refined target (GSTA) -> [global, loudest, recent] tokens."""
+    """History -> segment tokens per candidate (STA) -> refined target (GSTA) -> [global, loudest, recent, horizons]."""
 
     def __init__(self, config: LaserConfig, width_in: int, width: int, history_length: int, *, rngs: nnx.Rngs):
         if config.gate not in GATES:

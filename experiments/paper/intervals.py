@@ -45,18 +45,19 @@ def aucs_of(predictions: str, within: tuple[int, int] | None = None) -> np.ndarr
       within: only candidates whose history has so many events, [low, high).
     """
     suffix = "" if within is None else f"-{within[0]}-{within[1]}"
-    kept = f"{predictions.removesuffix('.npz')}.aucs{suffix}.npy"
-    if os.path.exists(kept) and os.path.getmtime(kept) >= os.path.getmtime(predictions):
-        found = np.load(kept)
-        if len(found) == 1 + RESAMPLES:
+    stored = f"{predictions.removesuffix('.npz')}.aucs{suffix}.npy"
+    alone = not os.path.exists(predictions)  # of a run that was kept, the predictions were not
+    if os.path.exists(stored) and (alone or os.path.getmtime(stored) >= os.path.getmtime(predictions)):
+        found = np.load(stored)
+        if alone or len(found) == 1 + RESAMPLES:
             return found
-    with np.load(predictions) as stored:
-        users, labels, logits, lengths = (stored[name] for name in ("users", "labels", "logits", "lengths"))
+    with np.load(predictions) as file:
+        users, labels, logits, lengths = (file[name] for name in ("users", "labels", "logits", "lengths"))
     if within is not None:
         inside = (lengths >= within[0]) & (lengths < within[1])
         users, labels, logits = users[inside], labels[inside], logits[inside]
     found = resampled_aucs(users, labels, logits)
-    np.save(kept, found)
+    np.save(stored, found)
     return found
 
 

@@ -57,6 +57,7 @@ def main() -> None:
         parser.add_argument("--lengths", default="50,200,1000")
 
     args, study = parse(__doc__, add)
+    study.kept = None  # the checkpoints are needed
     lengths = [int(length) for length in args.lengths.split(",")]
     trained = {length: at_length(args.model, length) for length in lengths}
     if not args.only_report:

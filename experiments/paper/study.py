@@ -2,7 +2,8 @@
 
 A run lies in ROOT/DATA/ENCODER-DIGEST/SEED, the digest being that of its config but for the seeds: tables share the
 runs they have in common. Beside what `laser_jax.main` writes (config.json with the data's checksums, predictions.npz,
-results.json) lies run.json: encoder, settings, seed and git revision.
+results.json) lies run.json: encoder, settings, seed and git revision. What tables need of a finished run may be kept in
+KEPT/DATA, which is under version control (see keep.py): such a run counts as finished everywhere.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from typing import Any
 from laser_jax.config import FREE_TO_CHANGE, Config, flatten, to_dict
 from laser_jax.models import ENCODERS
 
+KEPT = os.path.join(os.path.dirname(__file__), "kept")
 GBDT = "gbdt"  # the outsider, which is no encoder: see outsider.py
 
 #: Per data set: the experiment file, and how the standard run differs from it (one pass, d=64, L=1000, for all models).
@@ -100,12 +102,19 @@ class Study:
       experiment: path of the experiment file. settings: config field -> value for all runs.
       folder: where the runs lie. jobs: runs at a time; each gets its share of the cores.
       flags: further flags for every run, as they are.
+      kept: where finished runs of these settings are kept, without their checkpoints; None for nowhere.
     """
 
     def __init__(
-        self, experiment: str, settings: dict[str, Any], folder: str, jobs: int = 1, flags: tuple[str, ...] = ()
+        self,
+        experiment: str,
+        settings: dict[str, Any],
+        folder: str,
+        jobs: int = 1,
+        flags: tuple[str, ...] = (),
+        kept: str | None = None,
     ):
-        self.experiment, self.settings, self.folder, self.flags = experiment, settings, folder, flags
+        self.experiment, self.settings, self.folder, self.flags, self.kept = experiment, settings, folder, flags, kept
         if jobs == 1:
             self._cores: list[set[int] | None] = [None]  # all there are
             return
@@ -117,8 +126,12 @@ class Study:
         share = len(cores) // jobs
         self._cores = [set(cores[k * share : (k + 1) * share]) for k in range(jobs)]
 
+    def name(self, model: Model, seed: int) -> str:
+        """Of the run's folder, within that of the study."""
+        return os.path.join(f"{model.encoder}-{self.digest(model)}", str(seed))
+
     def path(self, model: Model, seed: int) -> str:
-        return os.path.join(self.folder, f"{model.encoder}-{self.digest(model)}", str(seed))
+        return os.path.join(self.folder, self.name(model, seed))
 
     def digest(self, model: Model) -> str:
         """Of what the config sets and of further flags; a new field at its default does not make new runs."""
@@ -130,12 +143,13 @@ class Study:
 
     def outcome(self, model: Model, seed: int) -> Outcome | None:
         """What the run left; None if it is not finished."""
-        folder = self.path(model, seed)
-        if not os.path.exists(os.path.join(folder, "results.json")):
-            return None
-        self._check(model, folder)
-        with open(os.path.join(folder, "results.json"), encoding="utf-8") as file:
-            return Outcome(model, seed, folder, json.load(file))
+        for root in (self.folder, self.kept):
+            folder = os.path.join(root, self.name(model, seed)) if root else ""
+            if os.path.exists(os.path.join(folder, "results.json")):
+                self._check(model, folder)
+                with open(os.path.join(folder, "results.json"), encoding="utf-8") as file:
+                    return Outcome(model, seed, folder, json.load(file))
+        return None
 
     def _check(self, model: Model, folder: str) -> None:
         """Raises ValueError if the finished run in `folder` had another config, by a default that has changed since."""
@@ -298,4 +312,5 @@ def parse(description: str, add: Callable[[argparse.ArgumentParser], None]) -> t
     if unknown:
         parser.error(f"unknown arguments: {' '.join(unknown)}")
     experiment, settings = STANDARD[args.data]
-    return args, Study(experiment, settings, os.path.join(args.root, args.data), args.jobs, tuple(flags))
+    kept = os.path.join(KEPT, args.data)
+    return args, Study(experiment, settings, os.path.join(args.root, args.data), args.jobs, tuple(flags), kept)

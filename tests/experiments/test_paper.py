@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.paper import lengths, models, study, table2, table3
+from experiments.paper import keep, lengths, models, study, table2, table3
 from experiments.paper.intervals import paired, resampled_aucs, weighted_auc
 from experiments.paper.outsider import WINDOWS, match_counts
 from laser_jax import metrics
@@ -159,6 +159,14 @@ def test_table_2_runs_resumes_and_reports(small, monkeypatch, capsys):
     monkeypatch.setattr(study.Study, "_execute", None)
     call(monkeypatch, table2, *flags)
     assert "3/3" not in capsys.readouterr().out
+    # What is kept is all that the table needs, elsewhere; and it is kept once.
+    kept = os.path.join(small, "..", "kept")
+    assert len(keep.keep(small, kept)) == 3 and keep.keep(small, kept) == []
+    monkeypatch.setattr(study, "KEPT", kept)
+    elsewhere = os.path.join(small, "..", "elsewhere")
+    call(monkeypatch, table2, f"--root={elsewhere}", *flags[1:])
+    with open(os.path.join(elsewhere, "small", "table2-tricks.csv"), encoding="utf-8", newline="") as file:
+        assert {row["model"]: row for row in csv.DictReader(file)} == rows
     # Served as it was trained it says what it said; at another length it is another ranker.
     assert lengths.serve(run, outcome, 16) == pytest.approx(outcome.test["auc"])
     assert lengths.serve(run, outcome, 4) != pytest.approx(outcome.test["auc"])

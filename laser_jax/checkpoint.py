@@ -1,11 +1,53 @@
-"""Checkpoints by orbax: the newest, to go on from, and the best on validation, to test with."""
+"""Checkpoints by orbax: the newest, to go on from, and the best on validation, to test with.
 
+Beside the arrays lies a checksum of each, which orbax does not keep: a flipped bit in an array reads back as wrong data.
+"""
+
+import logging
 import os
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from laser_jax import hosts
 from laser_jax.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names it, the array and the remedy."""
+
+
+# What orbax and tensorstore raise for files that are damaged or missing.
+_UNREADABLE = (ValueError, KeyError, AttributeError, TypeError, OSError)
+
+
+@jax.jit
+def _sums(arrays: list[jax.Array]) -> list[jax.Array]:
+    """Two 32-bit sums of each array over its bits and their places: alike for any sharding, at memory's speed."""
+
+    def one(x):
+        bits = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
+        place = jnp.zeros(x.shape, jnp.uint32)
+        for axis, size in enumerate(x.shape):
+            place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        mixed = (bits.astype(jnp.uint32) ^ (place * np.uint32(0x9E3779B1))) * np.uint32(0x85EBCA77)
+        mixed = (mixed ^ (mixed >> 15)) * np.uint32(0xC2B2AE35)
+        return jnp.stack([jnp.sum(mixed, dtype=jnp.uint32), jnp.sum(mixed ^ (mixed >> 13), dtype=jnp.uint32)])
+
+    return [one(x) for x in arrays]
+
+
+def checksums(state: Any) -> dict[str, list[int]]:
+    """A checksum of every array, by its path in the state."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    sums = jax.device_get(_sums([leaf for _, leaf in leaves]))
+    return {jax.tree_util.keystr(path): found.tolist() for (path, _), found in zip(leaves, sums, strict=True)}
 
 
 class Checkpoints:
@@ -19,7 +61,7 @@ class Checkpoints:
         # max_to_keep together with best_fn would delete the newest; two policies keep both.
         policy = AnyPreservationPolicy(
             [
-                LatestN(1),
+                LatestN(2),  # one more, in case the newest is damaged
                 BestN(get_metric_fn=lambda metrics: metrics["auc"], n=1, keep_checkpoints_without_metrics=False),
             ]
         )
@@ -29,7 +71,11 @@ class Checkpoints:
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
         )
-        self._manager = ocp.CheckpointManager(self.path, options=options)
+        self._manager = ocp.CheckpointManager(
+            self.path,
+            options=options,
+            item_handlers={"state": ocp.StandardCheckpointHandler(), "checksums": ocp.JsonCheckpointHandler()},
+        )
 
     def newest(self) -> int | None:
         """Step of the newest whole checkpoint."""
@@ -41,12 +87,75 @@ class Checkpoints:
 
     def save(self, state: TrainState, step: int, metrics: dict[str, float] | None) -> None:
         """Starts saving; `metrics` must hold `auc` where the state was evaluated."""
-        self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)), metrics=metrics)
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), checksums=ocp.args.JsonSave(checksums(state)))
+        self._manager.save(step, args=args, metrics=metrics)
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
-        """The state saved at `step`, placed as `abstract` says."""
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        return self._manager.restore(step, args=args).state
+        """The state saved at `step`, placed as `abstract` says.
+
+        Raises:
+          CheckpointError: its files cannot be read, or an array is not what was saved.
+        """
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), checksums=ocp.args.JsonRestore())
+        try:
+            found = self._manager.restore(step, args=args)
+        except _UNREADABLE as error:
+            raise CheckpointError(f"{self.path}/{step} cannot be read: {str(error)[:500]}") from error
+        now, saved = checksums(found.state), found.checksums
+        wrong = sorted(name for name in now if now[name] != saved.get(name))
+        if wrong:
+            raise CheckpointError(f"{self.path}/{step}: {', '.join(wrong)} is not what was saved: its files are damaged")
+        return found.state
+
+    def restore_newest(self, abstract: TrainState) -> tuple[TrainState, int] | None:
+        """The newest state that is whole, and its step; None if there is none.
+
+        A damaged one is set aside (checkpoints-damaged/STEP), with a warning, once an older one was read.
+
+        Raises:
+          CheckpointError: all are damaged.
+        """
+        return self._first_whole(sorted(self._manager.all_steps(), reverse=True), abstract)
+
+    def restore_best(self, abstract: TrainState) -> tuple[TrainState, int]:
+        """The best whole state, and its step; where that is damaged the newest, with a warning.
+
+        Raises:
+          CheckpointError: all are damaged.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        return self._first_whole(sorted(steps, key=lambda step: step != self.best()), abstract)
+
+    def _first_whole(self, steps: list[int], abstract: TrainState) -> tuple[TrainState, int] | None:
+        damaged: list[tuple[int, CheckpointError]] = []
+        for step in steps:
+            try:
+                state, failure = self.restore(step, abstract), None
+            except CheckpointError as error:
+                state, failure = None, error
+            if hosts.agree([int(failure is not None)]) == [0]:
+                self._set_aside([number for number, _ in damaged])
+                return state, step
+            failure = failure or CheckpointError(f"{self.path}/{step} cannot be read by another process")
+            logger.warning("DAMAGED CHECKPOINT: %s. Trying an older one.", failure)
+            damaged.append((step, failure))
+        if damaged:
+            raise CheckpointError(
+                f"no checkpoint of {self.path} can be read (the newest: {damaged[0][1]}): give another --workdir"
+            ) from damaged[0][1]
+        return None
+
+    def _set_aside(self, steps: list[int]) -> None:
+        if not steps:
+            return
+        aside = f"{self.path}-damaged"
+        if hosts.is_first():
+            os.makedirs(aside, exist_ok=True)
+            for step in steps:
+                os.rename(os.path.join(self.path, str(step)), os.path.join(aside, f"{step}-{os.getpid()}"))
+        hosts.agree([0])  # nobody looks before it is done
+        self._manager.reload()
+        logger.warning("set aside damaged checkpoints of steps %s in %s", steps, aside)
 
     def close(self) -> None:
         """Waits until everything is on disk."""

@@ -24,6 +24,8 @@ class TrainConfig:
       log_every: steps a line.
       length_edges: lower bounds of the history lengths that figures are also reported by.
       gate_maps: users drawn in the report.
+      patience_s: seconds without a step or an evaluated batch after which one of several processes takes the others for
+        gone and ends; more than a step and its compilation take.
     """
 
     seed: int = 0
@@ -32,6 +34,7 @@ class TrainConfig:
     log_every: int = 20
     length_edges: tuple[int, ...] = (0, 50, 200, 500, 1000)
     gate_maps: int = 3
+    patience_s: float = 900.0
 
 
 @dataclasses.dataclass
@@ -91,6 +94,10 @@ FREE_TO_CHANGE = (
     "train.log_every",
     "train.gate_maps",
     "train.length_edges",
+    "train.patience_s",
+    "mesh.data",
+    "mesh.model",
+    "mesh.split_from",
     "data.path",
     "data.threads",
     "data.prefetch",
@@ -119,6 +126,9 @@ def check_sizes(config: Config) -> None:
             value = getattr(getattr(config, part), name)
             if value < 1:
                 raise ValueError(f"{part}.{name}={value}: give at least 1")
+    config.optim.check()
+    if config.train.patience_s <= 0:
+        raise ValueError(f"train.patience_s={config.train.patience_s}: give more than 0")
     if config.data.cache_bytes < 0:
         raise ValueError(f"data.cache_bytes={config.data.cache_bytes}: give 0 (no cache) or more")
     edges = config.train.length_edges
@@ -133,11 +143,12 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix[:-1]: value}
 
 
-def remember(config: Config, workdir: str, data: dict[str, str]) -> None:
+def remember(config: Config, workdir: str, data: dict[str, str], write: bool = True) -> None:
     """Writes workdir/config.json, or checks it where a run is being continued.
 
     Args:
       data: fingerprint of the data set (pipeline.fingerprint), kept beside the config.
+      write: whether this process writes it if it is not there.
 
     Raises:
       ValueError: the run in `workdir` has another config or other data; names every field that differs.
@@ -145,6 +156,8 @@ def remember(config: Config, workdir: str, data: dict[str, str]) -> None:
     path = os.path.join(workdir, "config.json")
     now = json.loads(json.dumps(to_dict(config) | {"fingerprint": data}))
     if not os.path.exists(path):
+        if not write:
+            return
         os.makedirs(workdir, exist_ok=True)
         temporary = f"{path}.{os.getpid()}"
         with open(temporary, "w", encoding="utf-8") as file:

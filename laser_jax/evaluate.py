@@ -5,15 +5,13 @@ import logging
 import time
 from collections.abc import Callable
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from laser_jax import metrics
-from laser_jax.layers.embedding import gather_rows
+from laser_jax import hosts, metrics
 from laser_jax.pipeline import BatchSource
-from laser_jax.sharding import place_batch
-from laser_jax.state import StateFactory, TrainState
+from laser_jax.sharding import all_shares, place_batch
+from laser_jax.state import TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -56,42 +54,68 @@ class Predictions:
         }
 
 
-def make_eval_step(factory: StateFactory) -> Callable:
-    """(state, batch) -> logits [B, C] and the encoder's diagnostics, compiled."""
+def predict(
+    eval_step: Callable,
+    state: TrainState,
+    source: BatchSource,
+    mesh: Mesh,
+    what: str,
+    agree: Callable[[list[int]], list[int]] | None = None,
+    moved: Callable[[str], None] = lambda what: None,
+) -> Predictions:
+    """Scores every candidate of a split; with several processes each scores its part, and all get all of it.
 
-    @jax.jit
-    def eval_step(state: TrainState, batch: dict):
-        rows = {name: gather_rows(state.tables[name], unique) for name, unique in batch["unique"].items()}
-        logits, out = factory.model(state.params)(rows, batch)
-        return logits, out.diag
+    Args:
+      agree: see BatchSource.stream. moved: called with `what` and the number of every batch.
 
-    return eval_step
-
-
-def predict(eval_step: Callable, state: TrainState, source: BatchSource, mesh: Mesh, what: str) -> Predictions:
-    """Scores every candidate of a split."""
-    columns: dict[str, list[np.ndarray]] = {"users": [], "labels": [], "logits": [], "lengths": []}
-    references: dict[str, list[np.ndarray]] = {name: [] for name in source.requests.references}
+    Raises:
+      FloatingPointError: a score is not finite.
+    """
+    blocks: dict[str, list[np.ndarray]] = {name: [] for name in ("logits", "label", "mask", "length")}
+    blocks |= {name: [] for name in source.requests.references}
     start = told = time.monotonic()
-    for k, batch in enumerate(source.stream(0, source.num_batches)):
+    for k, batch in enumerate(source.stream(0, source.num_batches, agree)):
+        moved(f"{what}, batch {k}")
         logits, _ = eval_step(state, place_batch(batch.step, mesh))
-        real = batch.step["mask"]
-        per_row = real[: len(batch.users)].sum(axis=1)
-        columns["users"].append(np.repeat(batch.users, per_row))
-        columns["lengths"].append(np.repeat(batch.lengths, per_row))
-        columns["labels"].append(batch.step["label"][real])
-        columns["logits"].append(np.asarray(logits)[real])
-        for name, values in references.items():
-            values.append(batch.references[name][real])
+        blocks["logits"].append(hosts.local(logits))
+        for name in ("label", "mask", "length"):
+            blocks[name].append(batch.step[name])
+        for name, values in batch.references.items():
+            blocks[name].append(values)
         if time.monotonic() - told > 10:
             told = time.monotonic()
             eta = (told - start) / (k + 1) * (source.num_batches - k - 1)
             logger.info("%s: %d/%d batches, ETA %.0f s", what, k + 1, source.num_batches, eta)
-    joined = {name: np.concatenate(parts) for name, parts in columns.items()}
-    if not np.isfinite(joined["logits"]).all():
-        bad = int(np.flatnonzero(~np.isfinite(joined["logits"]))[0])
-        raise FloatingPointError(f"{what}: the score of candidate {bad} (user {joined['users'][bad]!r}) is not finite")
-    return Predictions(**joined, references={name: np.concatenate(parts) for name, parts in references.items()})
+    rows = {name: _in_order(np.stack(parts), mesh) for name, parts in blocks.items()}
+    real = rows.pop("mask")
+    users = source.users()
+    per_row = real[: len(users)].sum(axis=1)
+    users = np.repeat(users, per_row)
+    logits = rows.pop("logits")[real]
+    if not np.isfinite(logits).all():
+        bad = int(np.flatnonzero(~np.isfinite(logits))[0])
+        raise FloatingPointError(f"{what}: the score of candidate {bad} (user {users[bad]!r}) is not finite")
+    return Predictions(
+        users=users,
+        labels=rows.pop("label")[real],
+        logits=logits,
+        lengths=np.repeat(rows.pop("length")[: len(per_row)], per_row),
+        references={name: values[real] for name, values in rows.items()},
+    )
+
+
+def _in_order(blocks: np.ndarray, mesh: Mesh) -> np.ndarray:
+    """[batches, rows of this process's devices, ...] -> [rows of the split, ...], of all processes."""
+    batches, rows = blocks.shape[:2]
+    shares = all_shares(mesh)
+    gathered = hosts.gather(blocks)
+    each = rows // len(shares[0])
+    parts = gathered.reshape(len(shares), batches, len(shares[0]), each, *blocks.shape[2:])
+    devices = sum(len(share) for share in shares)
+    out = np.empty((batches, devices, each, *blocks.shape[2:]), blocks.dtype)
+    for part, share in zip(parts, shares, strict=True):
+        out[:, share] = part
+    return out.reshape(batches * devices * each, *blocks.shape[2:])
 
 
 def table(rows: dict[str, metrics.Scores]) -> str:

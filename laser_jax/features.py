@@ -109,35 +109,3 @@ def rows_of(field: FieldConfig, values: np.ndarray, vocabulary: np.ndarray | Non
     values = values.astype(np.float64)
     steps = np.minimum(1 + 2 * np.log2(1 + np.maximum(values, 0)), field.rows - 1)
     return np.where(np.isnan(values), 0, steps).astype(np.int32)
-
-
-def unique_rows(parts: list[np.ndarray], num_rows: int) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The distinct rows of several columns that share a table, and each column as positions among them.
-
-    A flag a row instead of a sort: for the tables of one host this is several times faster than np.unique.
-
-    Args:
-      parts: int32 arrays of rows in [0, num_rows).
-
-    Returns:
-      unique: int32 [U], ascending; positions: int32 arrays shaped like parts, unique[positions[i]] == parts[i].
-    """
-    met = np.zeros(num_rows, np.bool_)
-    for part in parts:
-        met[part] = True
-    unique = np.flatnonzero(met).astype(np.int32)
-    place = np.empty(num_rows, np.int32)
-    place[unique] = np.arange(len(unique), dtype=np.int32)
-    return unique, [place[part] for part in parts]
-
-
-def padded_size(count: int, num_rows: int, least: int = 1024) -> int:
-    """A static size for `count` unique rows: few different ones, so that few shapes are compiled.
-
-    Args:
-      least: the smallest size; larger ones are 1.5 times apart.
-    """
-    size = least
-    while size < count:
-        size = size * 3 // 2
-    return min(size, num_rows)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from laser_jax import hosts
 from laser_jax.layers.segment_sums import cut_segments
 from laser_jax.pipeline import Batch, BatchSource
 from laser_jax.sharding import place_batch
@@ -57,7 +58,7 @@ def segment_facts(batch: Batch, fields: list[str], width: int) -> tuple[np.ndarr
     for place in reversed(range(len(fields))):
         events = np.asarray(cut_segments(step["history"][fields[place]], width))
         candidates = step["candidates"][fields[place]]
-        known = step["unique"][fields[place]][candidates] != 0  # row 0 is everything never seen
+        known = batch.rows("candidates", fields[place]) != 0  # row 0 is everything never seen
         for c in range(candidates.shape[1]):
             equal = ((events == candidates[:, c, None, None]) & real).any(axis=-1) & known[:, c, None]
             match[:, c][equal] = place
@@ -65,25 +66,29 @@ def segment_facts(batch: Batch, fields: list[str], width: int) -> tuple[np.ndarr
 
 
 def gate_figures(
-    eval_step: Callable, state: TrainState, source: BatchSource, mesh: Mesh, encoder: Any
+    eval_step: Callable,
+    state: TrainState,
+    source: BatchSource,
+    mesh: Mesh,
+    encoder: Any,
+    agree: Callable[[list[int]], list[int]] | None = None,
 ) -> GateFigures | None:
-    """Over the first batches of a split; None for encoders without segments.
+    """Over the first batches of a split, this process's part of them; None for encoders without segments.
 
     Args:
-      encoder: its config; `segment` is the width of its segments.
+      encoder: its config; `segment` is the width of its segments. agree: see BatchSource.stream.
     """
     fields = [field.name for field in source.features.item]
     names = [*fields, OTHER]
     sums = np.zeros((len(names), len(AGE_NAMES)))
     counts = np.zeros_like(sums)
     silent = 0
-    for k in range(min(BATCHES, source.num_batches)):
-        batch = source.batch(k)
+    for batch in source.stream(0, min(BATCHES, source.num_batches), agree):
         _, diag = eval_step(state, place_batch(batch.step, mesh))
         if "loudness" not in diag:
             return None
         match, age, alive = segment_facts(batch, fields, encoder.segment)
-        loudness = np.asarray(diag["loudness"], np.float64)
+        loudness = hosts.local(diag["loudness"]).astype(np.float64)
         seen = batch.step["mask"][:, :, None] & alive[:, None]
         mean = np.where(seen, loudness, 0).sum(axis=-1, keepdims=True) / np.maximum(seen.sum(axis=-1, keepdims=True), 1)
         relative = (loudness / np.maximum(mean, 1e-30))[seen]

@@ -1,7 +1,8 @@
 """python -m laser_jax.main --config=experiments/xhs.py --workdir=DIR
 
 Kept short on purpose: everything else can be imported and tested. The same command again goes on from the newest
-checkpoint in the workdir.
+checkpoint in the workdir. Several processes train together where a scheduler starts them (TPU pods, SLURM, Open MPI), or
+with --coordinator=HOST:PORT --num_processes=N --process_id=I on each; the workdir and the data set are shared by all.
 """
 
 import logging
@@ -11,11 +12,15 @@ import absl.logging
 from absl import app, flags
 from ml_collections import config_flags
 
-from laser_jax import train
+from laser_jax import hosts, train
 from laser_jax.config import Config
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file, e.g. experiments/xhs.py:laser_plus.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and the report go.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where no scheduler tells it.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train together.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+_HEARTBEAT = flags.DEFINE_integer("heartbeat_s", 30, "Seconds of silence after which a process is taken for dead.")
 
 
 def main(argv: list[str]) -> None:
@@ -32,7 +37,11 @@ def main(argv: list[str]) -> None:
     logger.propagate = False  # the libraries' own chatter stays at warnings
     if not isinstance(_CONFIG.value, Config):
         raise app.UsageError("--config names no experiment file whose get_config() returns a laser_jax.config.Config")
-    train.run(_CONFIG.value, _WORKDIR.value)
+    hosts.connect(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _HEARTBEAT.value)
+    try:
+        train.run(_CONFIG.value, _WORKDIR.value)
+    except hosts.Stopped as stopped:
+        logger.info("stopped: %s", stopped)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,15 @@
-"""Optimizers: Adam for dense parameters (optax), row-sparse Adagrad for tables (layers/embedding)."""
+"""Optimizers: Adam for dense parameters (optax), row-sparse ones for tables (layers/row_optimizers)."""
 
 import dataclasses
 
+import jax.numpy as jnp
 import optax
+
+from laser_jax.layers import row_optimizers
+from laser_jax.layers.row_optimizers import RowOptimizer
+
+TABLE_OPTIMIZERS = ("adagrad", "adagrad_rowwise", "adam", "ftrl")
+TABLE_TYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass
@@ -10,28 +17,77 @@ class OptimConfig:
     """The paper trains dense parameters with Adam(.9, .9999) and embeddings with Adagrad.
 
     Attributes:
-      learning_rate, b1, b2: of Adam. warmup: steps over which it rises linearly. clip: global norm of dense gradients
-        (0: none).
-      table_learning_rate, table_accumulator: of Adagrad and its initial sum of squares. Row gradients are those of the
-        summed loss, of order 1 and more, so an accumulator of .1 does not freeze them.
-      table_std: standard deviation of fresh rows.
+      learning_rate, b1, b2: of Adam. warmup: steps over which it rises linearly. decay: steps after the warm-up over which it
+        falls to zero along a cosine (0: it stays). clip: global norm of dense gradients (0: none).
+      microbatches: parts in which a device takes its requests of a batch, one after the other; gradients are summed, so
+        only memory depends on it.
+      compute: "float32", or "bfloat16": forward and backward in bfloat16, from float32 parameters and rows.
+      table_optimizer: "adagrad" (element-wise), "adagrad_rowwise", "adam" or "ftrl".
+      table_learning_rate: of it. table_accumulator: initial sum of squares (Adagrad, FTRL). Row gradients are those of
+        the summed loss, of order 1 and more, so an accumulator of .1 does not freeze them. table_b1, table_b2: of Adam.
+        table_l1, table_l2: of FTRL.
+      table_std: standard deviation of fresh rows. table_type: "float32", or "bfloat16" with stochastic rounding.
     """
 
     learning_rate: float = 1e-3
     b1: float = 0.9
     b2: float = 0.9999
     warmup: int = 0
+    decay: int = 0
     clip: float = 0.0
+    microbatches: int = 1
+    compute: str = "float32"
+    table_optimizer: str = "adagrad"
     table_learning_rate: float = 0.4
     table_accumulator: float = 0.1
+    table_b1: float = 0.9
+    table_b2: float = 0.999
+    table_l1: float = 0.0
+    table_l2: float = 0.0
     table_std: float = 0.1
+    table_type: str = "float32"
 
+    def row_optimizer(self) -> RowOptimizer:
+        """The rule for table rows.
 
-TABLE_EPS = 1e-7  # optax.adagrad's
+        Raises:
+          ValueError: there is none of that name.
+        """
+        if self.table_optimizer == "adagrad":
+            return row_optimizers.adagrad(self.table_learning_rate, self.table_accumulator)
+        if self.table_optimizer == "adagrad_rowwise":
+            return row_optimizers.adagrad_rowwise(self.table_learning_rate, self.table_accumulator)
+        if self.table_optimizer == "adam":
+            return row_optimizers.adam(self.table_learning_rate, self.table_b1, self.table_b2)
+        if self.table_optimizer == "ftrl":
+            return row_optimizers.ftrl(
+                self.table_learning_rate, self.table_accumulator, self.table_l1, self.table_l2
+            )
+        raise ValueError(f"optim.table_optimizer={self.table_optimizer!r} is not one of {TABLE_OPTIMIZERS}")
+
+    def check(self) -> None:
+        """Raises ValueError, naming the field, for values that no run can have."""
+        self.row_optimizer()
+        for name in ("compute", "table_type"):
+            if getattr(self, name) not in TABLE_TYPES:
+                raise ValueError(f"optim.{name}={getattr(self, name)!r} is not one of {TABLE_TYPES}")
+        if self.microbatches < 1:
+            raise ValueError(f"optim.microbatches={self.microbatches}: give at least 1")
+        if self.table_accumulator <= 0:
+            raise ValueError(f"optim.table_accumulator={self.table_accumulator}: give more than 0, it is divided by")
+
+    @property
+    def table_dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.table_type)
 
 
 def dense_optimizer(config: OptimConfig) -> optax.GradientTransformation:
-    """Adam, after clipping, with a linear warm-up."""
-    rate = optax.linear_schedule(0.0, config.learning_rate, config.warmup) if config.warmup else config.learning_rate
+    """Adam, after clipping, with a linear warm-up and a cosine decay."""
+    rates = [optax.linear_schedule(0.0, config.learning_rate, config.warmup)] if config.warmup else []
+    if config.decay:
+        rates.append(optax.cosine_decay_schedule(config.learning_rate, config.decay))
+    elif rates:
+        rates.append(optax.constant_schedule(config.learning_rate))
+    rate = optax.join_schedules(rates, [config.warmup] * (len(rates) - 1)) if rates else config.learning_rate
     clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
     return optax.chain(clip, optax.adam(rate, b1=config.b1, b2=config.b2))

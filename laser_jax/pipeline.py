@@ -7,14 +7,16 @@ to go on exactly where a run stopped.
 import dataclasses
 import hashlib
 import os
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import grain
 import numpy as np
 
 from laser_jax import vault as seqvault
-from laser_jax.features import FeatureConfig, FieldConfig, padded_size, rows_of, table_of, unique_rows
+from laser_jax.features import FeatureConfig, FieldConfig, rows_of, table_of
 from laser_jax.requests import MANIFEST, Requests, read_vocabulary
+from laser_jax.row_placement import DeviceShare, Wanted, bucket_size, rows_at, rows_per_device, unique_keys
 from laser_jax.vault.partitioning import is_partitioned, partition_paths
 
 SPLITS = ("train", "valid", "test")
@@ -81,13 +83,18 @@ def epoch_order(num: int, seed: int, epoch: int, block: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """One batch on the host.
+    """One batch on the host: the requests of this process's devices.
 
     Attributes:
-      step: what the model's step takes: `unique` (table -> int32 [U]), `history` (field -> int32 [B, L]), `candidates`
-        (field -> int32 [B, C]), `context` (field -> int32 [B]), `length` [B], `age` [B, L], `label` and `mask` [B, C].
+      step: what the model's step takes: `unique` (table -> int32 [devices, N, size], rows that each of this process's
+        devices wants of each of the N devices, see row_placement), `history` (field -> int32 [B, L], positions among
+        what its device wants), `candidates` ([B, C]), `context` ([B]), `length` [B], `age` [B, L], `label` and `mask`
+        [B, C].
       users: the user of each real row. references: name -> float32 [B, C] scores stored beside the labels.
-      lengths: events before the request, of each real row, at most L. num_unique: table -> unique rows before padding.
+      lengths: events before the request, of each real row, at most L.
+      num_unique: table -> distinct rows, summed over this process's devices. fullest: table -> rows in the fullest
+        bucket.
+      tables: field -> (table, its rows).
     """
 
     step: dict[str, Any]
@@ -95,6 +102,8 @@ class Batch:
     lengths: np.ndarray
     references: dict[str, np.ndarray]
     num_unique: dict[str, int]
+    fullest: dict[str, int]
+    tables: dict[str, tuple[str, int]]
 
     @property
     def num_events(self) -> int:
@@ -102,18 +111,39 @@ class Batch:
 
     def unique_fill(self) -> str:
         """Real over padded unique rows, by table."""
-        sizes = {table: len(unique) for table, unique in self.step["unique"].items()}
+        sizes = {table: unique.size for table, unique in self.step["unique"].items()}
         return " ".join(f"{table} {self.num_unique[table]}/{size}" for table, size in sizes.items())
+
+    def rows(self, side: str, field: str) -> np.ndarray:
+        """Embedding rows behind the indices of a field, for what is compared on the host; shaped like the indices.
+
+        Args:
+          side: "history", "candidates" or "context".
+        """
+        table, num_rows = self.tables[field]
+        wanted, index = self.step["unique"][table], self.step[side][field]
+        devices, owners, _ = wanted.shape
+        first = rows_per_device(num_rows, owners) * np.arange(owners)[:, None]
+        flat = (wanted + first).reshape(devices, -1)
+        device = np.arange(len(index)) // (len(index) // devices)
+        return rows_at(flat[device.reshape(-1, *[1] * (index.ndim - 1)), index], num_rows)
 
 
 class BatchSource:
-    """Random access to the batches of one split. Pickles to its arguments; safe for threads."""
+    """Random access to the batches of one split. Pickles to its arguments; safe for threads.
 
-    def __init__(self, data: DataConfig, features: FeatureConfig, split: str):
+    Args:
+      share: which part of every batch is this process's.
+
+    Attributes:
+      least: table -> smallest size of a bucket. Processes that train together must have the same.
+    """
+
+    def __init__(self, data: DataConfig, features: FeatureConfig, split: str, share: DeviceShare = DeviceShare()):
         if split not in SPLITS:
             raise ValueError(f"split {split!r} is not one of {SPLITS}")
-        self._args = (data, features, split)
-        self.data, self.features = data, features
+        self._args = (data, features, split, share)
+        self.data, self.features, self.share = data, features, share
         self.training = split == "train"
         self.batch_size = data.batch_size if self.training else data.eval_batch_size
         self.num_columns = data.candidates if self.training else data.eval_candidates
@@ -142,12 +172,16 @@ class BatchSource:
         first = np.cumsum(pieces) - pieces
         self._row_start = (np.arange(len(self._row_request)) - first[self._row_request]) * self.num_columns
         self._row_count = np.minimum(counts[self._row_request] - self._row_start, self.num_columns)
+        fields = (*self.features.item, *self.features.event, *self.features.context)
+        self._table_of = {field.name: (table_of(field), field.rows) for field in fields}
         # What two batches need, and a bit more, fits nearly all: most runs compile one shape. A function of the data
         # alone, so that a resumed run pads as before.
-        self._least = dict.fromkeys(self._tables, 1024)
-        probes = [self.batch(k).num_unique for k in sorted({0, self.batches_per_epoch // 2})]
+        quantum = max(256 // share.num_devices, 8)
+        self.least = dict.fromkeys(self._tables, quantum)
+        probes = [self.batch(k) for k in sorted({0, self.batches_per_epoch // 2})]
         for table in self._tables:
-            self._least[table] = 256 * (1 + max(probe[table] for probe in probes) * 5 // (4 * 256))
+            fullest = max(int(probe.fullest[table]) for probe in probes)
+            self.least[table] = quantum * (1 + fullest * 5 // (4 * quantum))
 
     def _check_columns(self) -> None:
         known = {field.name: field for field in self.vault.schema.fields}
@@ -182,6 +216,10 @@ class BatchSource:
     def __reduce__(self):
         return type(self), self._args
 
+    def users(self) -> np.ndarray:
+        """The user of every row of the split, of all processes."""
+        return self.requests.users(self._row_request)
+
     @property
     def batches_per_epoch(self) -> int:
         return -(-len(self._row_request) // self.batch_size)
@@ -191,7 +229,17 @@ class BatchSource:
         return self.batches_per_epoch * (self.data.epochs if self.training else 1)
 
     def rows(self, k: int) -> np.ndarray:
-        """Rows (a request, or a piece of a wide one) of batch k; the last batch of an epoch may have fewer."""
+        """Rows (a request, or a piece of a wide one) of batch k, those of this process's devices.
+
+        The last batch of an epoch may have fewer; the others are the same for any number of devices and processes.
+        """
+        rows = self._all_rows(k)
+        if self.share.whole:
+            return rows
+        each = self.batch_size // self.share.num_devices
+        return np.concatenate([rows[device * each : (device + 1) * each] for device in self.share.local])
+
+    def _all_rows(self, k: int) -> np.ndarray:
         epoch, k = divmod(k, self.batches_per_epoch)
         low, high = k * self.batch_size, (k + 1) * self.batch_size
         if not self.training:
@@ -205,11 +253,17 @@ class BatchSource:
             cached = self._epoch_order = (epoch, order)
         return cached[1]
 
-    def batch(self, k: int) -> Batch:
-        """Reads, looks up, makes unique and pads batch k."""
+    def batch(self, k: int, bucket_sizes: dict[str, int] | None = None) -> Batch:
+        """Reads, looks up, makes unique and pads batch k.
+
+        Args:
+          bucket_sizes: by table; by default what the batch needs.
+        """
         rows = self.rows(k)
         requests = self.requests.read(self._row_request[rows])
-        b, c, length = self.batch_size, self.num_columns, self.data.history_length
+        devices = len(self.share.local)
+        each = self.batch_size // self.share.num_devices
+        b, c, length = each * devices, self.num_columns, self.data.history_length
         features = self.features
         limit = self.vault.schema.time_limit
         if len(requests) and requests.time.max() >= limit:
@@ -256,7 +310,10 @@ class BatchSource:
             "candidates": self._look_up(features.item, requests.candidates),
             "context": self._look_up(features.context, requests.context),
         }
-        step["unique"], num_unique = self._make_unique(looked_up)
+        # Rows of the flat columns at which each device's requests begin.
+        cuts = np.minimum(each * np.arange(devices + 1), len(rows))
+        starts = {"history": histories.offsets[cuts], "candidates": requests.offsets[cuts], "context": cuts}
+        step["unique"], wanted = self._make_unique(looked_up, starts, bucket_sizes)
         step["history"] = {name: pad_events(rows) for name, (_, rows) in looked_up["history"].items()}
         step["candidates"] = {
             name: pad_candidates(rows, np.int32) for name, (_, rows) in looked_up["candidates"].items()
@@ -267,35 +324,71 @@ class BatchSource:
             users=np.asarray(requests.user),
             lengths=sizes,
             references={name: pad_candidates(v, np.float32) for name, v in requests.references.items()},
-            num_unique=num_unique,
+            num_unique={table: sum(len(device.places) for device in found) for table, found in wanted.items()},
+            fullest={table: max(int(device.counts.max()) for device in found) for table, found in wanted.items()},
+            tables=self._table_of,
         )
 
     def _look_up(self, fields: tuple[FieldConfig, ...], columns: dict[str, np.ndarray]):
         """Field name -> [table, embedding rows of its column]."""
         return {f.name: [table_of(f), rows_of(f, columns[f.name], self._vocabularies.get(f.name))] for f in fields}
 
-    def _make_unique(self, looked_up: dict[str, dict[str, list]]) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-        """Replaces rows by positions among a table's unique rows, in place.
+    def _make_unique(self, looked_up: dict[str, dict[str, list]], starts: dict[str, np.ndarray], bucket_sizes):
+        """Replaces rows by positions among what each device wants of a table, in place.
+
+        Args:
+          looked_up: side -> field -> [table, rows]. starts: side -> where each device's part of its columns begins.
 
         Returns:
-          The unique rows of each table, padded to a static size, and how many of them are real.
+          table -> int32 [devices, N, size], and table -> one Wanted a device.
         """
-        unique, num_unique = {}, {}
+        unique, wanted = {}, {}
+        num_devices = self.share.num_devices
         for table, (num_rows, _) in self._tables.items():
-            entries = [entry for side in looked_up.values() for entry in side.values() if entry[0] == table]
-            met, positions = unique_rows([rows for _, rows in entries], num_rows)
-            for entry, position in zip(entries, positions, strict=True):
-                entry[1] = position
-            size = padded_size(len(met), num_rows, self._least[table])
-            num_unique[table] = len(met)
-            # Padding continues upwards from the table's end: ascending and distinct, as the update requires.
-            unique[table] = np.concatenate([met, num_rows + np.arange(size - len(met), dtype=np.int32)])
-        return unique, num_unique
+            entries = [(side, entry) for side, fields in looked_up.items() for entry in fields.values()]
+            entries = [(starts[side], entry) for side, entry in entries if entry[0] == table]
+            share = rows_per_device(num_rows, num_devices)
+            wanted[table], numbered = [], []
+            for device in range(len(self.share.local)):
+                parts = [entry[1][start[device] : start[device + 1]] for start, entry in entries]
+                met, positions = unique_keys(parts)
+                found, rank = Wanted.of(met, num_rows, num_devices)
+                wanted[table].append(found)
+                numbered.append((rank, positions))
+            if bucket_sizes is None:
+                fullest = max(int(found.counts.max()) for found in wanted[table])
+                size = bucket_size(fullest, min(share, num_rows), self.least[table])
+            else:
+                size = bucket_sizes[table]
+            blocks, columns = [], [[] for _ in entries]
+            for found, (rank, positions) in zip(wanted[table], numbered, strict=True):
+                local, slots = found.buckets(size, share)
+                blocks.append(local)
+                slots = slots[rank]
+                for column, position in zip(columns, positions, strict=True):
+                    column.append(slots[position])
+            for (_, entry), column in zip(entries, columns, strict=True):
+                entry[1] = np.concatenate(column)
+            unique[table] = np.stack(blocks)
+        return unique, wanted
 
-    def stream(self, start: int, stop: int):
-        """Iterates batches start .. stop-1, made ahead by threads."""
+    def stream(self, start: int, stop: int, agree: Callable[[list[int]], list[int]] | None = None) -> Iterator[Batch]:
+        """Iterates batches start .. stop-1, made ahead by threads.
+
+        Args:
+          agree: bucket sizes that a batch needs -> those that all processes need; with several processes, which must
+            run programs of one shape.
+        """
         options = grain.ReadOptions(num_threads=self.data.threads, prefetch_buffer_size=self.data.prefetch)
-        return iter(grain.MapDataset.range(start, stop).map(self.batch).to_iter_dataset(options))
+        made = iter(grain.MapDataset.range(start, stop).map(self.batch).to_iter_dataset(options))
+        if agree is None:
+            return made
+        return (self._at_agreed_sizes(k, batch, agree) for k, batch in zip(range(start, stop), made, strict=True))
+
+    def _at_agreed_sizes(self, k: int, batch: Batch, agree: Callable[[list[int]], list[int]]) -> Batch:
+        sizes = {table: unique.shape[2] for table, unique in batch.step["unique"].items()}
+        agreed = dict(zip(sizes, agree(list(sizes.values())), strict=True))
+        return batch if agreed == sizes else self.batch(k, agreed)  # seldom: sizes have room to spare
 
     def describe(self) -> dict[str, Any]:
         """What this split holds, for the log."""

@@ -5,6 +5,7 @@ import html
 import json
 import os
 from collections.abc import Callable
+from collections.abc import Callable
 from typing import Any
 
 import matplotlib
@@ -12,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from matplotlib.figure import Figure
 
-from laser_jax import metrics
+from laser_jax import hosts, metrics
 from laser_jax.evaluate import Predictions, table
 from laser_jax.gate_figures import AGE_NAMES, SILENT, GateFigures
 from laser_jax.pipeline import BatchSource
@@ -38,13 +39,23 @@ class GateMap:
     events: int
 
 
-def gate_maps(eval_step: Callable, state: TrainState, source: BatchSource, mesh: Mesh, users: int) -> list[GateMap]:
-    """Gate maps of the users with the longest histories in the first batch; empty for encoders without segments."""
-    batch = source.batch(0)
+def gate_maps(
+    eval_step: Callable,
+    state: TrainState,
+    source: BatchSource,
+    mesh: Mesh,
+    users: int,
+    agree: Callable[[list[int]], list[int]] | None = None,
+) -> list[GateMap]:
+    """Gate maps of the users with the longest histories in the first batch; empty for encoders without segments.
+
+    With several processes, of the users that this one has; `agree`: see BatchSource.stream.
+    """
+    batch = next(source.stream(0, 1, agree))
     logits, diag = eval_step(state, place_batch(batch.step, mesh))
     if "loudness" not in diag:
         return []
-    loudness, logits = np.asarray(diag["loudness"]), np.asarray(logits)
+    loudness, logits = hosts.local(diag["loudness"]), hosts.local(logits)
     maps = []
     for row in np.argsort(-batch.lengths, kind="stable")[:users]:
         real = batch.step["mask"][row]

@@ -301,7 +301,7 @@ class Requests:
             for name in _PARTS
         }
         return RequestBatch(
-            user=self._users(indices),
+            user=self.users(indices),
             time=self._take("time", indices),
             offsets=offsets,
             label=self._take("label", flat),
@@ -312,7 +312,8 @@ class Requests:
     def __reduce__(self):
         return type(self), (self.path, self._cache_bytes)
 
-    def _users(self, indices):
+    def users(self, indices):
+        """The users of the requests at `indices`: int64 [b], or objects where users are strings."""
         if self._spec["user"] == "int64":
             return self._take("user", indices)
         starts = np.where(indices > 0, self._take("user_ends", np.maximum(indices - 1, 0)), 0)

@@ -21,11 +21,15 @@ logger = logging.getLogger(__name__)
 class RunLog:
     """Sums up steps into a line every `log_every`; on resume, drops what was logged after the restored step.
 
+    Args:
+      writes: whether it says and writes anything; of several processes one does.
+
     Attributes:
       history: every line of metrics.jsonl, oldest first.
     """
 
-    def __init__(self, workdir: str, start: int, total: int, log_every: int):
+    def __init__(self, workdir: str, start: int, total: int, log_every: int, writes: bool = True):
+        self._writes = writes
         self._path = os.path.join(workdir, "metrics.jsonl")
         self.history: list[dict[str, Any]] = []
         if os.path.exists(self._path):
@@ -33,17 +37,17 @@ class RunLog:
                 # A killed run may leave a torn last line.
                 lines = [line for line in file if line.endswith("\n")]
             self.history = [entry for entry in map(json.loads, lines) if entry["step"] <= start]
-        temporary = f"{self._path}.{os.getpid()}"
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(entry) + "\n" for entry in self.history)
-        os.replace(temporary, self._path)
-        self._board = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=start + 1)
+        if writes:
+            temporary = f"{self._path}.{os.getpid()}"
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(entry) + "\n" for entry in self.history)
+            os.replace(temporary, self._path)
+            self._board = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=start + 1)
         self._total, self._log_every = total, log_every
         self._pending: list[Any] = []
-        self._events = 0
         self._waited = 0.0
         self._since = time.monotonic()
-        self._shapes: set[tuple[int, ...]] = set()
+        self._shapes: set[tuple[tuple[int, ...], ...]] = set()
 
     @property
     def contrast(self) -> float | None:
@@ -75,16 +79,20 @@ class RunLog:
           FloatingPointError: the loss of the line is not finite.
         """
         self._pending.append(counts)
-        self._events += batch.num_events
-        shape = tuple(len(unique) for unique in batch.step["unique"].values())
+        shape = tuple(unique.shape for unique in batch.step["unique"].values())
         if shape not in self._shapes:
             self._shapes.add(shape)
-            logger.info(
+            self._tell(
                 "step %d: shape %d to compile; real: %.0f %% of history, %.0f %% of candidate slots, %s unique rows",
                 step, len(self._shapes), 100 * batch.num_events / batch.step["age"].size,
                 100 * batch.step["mask"].mean(), batch.unique_fill(),
             )  # fmt: skip
-        if step % self._log_every and not saving:
+        if not step % self._log_every or saving:
+            self.flush(step)
+
+    def flush(self, step: int) -> None:
+        """A line of the steps since the last one, up to `step`; nothing if there are none."""
+        if not self._pending:
             return
         fetched = jax.device_get(self._pending)
         seconds = time.monotonic() - self._since
@@ -98,29 +106,35 @@ class RunLog:
             "loss": loss,
             "auc": histogram_auc(np.sum([c.histogram for c in fetched], axis=0, dtype=np.int64)),
             "samples_per_second": samples / seconds,
-            "events_per_second": self._events / seconds,
+            "events_per_second": float(sum(c.events for c in fetched)) / seconds,
             "input_wait": self._waited / seconds,
         }
         if not math.isnan(contrast):
             entry["gate_contrast"] = contrast
         eta = (self._total - step) * seconds / len(fetched)
-        logger.info(
+        self._tell(
             "step %d/%d  loss %.4f  auc %.4f  %.0f samples/s  %.0f events/s  input wait %.0f %%  ETA %.0f s",
             step, self._total, loss, entry["auc"], entry["samples_per_second"], entry["events_per_second"],
             100 * entry["input_wait"], eta,
         )  # fmt: skip
         self._write(entry, "train")
-        self._pending, self._events, self._waited, self._since = [], 0, 0.0, time.monotonic()
+        self._pending, self._waited, self._since = [], 0.0, time.monotonic()
 
     def evaluated(self, step: int, figures: dict[str, float]) -> None:
         """Takes in the figures of a validation; the time it took counts for no line."""
         self._write({"step": step} | {f"valid_{name}": value for name, value in figures.items()}, "valid")
-        logger.info("step %d/%d  valid AUC %.4f  logloss %.4f", step, self._total, figures["auc"], figures["logloss"])
+        self._tell("step %d/%d  valid AUC %.4f  logloss %.4f", step, self._total, figures["auc"], figures["logloss"])
         if not self._pending:
             self._since = time.monotonic()
 
+    def _tell(self, text: str, *values: Any) -> None:
+        if self._writes:
+            logger.info(text, *values)
+
     def _write(self, entry: dict[str, Any], group: str) -> None:
         self.history.append(entry)
+        if not self._writes:
+            return
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
         for name, value in entry.items():

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from laser_jax.layers.embedding import Table, init_table
 from laser_jax.optim import OptimConfig, dense_optimizer
-from laser_jax.sharding import sharding
+from laser_jax.row_placement import padded_rows
+from laser_jax.sharding import MeshConfig, dense_spec, spec
 
 
 @jax.tree_util.register_dataclass
@@ -32,9 +33,11 @@ class StateFactory:
     Args:
       make_model: builds the model from its random numbers.
       tables: table name -> (rows, width).
+      split_from: dense parameters of at least so many elements are split over the mesh's `model` axis.
 
     Attributes:
-      optimizer: of the dense parameters. abstract_model: the model with shapes in place of arrays.
+      optimizer: of the dense parameters; row_optimizer: of table rows. abstract_model: the model with shapes in place
+        of arrays. specs: where each array of a state lies on the mesh.
     """
 
     def __init__(
@@ -43,11 +46,15 @@ class StateFactory:
         tables: dict[str, tuple[int, int]],
         optim: OptimConfig,
         mesh: Mesh,
+        split_from: int = MeshConfig.split_from,
     ):
-        self._make_model, self._tables, self._optim, self._mesh = make_model, tables, optim, mesh
-        self.optimizer = dense_optimizer(optim)
+        self._make_model, self._tables, self.optim, self.mesh = make_model, tables, optim, mesh
+        self.optimizer, self.row_optimizer = dense_optimizer(optim), optim.row_optimizer()
         self.abstract_model = nnx.eval_shape(lambda: make_model(nnx.Rngs(0)))
         self._graphdef = nnx.split(self.abstract_model, nnx.Param)[0]
+        self._shapes = jax.eval_shape(self._create, jax.random.key(0))
+        dense = jax.tree.map(lambda x: dense_spec(x.shape, mesh, split_from), self._shapes)
+        self.specs = dataclasses.replace(dense, tables=jax.tree.map(lambda _: spec("rows"), self._shapes.tables))
 
     def model(self, params: Any) -> nnx.Module:
         """The model with these parameters."""
@@ -57,34 +64,32 @@ class StateFactory:
         model_key, table_key = jax.random.split(key)
         _, params = nnx.split(self._make_model(nnx.Rngs(model_key)), nnx.Param)
         keys = jax.random.split(table_key, len(self._tables))
+        optim = self.optim
         tables = {
-            name: init_table(k, rows, width, self._optim.table_std, self._optim.table_accumulator)
+            name: init_table(k, padded_rows(rows), width, optim.table_std, self.row_optimizer, optim.table_dtype)
             for k, (name, (rows, width)) in zip(keys, sorted(self._tables.items()), strict=True)
         }
         return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.init(params), tables)
 
-    def _shardings(self, abstract: TrainState) -> TrainState:
-        dense, rows = sharding(self._mesh), sharding(self._mesh, "vocabulary")
-        whole = jax.tree.map(lambda _: dense, abstract)
-        return dataclasses.replace(whole, tables=jax.tree.map(lambda _: rows, abstract.tables))
+    @property
+    def shardings(self) -> TrainState:
+        """A state of shardings."""
+        is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
+        return jax.tree.map(lambda s: NamedSharding(self.mesh, s), self.specs, is_leaf=is_spec)
 
     def create(self, seed: int) -> TrainState:
         """A fresh state, born with its shardings: never made in one place and moved to another."""
-        key = jax.random.key(seed)
-        shardings = self._shardings(jax.eval_shape(self._create, key))
-        return jax.jit(self._create, out_shardings=shardings)(key)
+        return jax.jit(self._create, out_shardings=self.shardings)(jax.random.key(seed))
 
     def abstract(self) -> TrainState:
         """Shapes, types and shardings of a state, for restoring into."""
-        shapes = jax.eval_shape(self._create, jax.random.key(0))
         return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self._shardings(shapes)
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), self._shapes, self.shardings
         )
 
-
-def num_parameters(state: TrainState) -> dict[str, int]:
-    """Dense and table parameters apart."""
-    return {
-        "dense": sum(x.size for x in jax.tree.leaves(state.params)),
-        "tables": sum(table.rows.size for table in state.tables.values()),
-    }
+    def num_parameters(self) -> dict[str, int]:
+        """Dense and table parameters apart; without the rows that only pad tables."""
+        return {
+            "dense": sum(x.size for x in jax.tree.leaves(self._shapes.params)),
+            "tables": sum(rows * width for rows, width in self._tables.values()),
+        }

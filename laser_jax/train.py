@@ -1,5 +1,6 @@
 """Training: the pure step, and the run around it."""
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -8,22 +9,17 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
 
-from laser_jax import report
+from laser_jax import hosts, report
 from laser_jax.checkpoint import Checkpoints
 from laser_jax.config import Config, check_sizes, remember
-from laser_jax.evaluate import Predictions, make_eval_step, predict, table
+from laser_jax.evaluate import Predictions, predict, table
 from laser_jax.gate_figures import gate_figures
-from laser_jax.layers.embedding import adagrad_rows, gather_rows
-from laser_jax.losses import bce_sum
-from laser_jax.metrics import logit_histogram
-from laser_jax.optim import TABLE_EPS, OptimConfig
 from laser_jax.pipeline import BatchSource, fingerprint, prepare
 from laser_jax.runlog import RunLog
-from laser_jax.sharding import make_mesh, place_batch
-from laser_jax.state import StateFactory, TrainState, num_parameters
+from laser_jax.sharding import device_share, make_mesh, place_batch
+from laser_jax.state import StateFactory, TrainState
+from laser_jax.step import make_eval_step, make_train_step
 
 logger = logging.getLogger(__name__)
 
@@ -31,143 +27,151 @@ COST_CANDIDATES = (1, 10, 100)  # candidates a request at which results.json giv
 DEAD_GATES = 0.02  # spread of loudness over a user's segments, relative to its mean, below which gates ignore content
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Counts:
-    """What a step tells: sums that add up over steps and hosts, never ratios.
-
-    Attributes:
-      loss, samples: summed loss and the candidates it is over. histogram: int32 [2, bins].
-      contrast: summed spread of segment loudness (std / mean over segments), NaN for encoders without segments.
-    """
-
-    loss: jax.Array
-    samples: jax.Array
-    histogram: jax.Array
-    contrast: jax.Array
-
-
-def make_train_step(factory: StateFactory, optim: OptimConfig) -> Callable:
-    """(state, batch) -> (state, Counts): pure, compiled once a shape, the state donated."""
-
-    def train_step(state: TrainState, batch: dict[str, Any]) -> tuple[TrainState, Counts]:
-        rows = {name: gather_rows(state.tables[name], unique) for name, unique in batch["unique"].items()}
-
-        def loss_fn(params, rows):
-            logits, out = factory.model(params)(rows, batch)
-            total, samples = bce_sum(logits, batch["label"], batch["mask"])
-            loss = total / jnp.maximum(samples, 1) + sum(out.aux_losses.values(), jnp.zeros(()))
-            return loss, (total, samples, logits, out.diag)
-
-        gradients, (total, samples, logits, diag) = jax.grad(loss_fn, argnums=(0, 1), has_aux=True)(state.params, rows)
-        updates, opt_state = factory.optimizer.update(gradients[0], state.opt_state, state.params)
-        tables = {
-            name: adagrad_rows(
-                state.tables[name],
-                unique,
-                gradients[1][name] * samples,  # of the summed loss
-                optim.table_learning_rate,
-                TABLE_EPS,
-            )
-            for name, unique in batch["unique"].items()
-        }
-        state = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, tables)
-        counts = Counts(
-            loss=total,
-            samples=samples,
-            histogram=logit_histogram(logits, batch["label"], batch["mask"]),
-            contrast=_contrast(diag.get("loudness"), batch["mask"]),
-        )
-        return state, counts
-
-    return jax.jit(train_step, donate_argnums=0)
-
-
-def _contrast(loudness: jax.Array | None, mask: jax.Array) -> jax.Array:
-    """Summed over real candidates: std / mean of loudness [B, C, S] over the segments that hold events."""
-    if loudness is None:
-        return jnp.full((), jnp.nan)
-    loudness = jax.lax.stop_gradient(loudness)
-    alive = loudness > 0
-    n = jnp.maximum(alive.sum(axis=-1), 1)
-    mean = loudness.sum(axis=-1) / n
-    variance = jnp.where(alive, (loudness - mean[..., None]) ** 2, 0.0).sum(axis=-1) / n
-    return jnp.sum(jnp.where(mask, jnp.sqrt(variance) / jnp.maximum(mean, 1e-20), 0.0))
-
-
 def run(config: Config, workdir: str) -> Predictions:
     """Trains, or goes on training, evaluates on test and writes the report; returns the test predictions.
 
-    The same command after a crash goes on from the newest checkpoint; on the same kind of device the result is
-    bit-identical to that of a run never interrupted.
-    """
-    workdir = os.path.abspath(workdir)
-    check_sizes(config)
-    prepare(config.data)
-    mesh = make_mesh(config.mesh, config.data.batch_size, config.data.eval_batch_size)
-    train, valid, test = (BatchSource(config.data, config.features, split) for split in ("train", "valid", "test"))
-    factory = StateFactory(config.build_model, config.features.tables(), config.optim, mesh)
-    # Only now: a start that failed above must not occupy the workdir.
-    remember(config, workdir, fingerprint(config.data))
-    checkpoints = Checkpoints(workdir)
-    start = checkpoints.newest()
-    if start is None:
-        start, state = 0, factory.create(config.train.seed)
-    else:
-        state = checkpoints.restore(start, factory.abstract())
-        logger.info("going on from step %d of %s", start, checkpoints.path)
-    logger.info("parameters %s; train %s", num_parameters(state), train.describe())
-    log = RunLog(workdir, start, train.num_batches, config.train.log_every)
-    eval_step = make_eval_step(factory)
+    The same command after a crash goes on from the newest checkpoint; on the same kind and number of devices the result
+    is bit-identical to that of a run never interrupted.
 
-    def validate(state: TrainState, step: int) -> dict[str, float]:
-        figures = dataclasses.asdict(predict(eval_step, state, valid, mesh, f"validation at step {step}").figures())
+    Raises:
+      hosts.Stopped: SIGTERM came; what was learned is saved.
+    """
+    with hosts.Preemption() as preemption, contextlib.ExitStack() as stack:
+        watchdog = None
+        if jax.process_count() > 1:
+            watchdog = stack.enter_context(hosts.Watchdog(config.train.patience_s))
+        try:
+            return _Run(config, os.path.abspath(workdir), preemption, watchdog).finish()
+        except jax.errors.JaxRuntimeError as error:
+            if jax.process_count() > 1:
+                hosts.lost_peer(error)
+            raise
+
+
+class _Run:
+    """One process's part in a run: everything from the config to the report."""
+
+    def __init__(
+        self, config: Config, workdir: str, preemption: hosts.Preemption, watchdog: hosts.Watchdog | None
+    ):
+        check_sizes(config)
+        prepare(config.data)
+        self.config, self.workdir, self.preemption, self.watchdog = config, workdir, preemption, watchdog
+        self.mesh = make_mesh(config.mesh, config.data.batch_size, config.data.eval_batch_size)
+        share = device_share(self.mesh)
+        self.sources = {
+            split: BatchSource(config.data, config.features, split, share) for split in ("train", "valid", "test")
+        }
+        if jax.process_count() > 1:
+            for source in self.sources.values():
+                source.least = dict(zip(source.least, hosts.agree(list(source.least.values())), strict=True))
+        self.factory = StateFactory(
+            config.build_model, config.features.tables(), config.optim, self.mesh, config.mesh.split_from
+        )
+        # Only now: a start that failed above must not occupy the workdir.
+        remember(config, workdir, fingerprint(config.data), write=hosts.is_first())
+        self.checkpoints = Checkpoints(workdir)
+        self.eval_step = make_eval_step(self.factory)
+
+    @property
+    def agree(self) -> Callable[[list[int]], list[int]] | None:
+        return self.preemption.agree if jax.process_count() > 1 else None
+
+    def moved(self, what: str) -> None:
+        if self.watchdog is not None:
+            self.watchdog.moved(what)
+
+    def finish(self) -> Predictions:
+        """Trains to the end, or to SIGTERM, then tests."""
+        state, start = self._restored()
+        train = self.sources["train"]
+        if hosts.is_first():
+            logger.info("parameters %s; train %s", self.factory.num_parameters(), train.describe())
+        log = RunLog(self.workdir, start, train.num_batches, self.config.train.log_every, hosts.is_first())
+        with jax.set_mesh(self.mesh):
+            self._loop(state, start, log)
+            state, best = self.checkpoints.restore_best(self.factory.abstract())
+            predictions = self.predict(state, "test", "test")
+            test = self.sources["test"]
+            maps = report.gate_maps(self.eval_step, state, test, self.mesh, self.config.train.gate_maps, self.agree)
+            gates = gate_figures(self.eval_step, state, test, self.mesh, self.config.encoder, self.agree)
+        self.checkpoints.close()
+        costs = {
+            "parameters": self.factory.num_parameters(),
+            "macs": {count: self.factory.abstract_model.macs(count) for count in COST_CANDIDATES},
+        }
+        if hosts.is_first():
+            _write_results(self.config, self.workdir, predictions, best, costs, log, maps, gates)
+        return predictions
+
+    def _restored(self) -> tuple[TrainState, int]:
+        """The newest state that can be read, or a fresh one; and its step."""
+        self.moved("restoring")
+        found = self.checkpoints.restore_newest(self.factory.abstract())
+        if found is None:
+            return self.factory.create(self.config.train.seed), 0
+        state, step = found
+        if hosts.is_first():
+            logger.info("going on from step %d of %s", step, self.checkpoints.path)
+        return state, step
+
+    def predict(self, state: TrainState, split: str, what: str) -> Predictions:
+        """Scores a split, unless SIGTERM comes."""
+
+        def moved(what: str) -> None:
+            self.moved(what)
+            if self.preemption.asked:
+                self._stop(f"SIGTERM during {what}")
+
+        return predict(self.eval_step, state, self.sources[split], self.mesh, what, self.agree, moved)
+
+    def _stop(self, why: str) -> None:
+        self.checkpoints.close()
+        raise hosts.Stopped(f"{why}; the same command goes on from step {self.checkpoints.newest()}")
+
+    def _loop(self, state: TrainState, start: int, log: RunLog) -> None:
+        """Steps start .. end. Mind the order: evaluate, save, next batch, step, log.
+
+        The stream moves only after a save, so what is saved is exactly where the run stands.
+        """
+        train, settings = self.sources["train"], self.config.train
+        total, train_step = train.num_batches, make_train_step(self.factory)
+        # On CPU a step that runs ahead of another process's may block its collectives for good.
+        ahead = jax.process_count() == 1 or jax.default_backend() != "cpu"
+
+        def evaluates(step: int) -> bool:
+            return step == total or (step > 0 and step % settings.eval_every == 0)
+
+        def saves(step: int) -> bool:
+            return evaluates(step) or (step > 0 and step % settings.save_every == 0)
+
+        stream = train.stream(start, total, self.agree)
+        pending = None
+        for step in range(start, total + 1):
+            if step > start and saves(step):
+                self.checkpoints.save(state, step, self._validate(state, step, log) if evaluates(step) else None)
+            if step == total:
+                return
+            if self.preemption.asked:
+                log.flush(step)
+                if step > start and not saves(step):
+                    self.checkpoints.save(state, step, None)
+                self._stop(f"SIGTERM at step {step}")
+            with log.waiting():
+                batch = next(stream)
+                placed = place_batch(batch.step, self.mesh)
+            if pending is not None:
+                jax.block_until_ready(pending)  # one step in flight: the host must not run ahead without bound
+            self.moved(f"step {step + 1}")
+            state, pending = train_step(state, placed)
+            if not ahead:
+                jax.block_until_ready(pending)
+            log.stepped(step + 1, pending, batch, saving=saves(step + 1))
+
+    def _validate(self, state: TrainState, step: int, log: RunLog) -> dict[str, float]:
+        figures = dataclasses.asdict(self.predict(state, "valid", f"validation at step {step}").figures())
         log.evaluated(step, figures)
         return figures
-
-    with jax.set_mesh(mesh):
-        _loop(config, state, start, train, make_train_step(factory, config.optim), validate, checkpoints, log, mesh)
-        best = checkpoints.best()
-        state = checkpoints.restore(best, factory.abstract())
-        predictions = predict(eval_step, state, test, mesh, "test")
-        maps = report.gate_maps(eval_step, state, test, mesh, config.train.gate_maps)
-        gates = gate_figures(eval_step, state, test, mesh, config.encoder)
-    checkpoints.close()
-    costs = {
-        "parameters": num_parameters(state),
-        "macs": {count: factory.abstract_model.macs(count) for count in COST_CANDIDATES},
-    }
-    _write_results(config, workdir, predictions, best, costs, log, maps, gates)
-    return predictions
-
-
-def _loop(config, state, start, train, train_step, validate, checkpoints, log, mesh) -> None:
-    """Steps start .. end. Mind the order: evaluate, save, next batch, step, log.
-
-    The stream moves only after a save, so what is saved is exactly where the run stands.
-    """
-    total, settings = train.num_batches, config.train
-
-    def evaluates(step: int) -> bool:
-        return step == total or (step > 0 and step % settings.eval_every == 0)
-
-    def saves(step: int) -> bool:
-        return evaluates(step) or (step > 0 and step % settings.save_every == 0)
-
-    stream = train.stream(start, total)
-    pending = None
-    for step in range(start, total + 1):
-        if step > start and saves(step):
-            checkpoints.save(state, step, validate(state, step) if evaluates(step) else None)
-        if step == total:
-            return
-        with log.waiting():
-            batch = next(stream)
-            placed = place_batch(batch.step, mesh)
-        if pending is not None:
-            jax.block_until_ready(pending)  # one step in flight: the host must not run ahead without bound
-        state, pending = train_step(state, placed)
-        log.stepped(step + 1, pending, batch, saving=saves(step + 1))
 
 
 def _write_results(config, workdir, predictions, best, costs, log, maps, gates) -> None:

@@ -1,41 +1,92 @@
-"""The losses of a few training steps: python -m tests.few_steps DATA ENCODER, on as many devices as there are."""
+"""A few training steps on meshes of all devices there are: python -m tests.few_steps DATA ENCODER STEPS 8x1,4x2 OUT
+
+Writes OUT/MESH.npz with what was learned, prints a JSON object by mesh: the losses, and the largest collective of the
+compiled step.
+"""
 
 import json
+import os
+import re
 import sys
 
 import jax
 import numpy as np
 
 from laser_jax.pipeline import BatchSource
-from laser_jax.sharding import MeshConfig, make_mesh, place_batch
+from laser_jax.sharding import MeshConfig, device_share, make_mesh, place_batch, spec
 from laser_jax.state import StateFactory
-from laser_jax.train import make_train_step
+from laser_jax.step import make_eval_step, make_train_step
 from tests.small_config import get_config
 
+SPLIT_FROM = 128  # elements: small enough for the small model's matrices to be split over `model`
 
-def few_steps(path: str, encoder: str, steps: int = 5) -> dict:
-    """Mean loss of each step, the sum of squares of what was learned, and leaves that a step gave another type or place
-    (each of which compiles the step once more)."""
+
+def few_steps(path: str, encoder: str, steps: int, mesh: MeshConfig, **changes) -> dict:
+    """Mean loss of each step, what was learned, and what a step changed but should not.
+
+    Args:
+      changes: fields of the OptimConfig.
+    """
     config = get_config(encoder)
-    config.data.path = path
-    mesh = make_mesh(MeshConfig(), config.data.batch_size)
-    source = BatchSource(config.data, config.features, "train")
-    factory = StateFactory(config.build_model, config.features.tables(), config.optim, mesh)
+    config.data.path, config.data.batch_size = path, 16
+    config.train.seed = 3
+    for name, value in changes.items():
+        setattr(config.optim, name, value)
+    mesh = make_mesh(mesh, config.data.batch_size)
+    source = BatchSource(config.data, config.features, "train", device_share(mesh))
+    factory = StateFactory(config.build_model, config.features.tables(), config.optim, mesh, SPLIT_FROM)
     state = factory.create(seed=0)
-    step = make_train_step(factory, config.optim)
+    step = make_train_step(factory)
     losses, before = [], described(state)
     with jax.set_mesh(mesh):
         for k in range(steps):
             state, counts = step(state, place_batch(source.batch(k).step, mesh))
             losses.append(float(counts.loss / counts.samples))
+        batch = source.batch(0)
+        logits = np.asarray(make_eval_step(factory)(state, place_batch(batch.step, mesh))[0])
     after = described(state)
-    learned = jax.device_get((state.params, state.tables))
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get((state.params, state.tables)))
+    split = [x for x in jax.tree.leaves((state.params, state.opt_state)) if "model" in x.sharding.spec]
     return {
         "devices": jax.device_count(),
         "losses": losses,
-        "squares": [float(np.sum(np.square(leaf, dtype=np.float64))) for leaf in jax.tree.leaves(learned)],
+        "learned": {jax.tree_util.keystr(p): np.asarray(x, np.float32) for p, x in leaves} | {"logits": logits},
+        # Leaves that a step gave another type or place (each of which compiles the step once more).
         "changed": [name for name in before if before[name] != after[name]],
+        "split": len(split),
     }
+
+
+LENGTH, REQUESTS = 400, 64
+
+
+def exchanged(encoder: str, mesh: MeshConfig) -> dict[str, int]:
+    """Kind of collective -> elements of the largest one, in the step compiled for REQUESTS histories of LENGTH events."""
+    config = get_config(encoder)
+    config.data.history_length = LENGTH
+    mesh = make_mesh(mesh, REQUESTS)
+    factory = StateFactory(config.build_model, config.features.tables(), config.optim, mesh, SPLIT_FROM)
+    sharding = jax.sharding.NamedSharding(mesh, spec("requests"))
+
+    def shape(*size, dtype=np.int32):
+        return jax.ShapeDtypeStruct(size, dtype, sharding=sharding)
+
+    features, candidates = config.features, config.data.candidates
+    batch = {
+        "unique": {name: shape(mesh.size, mesh.size, UNIQUE) for name in features.tables()},
+        "history": {field.name: shape(REQUESTS, LENGTH) for field in (*features.item, *features.event)},
+        "candidates": {field.name: shape(REQUESTS, candidates) for field in features.item},
+        "context": {field.name: shape(REQUESTS) for field in features.context},
+        "length": shape(REQUESTS),
+        "age": shape(REQUESTS, LENGTH),
+        "label": shape(REQUESTS, candidates, dtype=np.float32),
+        "mask": shape(REQUESTS, candidates, dtype=np.bool_),
+    }
+    with jax.set_mesh(mesh):
+        return collectives(make_train_step(factory).lower(factory.abstract(), batch).compile().as_text())
+
+
+UNIQUE = 32  # rows that a device wants of another
 
 
 def described(state) -> dict[str, str]:
@@ -43,5 +94,25 @@ def described(state) -> dict[str, str]:
     return {jax.tree_util.keystr(path): f"{leaf.aval} {leaf.sharding}" for path, leaf in leaves}
 
 
+def collectives(program: str) -> dict[str, int]:
+    """Kind of collective -> elements of the largest one in a compiled program's text."""
+    largest: dict[str, int] = {}
+    kinds = "all-to-all|all-reduce|all-gather|reduce-scatter|collective-permute"
+    for shapes, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", program):
+        sizes = [
+            np.prod([int(n) for n in dims.split(",") if n], dtype=int) for dims in re.findall(r"\w+\[([\d,]*)\]", shapes)
+        ]
+        largest[kind] = max(largest.get(kind, 0), int(sum(sizes)))
+    return largest
+
+
 if __name__ == "__main__":
-    print(json.dumps(few_steps(*sys.argv[1:])))
+    path, encoder, steps, meshes, out = sys.argv[1:]
+    told = {}
+    for name in meshes.split(","):
+        data, model = map(int, name.split("x"))
+        found = few_steps(path, encoder, int(steps), MeshConfig(data, model))
+        found["exchanged"] = exchanged(encoder, MeshConfig(data, model))
+        np.savez(os.path.join(out, f"{name}.npz"), **found.pop("learned"))
+        told[name] = found
+    print(json.dumps(told))

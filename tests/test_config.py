@@ -15,7 +15,7 @@ from laser_jax.features import table_of
 from laser_jax.models import ENCODERS
 from laser_jax.sharding import MeshConfig, make_mesh
 from laser_jax.state import StateFactory
-from laser_jax.train import make_train_step
+from laser_jax.step import make_train_step
 from tests.small_config import get_config
 
 EXPERIMENTS = sorted(
@@ -34,7 +34,7 @@ def abstract_batch(config: Config) -> dict:
         return jax.ShapeDtypeStruct(size, dtype)
 
     return {
-        "unique": {name: shape(min(1024, rows)) for name, (rows, _) in features.tables().items()},
+        "unique": {name: shape(1, 1, min(1024, rows)) for name, (rows, _) in features.tables().items()},
         "history": {field.name: shape(b, length) for field in (*features.item, *features.event)},
         "candidates": {field.name: shape(b, c) for field in features.item},
         "context": {field.name: shape(b) for field in features.context},
@@ -54,7 +54,7 @@ def test_every_experiment_builds_and_steps_with_every_encoder(experiment, encode
         config.build_model, config.features.tables(), config.optim, make_mesh(MeshConfig(), config.data.batch_size)
     )
     state = factory.abstract()
-    after, counts = jax.eval_shape(make_train_step(factory, config.optim), state, abstract_batch(config))
+    after, counts = jax.eval_shape(make_train_step(factory), state, abstract_batch(config))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert counts.loss.shape == () and counts.histogram.dtype == np.int32
 

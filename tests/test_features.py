@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from laser_jax.features import FeatureConfig, FieldConfig, padded_size, rows_of, unique_rows
+from laser_jax.features import FeatureConfig, FieldConfig, rows_of
 
 INT64 = np.iinfo(np.int64)
 
@@ -60,25 +60,6 @@ def test_a_missing_quantity_is_row_zero():
 def test_rows_lie_in_the_table(ids, values, rows):
     got = rows_of(field(ids, rows), np.array(values, np.int64), np.array([1, 5, 2**50]))
     assert got.dtype == np.int32 and len(got) == len(values) and ((got >= 0) & (got < rows)).all()
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.lists(st.integers(0, 29), max_size=12), max_size=4))
-def test_unique_rows_and_positions_give_the_columns_back(parts):
-    parts = [np.array(part, np.int32) for part in parts]
-    unique, positions = unique_rows(parts, 30)
-    np.testing.assert_array_equal(unique, np.unique(np.concatenate(parts or [np.zeros(0)])))
-    for part, position in zip(parts, positions, strict=True):
-        np.testing.assert_array_equal(unique[position], part)
-        assert position.dtype == np.int32
-
-
-def test_unique_sizes_hold_the_rows_and_are_few():
-    sizes = [padded_size(count, 10**6) for count in range(1, 200_000, 17)]
-    assert all(size >= count for size, count in zip(sizes, range(1, 200_000, 17), strict=True))
-    assert len(set(sizes)) < 20 and sizes == sorted(sizes)
-    assert max(s / c for s, c in zip(sizes, range(1, 200_000, 17), strict=True) if c > 1024) < 1.51
-    assert [padded_size(count, 50) for count in (1, 49, 50)] == [50, 50, 50]
 
 
 def test_fields_may_share_a_table():

@@ -7,6 +7,7 @@ import numpy as np
 from laser_jax import gate_figures as gf
 from laser_jax.gate_figures import AGE_NAMES, OTHER, SILENT, gate_figures, segment_facts
 from laser_jax.pipeline import Batch
+from laser_jax.row_placement import places
 
 B, C, L, W = 3, 4, 10, 4
 FIELDS = ["item", "category"]
@@ -21,9 +22,11 @@ def make_batch(seed=0):
         "mask": rng.random((B, C)) < 0.8,
         "history": {name: rng.integers(0, 4, (B, L)) for name in FIELDS},
         "candidates": {name: rng.integers(0, 4, (B, C)) for name in FIELDS},
-        "unique": {name: np.array([0, 3, 5, 8]) for name in FIELDS},
+        "unique": {name: places(np.array([0, 3, 5, 8]), 10).astype(np.int32)[None, None] for name in FIELDS},
     }
-    return Batch(step=step, users=np.arange(B), lengths=lengths, references={}, num_unique={})
+    return Batch(
+        step, np.arange(B), lengths, references={}, num_unique={}, fullest={}, tables={name: (name, 10) for name in FIELDS}
+    )
 
 
 def naive_facts(batch, b, c, n):
@@ -64,7 +67,7 @@ def test_figures_are_means_over_what_was_seen(monkeypatch):
     source = types.SimpleNamespace(
         features=types.SimpleNamespace(item=[types.SimpleNamespace(name=name) for name in FIELDS]),
         num_batches=2,
-        batch=batches.__getitem__,
+        stream=lambda start, stop, agree: batches[start:stop],
     )
     monkeypatch.setattr(gf, "place_batch", lambda step, mesh: step)
 
@@ -103,6 +106,6 @@ def test_an_encoder_without_segments_has_none(monkeypatch):
     source = types.SimpleNamespace(
         features=types.SimpleNamespace(item=[types.SimpleNamespace(name="item")]),
         num_batches=1,
-        batch=lambda k: make_batch(),
+        stream=lambda start, stop, agree: [make_batch()],
     )
     assert gate_figures(lambda state, step: (None, {}), None, source, None, object()) is None

@@ -11,6 +11,7 @@ from laser_jax import vault as seqvault
 from laser_jax.features import FeatureConfig, FieldConfig, rows_of
 from laser_jax.pipeline import BatchSource, DataConfig, epoch_order, fingerprint, prepare
 from laser_jax.requests import RequestsWriter, read_vocabulary
+from laser_jax.row_placement import DeviceShare
 from laser_jax.schema import Field, Schema
 from laser_jax.vault import UnknownFieldError
 from tests.conftest import write_known_data
@@ -31,11 +32,6 @@ def config(data, **changes):
 @pytest.fixture(scope="module", params=["s", "ms"])
 def data(request, tmp_path_factory):
     return write_known_data(str(tmp_path_factory.mktemp("data") / "set"), request.param)
-
-
-def values(batch, side, name, table=None):
-    """Embedding rows behind a batch's indices."""
-    return batch.step["unique"][table or name][batch.step[side][name]]
 
 
 def expected_rows(data, name, column):
@@ -69,25 +65,67 @@ def test_batches_equal_a_brute_force_assembly(data, split):
             age = (request["time"] - history["time"]) // unit
             np.testing.assert_array_equal(step["age"][row], np.r_[np.zeros(L - n, int), age])
             for name in ("item", "category", "action", "dwell"):
-                got = values(batch, "history", name)[row, L - n :]
+                got = batch.rows("history", name)[row, L - n :]
                 np.testing.assert_array_equal(got, expected_rows(data, name, history[name]), name)
             count = len(request["item"][part])
             np.testing.assert_array_equal(step["mask"][row], np.arange(width) < count)
             for name in ("item", "category"):
-                got = values(batch, "candidates", name)[row, :count]
+                got = batch.rows("candidates", name)[row, :count]
                 np.testing.assert_array_equal(got, expected_rows(data, name, request[name][part]))
             np.testing.assert_array_equal(step["label"][row, :count], request["label"][part])
             np.testing.assert_array_equal(batch.references["oracle"][row, :count], request["oracle"][part])
-            assert values(batch, "context", "scene")[row] == request["scene"] + 1
+            assert batch.rows("context", "scene")[row] == request["scene"] + 1
         assert not step["mask"][len(rows) :].any() and not step["length"][len(rows) :].any()
         assert batch.num_events == step["length"].sum()
         for table, unique in step["unique"].items():
             num_rows = FEATURES.tables()[table][0]
-            assert (np.diff(unique) > 0).all() and len(unique) <= num_rows
+            assert unique.shape[:2] == (1, 1) and (np.diff(unique[0, 0]) > 0).all() and unique.size <= num_rows
     # Every piece of every request exactly once, so every candidate is.
     assert sorted(met) == list(range(len(pieces)))
     if split == "test":
         assert met == sorted(met)  # predictions are stored in the order of the requests
+
+
+@pytest.mark.parametrize(("num_devices", "shares"), [(4, [(0, 1), (2, 3)]), (2, [(0,), (1,)]), (4, [(0, 2), (1, 3)])])
+def test_processes_together_read_what_one_reads(data, num_devices, shares):
+    """The same requests, each by one device, whatever the number of devices and processes."""
+    alone = BatchSource(config(data, batch_size=8), FEATURES, "train")
+    parts = [BatchSource(config(data, batch_size=8), FEATURES, "train", DeviceShare(num_devices, s)) for s in shares]
+    assert alone.num_batches > 3
+    for k in (0, 1, alone.num_batches - 1):  # the last one is partial: some devices have nothing to do
+        whole, batches = alone.batch(k), [part.batch(k) for part in parts]
+        each = 8 // num_devices
+        for number, share in enumerate(shares):
+            rows = np.concatenate([np.arange(device * each, (device + 1) * each) for device in share])
+            got = batches[number]
+            assert got.step["unique"]["item"].shape[:2] == (len(share), num_devices)
+            for name in ("age", "length", "label", "mask"):
+                np.testing.assert_array_equal(got.step[name], whole.step[name][rows])
+            real = rows[rows < len(whole.users)]
+            np.testing.assert_array_equal(got.users, whole.users[real])
+            np.testing.assert_array_equal(got.lengths, whole.lengths[real])
+            for side, valid in (("history", got.step["age"] >= 0), ("candidates", got.step["mask"])):
+                if side == "history":
+                    valid = np.arange(L) >= L - got.step["length"][:, None]
+                for name in ("item", "category"):
+                    mine, its = got.rows(side, name), whole.rows(side, name)[rows]
+                    np.testing.assert_array_equal(mine[valid], its[valid])
+
+
+def test_batches_of_one_shape_are_made_again_where_another_process_needs_more_room(known_data):
+    source = BatchSource(config(known_data), FEATURES, "train")
+    plain = [batch.step["unique"]["dwell"].shape for batch in source.stream(0, 2)]
+    asked = []
+
+    def agree(sizes):
+        asked.append(sizes)
+        return [2 * size for size in sizes]
+
+    batches = list(source.stream(0, 2, agree))
+    assert [batch.step["unique"]["dwell"].shape for batch in batches] == [(1, 1, 2 * shape[2]) for shape in plain]
+    assert len(asked) == 2
+    for k, batch in enumerate(batches):
+        np.testing.assert_array_equal(batch.rows("history", "dwell"), source.batch(k).rows("history", "dwell"))
 
 
 def test_the_data_tries_what_it_should(data):

@@ -21,7 +21,7 @@ from experiments.bench.timing import interleave
 from laser_jax.pipeline import BatchSource, prepare
 from laser_jax.sharding import make_mesh, place_batch
 from laser_jax.state import StateFactory
-from laser_jax.train import make_train_step
+from laser_jax.step import make_train_step
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def main() -> None:
     made = []
     times = interleave({"input": lambda: made.append(source.batch(next(batches)))}, args.rounds)
     events = np.mean([batch.num_events for batch in made])
-    unique = {name: int(np.mean([len(b.step["unique"][name]) for b in made])) for name in made[0].step["unique"]}
+    unique = {name: int(np.mean([b.step["unique"][name].size for b in made])) for name in made[0].step["unique"]}
 
     rows = [("make a batch (one thread)", times["input"])]
     mesh = make_mesh(base.mesh, data.batch_size)
@@ -49,7 +49,7 @@ def main() -> None:
     for name in args.encoders.split(","):
         config = dataclasses.replace(xhs.get_config(name), data=data)
         factory = StateFactory(config.build_model, config.features.tables(), config.optim, mesh)
-        train_step = make_train_step(factory, config.optim)
+        train_step = make_train_step(factory)
         state = [factory.create(0)]
         placed = place_batch(made[0].step, mesh)
 

@@ -16,10 +16,11 @@ from experiments.paper.figure3 import at_length
 from experiments.paper.study import Outcome, Study, parse
 from laser_jax import metrics
 from laser_jax.checkpoint import Checkpoints
-from laser_jax.evaluate import make_eval_step, predict
+from laser_jax.evaluate import predict
 from laser_jax.pipeline import BatchSource
 from laser_jax.sharding import make_mesh
 from laser_jax.state import StateFactory
+from laser_jax.step import make_eval_step
 
 
 def serve(study: Study, outcome: Outcome, length: int) -> float:

@@ -50,13 +50,13 @@ def match_counts(batch: Batch, fields: list[str], apart: dict[str, int]) -> np.n
     for field in fields:
         candidate = step["candidates"][field][rows, columns]
         # Row 0 stands for all that was never seen: two such values are not the same thing.
-        known = step["unique"][field][candidate] != 0
+        known = batch.rows("candidates", field)[rows, columns] != 0
         match = real & (step["history"][field][rows] == candidate[:, None]) & known[:, None]
         features += [match[:, -window:].sum(axis=1) for window in windows]
         newest = length - 1 - np.argmax(match[:, ::-1], axis=1)
         features.append(np.where(match.any(axis=1), age[np.arange(len(rows)), newest], np.nan))
         for event_field, num_rows in apart.items():
-            value = step["unique"][event_field][step["history"][event_field][rows]]
+            value = batch.rows("history", event_field)[rows]
             for row in range(1, num_rows):
                 hit = match & (value == row)
                 features += [hit[:, -window:].sum(axis=1) for window in windows]

@@ -8,40 +8,82 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from laser_jax.layers.row_optimizers import RowOptimizer, Slots
+
+#: Entries are ascending and distinct, and those beyond the table are padding.
+_SORTED = dict(unique_indices=True, indices_are_sorted=True)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """rows [V, D] and, for each element, Adagrad's sum of squared gradients [V, D]; both float32."""
+    """rows [V, D], float32 or bfloat16, and the optimizer's slots: float32 [V, D] or [V]."""
 
     rows: jax.Array
-    accumulator: jax.Array
+    slots: Slots
 
 
-def init_table(key: jax.Array, num_rows: int, width: int, std: float, initial_accumulator: float) -> Table:
+def init_table(
+    key: jax.Array, num_rows: int, width: int, std: float, optimizer: RowOptimizer, dtype: jnp.dtype = jnp.float32
+) -> Table:
     """Normal rows of standard deviation `std`."""
-    rows = std * jax.random.normal(key, (num_rows, width), jnp.float32)
-    return Table(rows, jnp.full((num_rows, width), initial_accumulator, jnp.float32))
+    rows = (std * jax.random.normal(key, (num_rows, width), jnp.float32)).astype(dtype)
+    return Table(rows, optimizer.init(rows))
 
 
-def gather_rows(table: Table, unique: jax.Array) -> jax.Array:
-    """Rows [U, D] at unique [U]; entries beyond the table (padding) read as zeros."""
-    return table.rows.at[unique].get(mode="fill", fill_value=0.0, unique_indices=True, indices_are_sorted=True)
+def gather_rows(table: Table, unique: Int[Array, "unique"]) -> Float[Array, "unique width"]:
+    """Rows at `unique`, float32; entries beyond the table (padding) read as zeros."""
+    return table.rows.at[unique].get(mode="fill", fill_value=0, **_SORTED).astype(jnp.float32)
 
 
-def adagrad_rows(table: Table, unique: jax.Array, gradients: jax.Array, learning_rate: float, eps: float) -> Table:
-    """Element-wise Adagrad on the rows a batch met, equal to dense `optax.adagrad` on the whole table.
+def update_rows(
+    table: Table,
+    unique: Int[Array, "unique"],
+    gradients: Float[Array, "unique width"],
+    optimizer: RowOptimizer,
+    step: jax.Array,
+    first_row: jax.Array | int = 0,
+) -> Table:
+    """The table after one step of its optimizer on the rows that a batch met; all others keep their bits.
 
     Args:
-      unique: int32 [U], ascending and distinct; entries >= V are padding and change nothing.
-      gradients: [U, D] with respect to those rows. Give the gradient of the SUM of the losses: of a mean it is so small
-        that the initial accumulator freezes the rows.
+      unique: ascending and distinct; entries >= V are padding and change nothing.
+      gradients: with respect to those rows. Give the gradient of the SUM of the losses: of a mean it is so small that
+        Adagrad's initial accumulator freezes the rows.
+      step: counts from 1.
+      first_row: number of the first row in `table`, where it is a part of a larger one. Rows in bfloat16 are rounded
+        at random, by a hash of (step, row, column).
     """
-    how = dict(unique_indices=True, indices_are_sorted=True)
-    accumulator = table.accumulator.at[unique].get(mode="fill", fill_value=1.0, **how) + gradients * gradients
-    step = learning_rate * gradients * jax.lax.rsqrt(accumulator + eps)
+    rows = gather_rows(table, unique)
+    slots = {name: slot.at[unique].get(mode="fill", fill_value=1, **_SORTED) for name, slot in table.slots.items()}
+    rows, slots = optimizer.update(rows, slots, gradients, step)
+    if table.rows.dtype == jnp.bfloat16:
+        rows = _round_at_random(rows, unique + first_row, step)
     return Table(
-        table.rows.at[unique].add(-step, mode="drop", **how),
-        table.accumulator.at[unique].set(accumulator, mode="drop", **how),
+        table.rows.at[unique].set(rows.astype(table.rows.dtype), mode="drop", **_SORTED),
+        {name: slot.at[unique].set(slots[name], mode="drop", **_SORTED) for name, slot in table.slots.items()},
     )
+
+
+def _round_at_random(rows: jax.Array, numbers: jax.Array, step: jax.Array) -> jax.Array:
+    """float32 [U, D] -> bfloat16: up or down with the probability that makes the mean exact.
+
+    Rounding to nearest would lose every update smaller than 2^-9 of its row. By a hash and not by a generator, so that
+    a row is rounded alike on any number of devices.
+    """
+    columns = jnp.arange(rows.shape[1], dtype=jnp.uint32)
+    seed = numbers.astype(jnp.uint32)[:, None] * np.uint32(0x9E3779B1) + columns * np.uint32(0x85EBCA77)
+    noise = _mixed(seed ^ _mixed(step.astype(jnp.uint32))) >> 16
+    bits = jax.lax.bitcast_convert_type(rows, jnp.uint32)
+    rounded = jax.lax.bitcast_convert_type((bits + noise) & np.uint32(0xFFFF0000), jnp.float32)
+    return jnp.where(jnp.isfinite(rows), rounded, rows).astype(jnp.bfloat16)
+
+
+def _mixed(x: jax.Array) -> jax.Array:
+    """A 32-bit mix in which every bit depends on every other (murmur3's finalizer constants)."""
+    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)

@@ -16,6 +16,7 @@ from experiments.paper.intervals import paired, resampled_aucs, weighted_auc
 from experiments.paper.outsider import WINDOWS, match_counts
 from laser_jax import metrics
 from laser_jax.pipeline import Batch
+from laser_jax.row_placement import places
 
 
 @given(st.integers(2, 60), st.integers(0, 2**32 - 1))
@@ -47,6 +48,10 @@ def test_resamples_are_of_users_and_the_same_for_all_models():
 def test_match_counts_are_those_of_the_events():
     rng = np.random.default_rng(0)
     b, c, length = 2, 3, 60
+
+    def wanted(rows):
+        return places(np.array(rows), 10).astype(np.int32)[None, None]  # of one device
+
     batch = Batch(
         step={
             "age": np.sort(rng.integers(0, 1000, (b, length)), axis=1)[:, ::-1].astype(np.int32),
@@ -54,9 +59,10 @@ def test_match_counts_are_those_of_the_events():
             "mask": np.array([[True, True, False], [True, True, True]]),
             "history": {"item": rng.integers(0, 4, (b, length)), "action": rng.integers(0, 3, (b, length))},
             "candidates": {"item": rng.integers(0, 4, (b, c))},
-            "unique": {"item": np.array([0, 2, 4, 9]), "action": np.array([0, 1, 2])},
+            "unique": {"item": wanted([0, 2, 4, 9]), "action": wanted([0, 1, 2])},
         },
-        users=np.arange(b), lengths=np.array([60, 17]), references={}, num_unique={},
+        users=np.arange(b), lengths=np.array([60, 17]), references={}, num_unique={}, fullest={},
+        tables={"item": ("item", 10), "action": ("action", 3)},
     )  # fmt: skip
     got = match_counts(batch, ["item"], {"action": 3})
     windows = [w for w in WINDOWS if w <= length]

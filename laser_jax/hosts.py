@@ -1,0 +1,172 @@
+"""Several processes that train together: how they start, agree, and learn that one of them is gone.
+
+Everything here does nothing, at no cost, where there is one process.
+"""
+
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+logger = logging.getLogger(__name__)
+
+EXIT_LOST_PEER = 75  # EX_TEMPFAIL: give the same commands again
+RESTART = "start all processes again with the same commands: they go on from the newest checkpoint"
+
+
+def connect(coordinator: str | None, num_processes: int | None, process_id: int | None, heartbeat_s: int) -> None:
+    """Joins the other processes, if there are any; before anything else touches jax.
+
+    Args:
+      coordinator: HOST:PORT of process 0, with the number of processes and the own one. Without it the cluster is asked
+        (TPU pods, SLURM, Open MPI, GKE), if the environment names one.
+      heartbeat_s: seconds after which a process that is not heard of is dead.
+
+    Raises:
+      ValueError: only some of the three are given.
+    """
+    given = [coordinator is not None, num_processes is not None, process_id is not None]
+    if any(given) and not all(given):
+        raise ValueError("give --coordinator, --num_processes and --process_id together, or none of them")
+    if not any(given) and not _in_cluster(os.environ):
+        return
+    jax.distributed.initialize(
+        coordinator, num_processes, process_id, heartbeat_timeout_seconds=heartbeat_s, shutdown_timeout_seconds=30
+    )
+    logger.info("process %d of %d, %d devices", jax.process_index(), jax.process_count(), jax.device_count())
+
+
+def _in_cluster(environment: dict[str, str]) -> bool:
+    """Whether a scheduler started several of us."""
+    several = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
+    if any(environment.get(name, "1").isdigit() and int(environment.get(name, "1")) > 1 for name in several):
+        return True
+    return "," in environment.get("TPU_WORKER_HOSTNAMES", "")
+
+
+def is_first() -> bool:
+    """Whether this process writes logs, reports and what else there is one of."""
+    return jax.process_index() == 0
+
+
+def agree(values: list[int]) -> list[int]:
+    """The largest of each value over all processes, which all call this."""
+    if jax.process_count() == 1:
+        return values
+    return multihost_utils.process_allgather(np.asarray(values, np.int64)).max(axis=0).tolist()
+
+
+def gather(array: np.ndarray) -> np.ndarray:
+    """[processes, ...]: what each process has, which all call with the same shape."""
+    if jax.process_count() == 1:
+        return array[None]
+    return multihost_utils.process_allgather(array)
+
+
+def local(array: jax.Array) -> np.ndarray:
+    """This process's part of an array whose leading dimension lies over all devices, in their order."""
+    if jax.process_count() == 1:
+        return np.asarray(array)
+    shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+    return np.concatenate([np.asarray(shard.data) for shard in shards])
+
+
+class Stopped(Exception):
+    """SIGTERM came; what had to be saved is saved."""
+
+
+class Preemption:
+    """Turns SIGTERM into a request to save and stop, on which all processes agree.
+
+    Used as a context; only the main thread can install the handler.
+    """
+
+    def __init__(self):
+        self._asked = False
+        self._agreed = False
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._handle)
+        return self
+
+    def __exit__(self, *error):
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _handle(self, number, frame):
+        self._asked = True
+
+    def agree(self, values: list[int]) -> list[int]:
+        """`agree`, and whether any process was asked to stop with it."""
+        *agreed, asked = agree([*values, int(self._asked)])
+        self._agreed = bool(asked)
+        return agreed
+
+    @property
+    def asked(self) -> bool:
+        """Whether to stop: alike on all processes, as of the newest `agree`."""
+        return self._agreed if jax.process_count() > 1 else self._asked
+
+
+class Watchdog:
+    """Ends this process when nothing has moved for too long: a peer hangs, or its machine went away in silence.
+
+    Args:
+      limit_s: seconds without a call of `moved`.
+      stop: what ends the process.
+    """
+
+    def __init__(self, limit_s: float, stop: Callable[[int], None] = os._exit):
+        self._limit, self._stop = limit_s, stop
+        self._since, self._what = time.monotonic(), "start"
+        self._closed = threading.Event()
+
+    def __enter__(self):
+        threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+        return self
+
+    def __exit__(self, *error):
+        self._closed.set()
+
+    def moved(self, what: str) -> None:
+        """Something was done; `what` is what begins now."""
+        self._since, self._what = time.monotonic(), what
+
+    def _watch(self) -> None:
+        while not self._closed.wait(min(1.0, self._limit / 4)):
+            still = time.monotonic() - self._since
+            if still > self._limit:
+                sys.stderr.write(
+                    f"process {jax.process_index()} of {jax.process_count()}: nothing has moved for {still:.0f} s in "
+                    f"'{self._what}' (train.patience_s={self._limit:g}): another process hangs or is gone; {RESTART}\n"
+                )
+                faulthandler.dump_traceback(file=sys.stderr)
+                sys.stderr.flush()
+                self._stop(EXIT_LOST_PEER)
+                return
+
+
+def lost_peer(error: Exception) -> None:
+    """Ends this process, with a message, after a collective failed because another process is gone.
+
+    At once: the runtime's own orderly end would wait for the dead.
+    """
+    sys.stderr.write(
+        f"process {jax.process_index()} of {jax.process_count()}: another process is gone ({_first_line(error)}); "
+        f"{RESTART}\n"
+    )
+    sys.stderr.flush()
+    os._exit(EXIT_LOST_PEER)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0][:300] if str(error) else type(error).__name__

@@ -1,0 +1,180 @@
+"""The two programs that run on the mesh: a training step and an evaluation step.
+
+Requests and table rows lie over all devices, dense parameters along `model` (sharding.RULES). Each device works on its
+requests alone; what crosses the network are unique rows and their gradients (layers/row_exchange), dense parameters
+where they are split, dense gradients, and counts.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import PartitionSpec
+
+from laser_jax.layers.row_exchange import RowExchange
+from laser_jax.losses import bce_sum
+from laser_jax.metrics import logit_histogram
+from laser_jax.sharding import AXES, spec
+from laser_jax.state import StateFactory, TrainState
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """What a step tells: sums over all devices that add up over steps, never ratios.
+
+    Attributes:
+      loss, samples: summed loss and the candidates it is over. events: of all histories. histogram: int32 [2, bins].
+      contrast: summed spread of segment loudness (std / mean over segments), NaN for encoders without segments.
+    """
+
+    loss: jax.Array
+    samples: jax.Array
+    events: jax.Array
+    histogram: jax.Array
+    contrast: jax.Array
+
+
+def make_train_step(factory: StateFactory) -> Callable:
+    """(state, batch) -> (state, Counts): pure, compiled once a shape, the state donated."""
+    optim, exchange = factory.optim, _exchange(factory)
+
+    def on_device(params, tables, batch, step):
+        """Of one device: gradients of dense parameters (summed over all), its part of the tables, counts."""
+        dense = _whole(params, factory.specs.params)
+        requested = {name: exchange.requested(wanted[0]) for name, wanted in batch["unique"].items()}
+        rows = {name: exchange.fetch(tables[name], requested[name]) for name in requested}
+        samples = jax.lax.psum(jnp.sum(batch["mask"], dtype=jnp.float32), AXES)
+
+        def loss_fn(dense, rows, requests):
+            logits, out = _apply(factory, dense, rows, requests)
+            total, _ = bce_sum(logits, requests["label"], requests["mask"])
+            # Auxiliary losses are means over a device's requests; scaled so that the sum over devices, divided by
+            # `samples` at the end, is their mean.
+            share = samples / (exchange.num_devices * optim.microbatches)
+            objective = total + share * sum(out.aux_losses.values(), jnp.zeros(()))
+            counts = Counts(
+                loss=total,
+                samples=jnp.sum(requests["mask"], dtype=jnp.float32),
+                events=jnp.sum(requests["length"], dtype=jnp.float32),
+                histogram=logit_histogram(logits, requests["label"], requests["mask"]),
+                contrast=_contrast(out.diag.get("loudness"), requests["mask"]),
+            )
+            return objective, counts
+
+        requests = {name: value for name, value in batch.items() if name != "unique"}
+        gradients, counts = _summed(jax.grad(loss_fn, argnums=(0, 1), has_aux=True), dense, rows, requests, optim)
+        counts = jax.tree.map(lambda x: jax.lax.psum(x, AXES), counts)
+        scale = 1 / jnp.maximum(samples, 1)
+        dense_gradients = jax.tree.map(lambda g: g * scale, _parts(gradients[0], factory.specs.params))
+        tables = {
+            name: exchange.update(tables[name], requested[name], gradients[1][name], factory.row_optimizer, step)
+            for name in requested
+        }
+        return dense_gradients, tables, counts
+
+    mapped = jax.shard_map(
+        on_device,
+        mesh=factory.mesh,
+        in_specs=(factory.specs.params, factory.specs.tables, spec("requests"), PartitionSpec()),
+        out_specs=(factory.specs.params, factory.specs.tables, PartitionSpec()),
+        check_vma=False,  # gradients are taken inside and summed by hand
+    )
+
+    def train_step(state: TrainState, batch: dict[str, Any]) -> tuple[TrainState, Counts]:
+        gradients, tables, counts = mapped(state.params, state.tables, batch, state.step + 1)
+        # Outside: clipping needs the norm over all parts.
+        updates, opt_state = factory.optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, opt_state, tables), counts
+
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(factory.shardings, None))
+
+
+def make_eval_step(factory: StateFactory) -> Callable:
+    """(state, batch) -> logits [B, C] and the encoder's diagnostics (leading dimension B), compiled."""
+    exchange = _exchange(factory)
+
+    def on_device(params, tables, batch):
+        wanted = batch["unique"]
+        rows = {name: exchange.fetch(tables[name], exchange.requested(wanted[name][0])) for name in wanted}
+        logits, out = _apply(factory, _whole(params, factory.specs.params), rows, batch)
+        return logits, out.diag
+
+    mapped = jax.shard_map(
+        on_device,
+        mesh=factory.mesh,
+        in_specs=(factory.specs.params, factory.specs.tables, spec("requests")),
+        out_specs=spec("requests"),
+        check_vma=False,
+    )
+    return jax.jit(lambda state, batch: mapped(state.params, state.tables, batch))
+
+
+def _exchange(factory: StateFactory) -> RowExchange:
+    return RowExchange(AXES, factory.mesh.size)
+
+
+def _apply(factory: StateFactory, dense: Any, rows: dict[str, jax.Array], requests: dict[str, Any]):
+    """Logits, float32, and what the encoder says."""
+    if factory.optim.compute == "bfloat16":
+        dense, rows = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (dense, rows))
+    logits, out = factory.model(dense)(rows, requests)
+    return logits.astype(jnp.float32), out
+
+
+def _summed(gradient: Callable, dense: Any, rows: Any, requests: dict[str, Any], optim: Any) -> tuple[Any, Counts]:
+    """Gradients and counts over a device's requests, taken in optim.microbatches parts."""
+    parts = optim.microbatches
+    if parts == 1:
+        return gradient(dense, rows, requests)
+
+    def add(sums, part):
+        return jax.tree.map(jnp.add, sums, gradient(dense, rows, part)), None
+
+    split = jax.tree.map(lambda x: x.reshape(parts, x.shape[0] // parts, *x.shape[1:]), requests)
+    first = jax.tree.map(lambda x: x[0], split)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, dense, rows, first))
+    return jax.lax.scan(add, zeros, split)[0]
+
+
+def _split_dimension(where: PartitionSpec) -> int | None:
+    """The dimension that lies over `model`."""
+    return next((place for place, axis in enumerate(where) if axis is not None), None)
+
+
+def _whole(params: Any, specs: Any) -> Any:
+    """Split parameters put together."""
+
+    def gather(x, where):
+        place = _split_dimension(where)
+        return x if place is None else jax.lax.all_gather(x, "model", axis=place, tiled=True)
+
+    return jax.tree.map(gather, params, specs)
+
+
+def _parts(gradients: Any, specs: Any) -> Any:
+    """Gradients summed over devices, each device left with the part of the parameters that it keeps."""
+
+    def scatter(x, where):
+        place = _split_dimension(where)
+        if place is None:
+            return jax.lax.psum(x, AXES)
+        return jax.lax.psum(jax.lax.psum_scatter(x, "model", scatter_dimension=place, tiled=True), "data")
+
+    return jax.tree.map(scatter, gradients, specs)
+
+
+def _contrast(loudness: jax.Array | None, mask: jax.Array) -> jax.Array:
+    """Summed over real candidates: std / mean of loudness [B, C, S] over the segments that hold events."""
+    if loudness is None:
+        return jnp.full((), jnp.nan)
+    loudness = jax.lax.stop_gradient(loudness).astype(jnp.float32)
+    alive = loudness > 0
+    n = jnp.maximum(alive.sum(axis=-1), 1)
+    mean = loudness.sum(axis=-1) / n
+    variance = jnp.where(alive, (loudness - mean[..., None]) ** 2, 0.0).sum(axis=-1) / n
+    return jnp.sum(jnp.where(mask, jnp.sqrt(variance) / jnp.maximum(mean, 1e-20), 0.0))

@@ -2,66 +2,19 @@
 
 import json
 import os
-import subprocess
-import sys
-import time
+import signal
 
 import jax
 import numpy as np
 import pytest
 
-from laser_jax.checkpoint import Checkpoints
-from laser_jax.sharding import MeshConfig, make_mesh
-from laser_jax.state import StateFactory
-from tests.small_config import get_config
-
-ENCODER = "laser_plus"
+from tests.e2e import processes
+from tests.e2e.processes import final_state, finish, read, said, start, steps_saved, wait_for_a_checkpoint
 
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """Compiled programs are shared by the processes of this file: the same program twice, compiled once."""
-    cache = str(tmp_path_factory.mktemp("programs"))
-    return {
-        **os.environ,
-        "JAX_COMPILATION_CACHE_DIR": cache,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
-
-
-def start(environment, workdir, *flags, config=f"tests/small_config.py:{ENCODER}"):
-    os.makedirs(os.path.dirname(workdir), exist_ok=True)
-    command = [sys.executable, "-m", "laser_jax.main", f"--config={config}", f"--workdir={workdir}", *flags]
-    with open(f"{workdir}.out", "a", encoding="utf-8") as out:
-        return subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT)
-
-
-def read(path) -> str:
-    with open(path, encoding="utf-8") as file:
-        return file.read()
-
-
-def said(workdir) -> str:
-    return read(f"{workdir}.out")
-
-
-def finish(process, workdir):
-    assert process.wait(timeout=400) == 0, said(workdir)[-4000:]
-
-
-def steps_saved(workdir):
-    folder = os.path.join(workdir, "checkpoints")
-    return sorted(int(name) for name in os.listdir(folder) if name.isdigit()) if os.path.isdir(folder) else []
-
-
-def final_state(workdir, data):
-    config = get_config(ENCODER)
-    factory = StateFactory(config.build_model, config.features.tables(), config.optim, make_mesh(MeshConfig(), 12))
-    checkpoints = Checkpoints(workdir)
-    state = checkpoints.restore(checkpoints.newest(), factory.abstract())
-    checkpoints.close()
-    return jax.device_get(state)
+    return processes.environment(str(tmp_path_factory.mktemp("programs")))
 
 
 def test_a_killed_run_ends_with_the_same_bits_as_one_never_killed(known_data, environment, tmp_path):
@@ -71,9 +24,7 @@ def test_a_killed_run_ends_with_the_same_bits_as_one_never_killed(known_data, en
     total = steps_saved(straight)[-1]
 
     process = start(environment, killed, *flags)
-    deadline = time.monotonic() + 200
-    while not steps_saved(killed) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
+    wait_for_a_checkpoint(killed, process)
     process.kill()
     process.wait()
     saved = steps_saved(killed)
@@ -82,7 +33,7 @@ def test_a_killed_run_ends_with_the_same_bits_as_one_never_killed(known_data, en
     finish(start(environment, killed, *flags), killed)
     assert "going on from step" in said(killed)
 
-    states = [final_state(workdir, known_data) for workdir in (straight, killed)]
+    states = [final_state(workdir) for workdir in (straight, killed)]
     assert int(states[0].step) == total
     jax.tree.map(np.testing.assert_array_equal, *states)
     with np.load(f"{straight}/predictions.npz") as want, np.load(f"{killed}/predictions.npz") as got:
@@ -94,6 +45,18 @@ def test_a_killed_run_ends_with_the_same_bits_as_one_never_killed(known_data, en
         assert results[0][part] == results[1][part]
     steps = [json.loads(line)["step"] for line in read(f"{killed}/metrics.jsonl").splitlines()]
     assert steps == sorted(steps)  # what was logged after the last checkpoint is gone, not doubled
+
+
+def test_sigterm_saves_where_it_stands_and_ends_well(known_data, environment, tmp_path):
+    flags = (f"--config.data.path={known_data.path}", "--config.data.epochs=200", "--config.train.eval_every=10000")
+    workdir = str(tmp_path / "run")
+    process = start(environment, workdir, *flags)
+    wait_for_a_checkpoint(workdir, process)
+    process.send_signal(signal.SIGTERM)
+    finish(process, workdir)
+    stopped = steps_saved(workdir)[-1]
+    assert f"stopped: SIGTERM at step {stopped}; the same command goes on from step {stopped}" in said(workdir)
+    assert not os.path.exists(os.path.join(workdir, "results.json"))
 
 
 def test_a_misspelt_field_and_an_unknown_encoder_stop_the_process_and_write_nothing(known_data, environment, tmp_path):

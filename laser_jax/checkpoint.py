@@ -1,10 +1,12 @@
 """Checkpoints by orbax: the newest, to go on from, and the best on validation, to test with.
 
-Beside the arrays lies a checksum of each, which orbax does not keep: a flipped bit in an array reads back as wrong data.
+A checkpoint is the state and the dictionaries of ids, as of the same step. Beside the arrays lies a checksum of each,
+which orbax does not keep: a flipped bit in an array reads back as wrong data.
 """
 
 import logging
 import os
+import zlib
 from typing import Any
 
 import jax
@@ -14,6 +16,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from laser_jax import hosts
+from laser_jax.id_dictionary import IdDictionary
 from laser_jax.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -50,13 +53,32 @@ def checksums(state: Any) -> dict[str, list[int]]:
     return {jax.tree_util.keystr(path): found.tolist() for (path, _), found in zip(leaves, sums, strict=True)}
 
 
+Ids = dict[str, IdDictionary]
+
+
+def _ids_state(ids: Ids) -> dict[str, dict[str, np.ndarray]]:
+    return {table: dictionary.state() for table, dictionary in ids.items()}
+
+
+def _ids_sums(ids: dict[str, dict[str, np.ndarray]]) -> dict[str, list[int]]:
+    return {
+        f"ids of {table}, {name}": [zlib.crc32(np.ascontiguousarray(array))]
+        for table, arrays in ids.items()
+        for name, array in arrays.items()
+    }
+
+
 class Checkpoints:
     """Saves and restores the states of one run; saving is asynchronous.
 
     The state's step is also the position in the data, so one item holds both.
+
+    Args:
+      ids: table -> its dictionary; saved with every state, and what is restored is loaded into them.
     """
 
-    def __init__(self, workdir: str):
+    def __init__(self, workdir: str, ids: Ids | None = None):
+        self._ids = ids or {}
         self.path = os.path.join(os.path.abspath(workdir), "checkpoints")
         # max_to_keep together with best_fn would delete the newest; two policies keep both.
         policy = AnyPreservationPolicy(
@@ -74,7 +96,11 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self.path,
             options=options,
-            item_handlers={"state": ocp.StandardCheckpointHandler(), "checksums": ocp.JsonCheckpointHandler()},
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "ids": ocp.StandardCheckpointHandler(),
+                "checksums": ocp.JsonCheckpointHandler(),
+            },
         )
 
     def newest(self) -> int | None:
@@ -87,24 +113,37 @@ class Checkpoints:
 
     def save(self, state: TrainState, step: int, metrics: dict[str, float] | None) -> None:
         """Starts saving; `metrics` must hold `auc` where the state was evaluated."""
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), checksums=ocp.args.JsonSave(checksums(state)))
-        self._manager.save(step, args=args, metrics=metrics)
+        ids = _ids_state(self._ids)
+        items = {
+            "state": ocp.args.StandardSave(state),
+            "checksums": ocp.args.JsonSave(checksums(state) | _ids_sums(ids)),
+        }
+        if ids:
+            items["ids"] = ocp.args.StandardSave(ids)
+        self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
-        """The state saved at `step`, placed as `abstract` says.
+        """The state saved at `step`, placed as `abstract` says; the dictionaries become those of that step.
 
         Raises:
           CheckpointError: its files cannot be read, or an array is not what was saved.
         """
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), checksums=ocp.args.JsonRestore())
+        items = {"state": ocp.args.StandardRestore(abstract), "checksums": ocp.args.JsonRestore()}
+        if self._ids:
+            items["ids"] = ocp.args.StandardRestore(_ids_state(self._ids))
         try:
-            found = self._manager.restore(step, args=args)
+            found = self._manager.restore(step, args=ocp.args.Composite(**items))
         except _UNREADABLE as error:
             raise CheckpointError(f"{self.path}/{step} cannot be read: {str(error)[:500]}") from error
-        now, saved = checksums(found.state), found.checksums
+        ids = found.ids if self._ids else {}
+        now, saved = checksums(found.state) | _ids_sums(ids), found.checksums
         wrong = sorted(name for name in now if now[name] != saved.get(name))
         if wrong:
-            raise CheckpointError(f"{self.path}/{step}: {', '.join(wrong)} is not what was saved: its files are damaged")
+            raise CheckpointError(
+                f"{self.path}/{step}: {', '.join(wrong)} is not what was saved: its files are damaged"
+            )
+        for table, arrays in ids.items():
+            self._ids[table].load(arrays)
         return found.state
 
     def restore_newest(self, abstract: TrainState) -> tuple[TrainState, int] | None:

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from laser_jax import hosts, metrics
-from laser_jax.pipeline import BatchSource
+from laser_jax.pipeline import BatchSource, Peers
 from laser_jax.sharding import all_shares, place_batch
 from laser_jax.state import TrainState
 
@@ -60,13 +60,13 @@ def predict(
     source: BatchSource,
     mesh: Mesh,
     what: str,
-    agree: Callable[[list[int]], list[int]] | None = None,
+    peers: Peers | None = None,
     moved: Callable[[str], None] = lambda what: None,
 ) -> Predictions:
     """Scores every candidate of a split; with several processes each scores its part, and all get all of it.
 
     Args:
-      agree: see BatchSource.stream. moved: called with `what` and the number of every batch.
+      peers: see BatchSource.stream. moved: called with `what` and the number of every batch.
 
     Raises:
       FloatingPointError: a score is not finite.
@@ -74,7 +74,7 @@ def predict(
     blocks: dict[str, list[np.ndarray]] = {name: [] for name in ("logits", "label", "mask", "length")}
     blocks |= {name: [] for name in source.requests.references}
     start = told = time.monotonic()
-    for k, batch in enumerate(source.stream(0, source.num_batches, agree)):
+    for k, batch in enumerate(source.stream(0, source.num_batches, peers)):
         moved(f"{what}, batch {k}")
         logits, _ = eval_step(state, place_batch(batch.step, mesh))
         blocks["logits"].append(hosts.local(logits))

@@ -7,9 +7,10 @@ import dataclasses
 
 import numpy as np
 
+from laser_jax.id_dictionary import IdDictionary
 from laser_jax.vault.hashing import splitmix64
 
-ID_MAPS = ("code", "vocab", "hash", "log")
+ID_MAPS = ("code", "vocab", "hash", "log", "dictionary")
 
 
 @dataclasses.dataclass
@@ -24,7 +25,10 @@ class FieldConfig:
         "code": small integers and dictionary codes, row = 1 + value; beyond the table: row 0;
         "vocab": ids known at ingestion (DIR/vocab/<name>), row = 1 + position; else row 0;
         "hash": any int64, row = 1 + hash mod (rows - 1);
-        "log": a quantity >= 0 in half powers of two, clipped to the table.
+        "log": a quantity >= 0 in half powers of two, clipped to the table;
+        "dictionary": any int64; ids get rows as training meets them (id_dictionary), else row 0.
+      admit, keep: of a dictionary: steps in which an id must have been met before it gets a row, and steps without it
+        after which its row may go to another (0: never).
       table: several fields may share one table; empty: a table of its own, called like the field.
     """
 
@@ -33,6 +37,8 @@ class FieldConfig:
     rows: int
     ids: str = "code"
     table: str = ""
+    admit: int = 1
+    keep: int = 0
 
 
 @dataclasses.dataclass
@@ -75,7 +81,22 @@ class FeatureConfig:
                     f"field {field.name!r} wants table {table_of(field)!r} as {size}, another field as "
                     f"{tables[table_of(field)]}"
                 )
+        kinds: dict[str, tuple] = {}
+        for field in (*self.item, *self.event, *self.context):
+            kind = (field.admit, field.keep) if field.ids == "dictionary" else None
+            if kinds.setdefault(table_of(field), kind) != kind:
+                raise ValueError(
+                    f"fields of table {table_of(field)!r} disagree about its dictionary (ids, admit, keep)"
+                )
         return tables
+
+    def dictionaries(self) -> dict[str, IdDictionary]:
+        """An empty dictionary for every table that has one."""
+        return {
+            table_of(field): IdDictionary(field.rows, field.admit, field.keep)
+            for field in (*self.item, *self.event, *self.context)
+            if field.ids == "dictionary"
+        }
 
 
 def table_of(field: FieldConfig) -> str:
@@ -91,8 +112,10 @@ def rows_of(field: FieldConfig, values: np.ndarray, vocabulary: np.ndarray | Non
       vocabulary: sorted int64 ids, for ids="vocab".
 
     Returns:
-      int32 [N], each in [0, field.rows).
+      int32 [N], each in [0, field.rows). For ids="dictionary" the ids themselves, int64: their rows change as it grows.
     """
+    if field.ids == "dictionary":
+        return values.astype(np.int64)
     if field.ids == "code":
         rows = values.astype(np.int64) + 1
         return np.where((rows < 1) | (rows >= field.rows), 0, rows).astype(np.int32)

@@ -8,8 +8,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from laser_jax import hosts
+from laser_jax.batch import Batch
 from laser_jax.layers.segment_sums import cut_segments
-from laser_jax.pipeline import Batch, BatchSource
+from laser_jax.pipeline import BatchSource, Peers
 from laser_jax.sharding import place_batch
 from laser_jax.state import TrainState
 
@@ -71,19 +72,19 @@ def gate_figures(
     source: BatchSource,
     mesh: Mesh,
     encoder: Any,
-    agree: Callable[[list[int]], list[int]] | None = None,
+    peers: Peers | None = None,
 ) -> GateFigures | None:
     """Over the first batches of a split, this process's part of them; None for encoders without segments.
 
     Args:
-      encoder: its config; `segment` is the width of its segments. agree: see BatchSource.stream.
+      encoder: its config; `segment` is the width of its segments. peers: see BatchSource.stream.
     """
     fields = [field.name for field in source.features.item]
     names = [*fields, OTHER]
     sums = np.zeros((len(names), len(AGE_NAMES)))
     counts = np.zeros_like(sums)
     silent = 0
-    for batch in source.stream(0, min(BATCHES, source.num_batches), agree):
+    for batch in source.stream(0, min(BATCHES, source.num_batches), peers):
         _, diag = eval_step(state, place_batch(batch.step, mesh))
         if "loudness" not in diag:
             return None

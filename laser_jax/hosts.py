@@ -61,7 +61,7 @@ def agree(values: list[int]) -> list[int]:
     """The largest of each value over all processes, which all call this."""
     if jax.process_count() == 1:
         return values
-    return multihost_utils.process_allgather(np.asarray(values, np.int64)).max(axis=0).tolist()
+    return multihost_utils.process_allgather(np.asarray(values, np.int32)).max(axis=0).tolist()
 
 
 def gather(array: np.ndarray) -> np.ndarray:
@@ -83,8 +83,8 @@ class Stopped(Exception):
     """SIGTERM came; what had to be saved is saved."""
 
 
-class Preemption:
-    """Turns SIGTERM into a request to save and stop, on which all processes agree.
+class Peers:
+    """The processes of this run. SIGTERM to any of them asks all to save and stop, at the same batch.
 
     Used as a context; only the main thread can install the handler.
     """
@@ -106,14 +106,24 @@ class Preemption:
         self._asked = True
 
     def agree(self, values: list[int]) -> list[int]:
-        """`agree`, and whether any process was asked to stop with it."""
+        """The largest of each value over all; says with it whether this one was asked to stop."""
         *agreed, asked = agree([*values, int(self._asked)])
         self._agreed = bool(asked)
         return agreed
 
+    def union(self, ids: np.ndarray) -> np.ndarray:
+        """The distinct ids [U] of all, int64, ascending."""
+        (longest,) = agree([len(ids)])
+        # As halves: jax would cut int64 to 32 bits. What fills up is the count of real ones, in front.
+        block = np.zeros((longest + 1, 2), np.uint32)
+        block[0, 0] = len(ids)
+        block[1 : len(ids) + 1] = np.ascontiguousarray(ids, np.int64).view(np.uint32).reshape(-1, 2)
+        found = [part[1 : int(part[0, 0]) + 1] for part in gather(block)]
+        return np.unique(np.ascontiguousarray(np.concatenate(found)).view(np.int64).ravel())
+
     @property
-    def asked(self) -> bool:
-        """Whether to stop: alike on all processes, as of the newest `agree`."""
+    def asked_to_stop(self) -> bool:
+        """Alike on all processes, as of the newest `agree`."""
         return self._agreed if jax.process_count() > 1 else self._asked
 
 

@@ -1,8 +1,8 @@
 """python -m laser_jax.main --config=experiments/xhs.py --workdir=DIR
 
 Kept short on purpose: everything else can be imported and tested. The same command again goes on from the newest
-checkpoint in the workdir. Several processes train together where a scheduler starts them (TPU pods, SLURM, Open MPI), or
-with --coordinator=HOST:PORT --num_processes=N --process_id=I on each; the workdir and the data set are shared by all.
+checkpoint in the workdir. Several processes train together where a scheduler starts them (TPU pods, SLURM, Open MPI),
+or with --coordinator=HOST:PORT --num_processes=N --process_id=I on each; workdir and data set are shared by all.
 """
 
 import logging

@@ -17,8 +17,8 @@ class OptimConfig:
     """The paper trains dense parameters with Adam(.9, .9999) and embeddings with Adagrad.
 
     Attributes:
-      learning_rate, b1, b2: of Adam. warmup: steps over which it rises linearly. decay: steps after the warm-up over which it
-        falls to zero along a cosine (0: it stays). clip: global norm of dense gradients (0: none).
+      learning_rate, b1, b2: of Adam. warmup: steps over which it rises linearly. decay: steps after the warm-up over
+        which it falls to zero along a cosine (0: it stays). clip: global norm of dense gradients (0: none).
       microbatches: parts in which a device takes its requests of a batch, one after the other; gradients are summed, so
         only memory depends on it.
       compute: "float32", or "bfloat16": forward and backward in bfloat16, from float32 parameters and rows.
@@ -60,9 +60,7 @@ class OptimConfig:
         if self.table_optimizer == "adam":
             return row_optimizers.adam(self.table_learning_rate, self.table_b1, self.table_b2)
         if self.table_optimizer == "ftrl":
-            return row_optimizers.ftrl(
-                self.table_learning_rate, self.table_accumulator, self.table_l1, self.table_l2
-            )
+            return row_optimizers.ftrl(self.table_learning_rate, self.table_accumulator, self.table_l1, self.table_l2)
         raise ValueError(f"optim.table_optimizer={self.table_optimizer!r} is not one of {TABLE_OPTIMIZERS}")
 
     def check(self) -> None:

@@ -7,16 +7,18 @@ to go on exactly where a run stopped.
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import grain
 import numpy as np
 
 from laser_jax import vault as seqvault
+from laser_jax.batch import Batch, Numbered, lay_out
 from laser_jax.features import FeatureConfig, FieldConfig, rows_of, table_of
+from laser_jax.id_dictionary import Assigned
 from laser_jax.requests import MANIFEST, Requests, read_vocabulary
-from laser_jax.row_placement import DeviceShare, Wanted, bucket_size, rows_at, rows_per_device, unique_keys
+from laser_jax.row_placement import ALONE, DeviceShare, Wanted, unique_keys
 from laser_jax.vault.partitioning import is_partitioned, partition_paths
 
 SPLITS = ("train", "valid", "test")
@@ -63,6 +65,16 @@ class DataConfig:
     seed: int = 0
 
 
+class Peers(Protocol):
+    """The processes that train together, each of which calls the same at the same batch."""
+
+    def agree(self, values: list[int]) -> list[int]:
+        """The largest of each value."""
+
+    def union(self, ids: np.ndarray) -> np.ndarray:
+        """The distinct ids of all, ascending."""
+
+
 WINDOW_BLOCKS = 64
 
 
@@ -82,51 +94,14 @@ def epoch_order(num: int, seed: int, epoch: int, block: int) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class Batch:
-    """One batch on the host: the requests of this process's devices.
+class _Read:
+    """A batch before it is laid out: `numbered` is by table, an entry a device."""
 
-    Attributes:
-      step: what the model's step takes: `unique` (table -> int32 [devices, N, size], rows that each of this process's
-        devices wants of each of the N devices, see row_placement), `history` (field -> int32 [B, L], positions among
-        what its device wants), `candidates` ([B, C]), `context` ([B]), `length` [B], `age` [B, L], `label` and `mask`
-        [B, C].
-      users: the user of each real row. references: name -> float32 [B, C] scores stored beside the labels.
-      lengths: events before the request, of each real row, at most L.
-      num_unique: table -> distinct rows, summed over this process's devices. fullest: table -> rows in the fullest
-        bucket.
-      tables: field -> (table, its rows).
-    """
-
-    step: dict[str, Any]
-    users: np.ndarray
-    lengths: np.ndarray
-    references: dict[str, np.ndarray]
-    num_unique: dict[str, int]
-    fullest: dict[str, int]
-    tables: dict[str, tuple[str, int]]
-
-    @property
-    def num_events(self) -> int:
-        return int(self.lengths.sum())
-
-    def unique_fill(self) -> str:
-        """Real over padded unique rows, by table."""
-        sizes = {table: unique.size for table, unique in self.step["unique"].items()}
-        return " ".join(f"{table} {self.num_unique[table]}/{size}" for table, size in sizes.items())
-
-    def rows(self, side: str, field: str) -> np.ndarray:
-        """Embedding rows behind the indices of a field, for what is compared on the host; shaped like the indices.
-
-        Args:
-          side: "history", "candidates" or "context".
-        """
-        table, num_rows = self.tables[field]
-        wanted, index = self.step["unique"][table], self.step[side][field]
-        devices, owners, _ = wanted.shape
-        first = rows_per_device(num_rows, owners) * np.arange(owners)[:, None]
-        flat = (wanted + first).reshape(devices, -1)
-        device = np.arange(len(index)) // (len(index) // devices)
-        return rows_at(flat[device.reshape(-1, *[1] * (index.ndim - 1)), index], num_rows)
+    number: int
+    rows: np.ndarray
+    requests: Any
+    histories: Any
+    numbered: dict[str, list[Numbered]]
 
 
 class BatchSource:
@@ -137,9 +112,10 @@ class BatchSource:
 
     Attributes:
       least: table -> smallest size of a bucket. Processes that train together must have the same.
+      dictionaries: table -> its dictionary, where it has one. Splits of a run share them.
     """
 
-    def __init__(self, data: DataConfig, features: FeatureConfig, split: str, share: DeviceShare = DeviceShare()):
+    def __init__(self, data: DataConfig, features: FeatureConfig, split: str, share: DeviceShare = ALONE):
         if split not in SPLITS:
             raise ValueError(f"split {split!r} is not one of {SPLITS}")
         self._args = (data, features, split, share)
@@ -153,6 +129,7 @@ class BatchSource:
             raise ValueError(f"{self.requests.path} holds no request: there is nothing to run {split} on")
         self._seconds = 1000 if self.vault.schema.time_unit == "ms" else 1
         self._tables = features.tables()
+        self.dictionaries = features.dictionaries()
         self._check_columns()
         self._vocabularies = {
             field.name: read_vocabulary(os.path.join(data.path, "vocab", field.name))
@@ -178,10 +155,18 @@ class BatchSource:
         # alone, so that a resumed run pads as before.
         quantum = max(256 // share.num_devices, 8)
         self.least = dict.fromkeys(self._tables, quantum)
-        probes = [self.batch(k) for k in sorted({0, self.batches_per_epoch // 2})]
+        probes = [self._read(k) for k in sorted({0, self.batches_per_epoch // 2})]
         for table in self._tables:
-            fullest = max(int(probe.fullest[table]) for probe in probes)
+            fullest = max(self._fullest(table, part) for probe in probes for part in probe.numbered[table])
             self.least[table] = quantum * (1 + fullest * 5 // (4 * quantum))
+
+    def _fullest(self, table: str, part: Numbered) -> int:
+        """Rows in the fullest bucket; of ids that have no rows yet as if they had drawn them."""
+        num_rows = self._tables[table][0]
+        keys = part.keys
+        if table in self.dictionaries:
+            keys = np.random.default_rng(0).choice(num_rows, min(len(keys), num_rows), replace=False)
+        return int(Wanted.of(keys, num_rows, self.share.num_devices)[0].counts.max())
 
     def _check_columns(self) -> None:
         known = {field.name: field for field in self.vault.schema.fields}
@@ -253,19 +238,17 @@ class BatchSource:
             cached = self._epoch_order = (epoch, order)
         return cached[1]
 
-    def batch(self, k: int, bucket_sizes: dict[str, int] | None = None) -> Batch:
-        """Reads, looks up, makes unique and pads batch k.
+    def batch(self, k: int) -> Batch:
+        """Reads, looks up, makes unique and pads batch k; ids that a dictionary does not know yet read row 0."""
+        return self._lay_out(self._read(k))
 
-        Args:
-          bucket_sizes: by table; by default what the batch needs.
-        """
+    def _read(self, k: int) -> "_Read":
+        """Batch k up to the point where dictionaries and sizes of buckets are needed."""
         rows = self.rows(k)
         requests = self.requests.read(self._row_request[rows])
         devices = len(self.share.local)
         each = self.batch_size // self.share.num_devices
-        b, c, length = each * devices, self.num_columns, self.data.history_length
-        features = self.features
-        limit = self.vault.schema.time_limit
+        features, limit = self.features, self.vault.schema.time_limit
         if len(requests) and requests.time.max() >= limit:
             raise ValueError(
                 f"{self.requests.path}: a request has time {requests.time.max()}, not below {limit} "
@@ -274,11 +257,49 @@ class BatchSource:
         histories = self.vault.gather(
             requests.user,
             requests.time,
-            length,
+            self.data.history_length,
             # What the server had not seen at the time is kept out, though it happened before.
             as_of=requests.sequence,
             fields=[f.name for f in (*features.item, *features.event)],
         )
+        looked_up = {
+            "history": self._look_up((*features.item, *features.event), histories.columns),
+            "candidates": self._look_up(features.item, requests.candidates),
+            "context": self._look_up(features.context, requests.context),
+        }
+        # Rows of the flat columns at which each device's requests begin.
+        cuts = np.minimum(each * np.arange(devices + 1), len(rows))
+        starts = {"history": histories.offsets[cuts], "candidates": requests.offsets[cuts], "context": cuts}
+        numbered: dict[str, list[Numbered]] = {}
+        for table in self._tables:
+            columns = [
+                (side, name, values)
+                for side, fields in looked_up.items()
+                for name, (its_table, values) in fields.items()
+                if its_table == table
+            ]
+            numbered[table] = []
+            for device in range(devices):
+                parts = [values[starts[side][device] : starts[side][device + 1]] for side, _, values in columns]
+                keys, positions = unique_keys(parts)
+                named = {(side, name): at for (side, name, _), at in zip(columns, positions, strict=True)}
+                numbered[table].append(Numbered(keys, named))
+        return _Read(k, rows, requests, histories, numbered)
+
+    def _lay_out(
+        self, read: "_Read", assigned: dict[str, Assigned] | None = None, bucket_sizes: dict[str, int] | None = None
+    ) -> Batch:
+        """The batch of what was read.
+
+        Args:
+          assigned: table with a dictionary -> what all ids of the step, ascending, were given; by default the rows that
+            they have.
+          bucket_sizes: by table; by default what the batch needs.
+        """
+        rows, requests, histories = read.rows, read.requests, read.histories
+        devices = len(self.share.local)
+        b, c = self.batch_size // self.share.num_devices * devices, self.num_columns
+        length = self.data.history_length
         sizes = np.diff(histories.offsets)
         owner = np.repeat(np.arange(len(rows)), sizes)
         place = np.arange(len(owner)) + (length - histories.offsets[1:])[owner]  # newest at L-1
@@ -293,7 +314,7 @@ class BatchSource:
         real = np.arange(c) < count[:, None]
         flat = np.where(real, requests.offsets[:-1, None] + start[:, None] + np.arange(c), 0)
 
-        def pad_candidates(values, dtype):
+        def pad_candidates(values, dtype=np.int32):
             out = np.zeros((b, c), dtype)
             out[: len(rows)] = np.where(real, values[flat], 0)
             return out
@@ -304,91 +325,75 @@ class BatchSource:
             "length": np.pad(sizes, (0, b - len(rows))).astype(np.int32),
             "label": pad_candidates(requests.label, np.float32),
             "mask": pad_candidates(np.ones(len(requests.label), np.bool_), np.bool_),
+            "unique": {},
+            "fresh": {},
         }
-        looked_up = {
-            "history": self._look_up((*features.item, *features.event), histories.columns),
-            "candidates": self._look_up(features.item, requests.candidates),
-            "context": self._look_up(features.context, requests.context),
-        }
-        # Rows of the flat columns at which each device's requests begin.
-        cuts = np.minimum(each * np.arange(devices + 1), len(rows))
-        starts = {"history": histories.offsets[cuts], "candidates": requests.offsets[cuts], "context": cuts}
-        step["unique"], wanted = self._make_unique(looked_up, starts, bucket_sizes)
-        step["history"] = {name: pad_events(rows) for name, (_, rows) in looked_up["history"].items()}
-        step["candidates"] = {
-            name: pad_candidates(rows, np.int32) for name, (_, rows) in looked_up["candidates"].items()
-        }
-        step["context"] = {name: np.pad(rows, (0, b - len(rows))) for name, (_, rows) in looked_up["context"].items()}
+        columns: dict[str, dict[str, np.ndarray]] = {"history": {}, "candidates": {}, "context": {}}
+        num_unique, fullest = {}, {}
+        for table, parts in read.numbered.items():
+            laid = lay_out(
+                parts,
+                self._tables[table][0],
+                self.share.num_devices,
+                self.least[table],
+                (bucket_sizes or {}).get(table),
+                self.dictionaries.get(table),
+                (assigned or {}).get(table),
+            )
+            step["unique"][table], num_unique[table], fullest[table] = laid.unique, laid.num_unique, laid.fullest
+            if assigned and table in assigned:
+                step["fresh"][table] = laid.fresh
+            for side, name in parts[0].positions:
+                at = [slots[part.positions[side, name]] for slots, part in zip(laid.slots, parts, strict=True)]
+                columns[side][name] = np.concatenate(at)
+        step["history"] = {name: pad_events(at) for name, at in columns["history"].items()}
+        step["candidates"] = {name: pad_candidates(at) for name, at in columns["candidates"].items()}
+        step["context"] = {name: np.pad(at, (0, b - len(rows))) for name, at in columns["context"].items()}
         return Batch(
             step=step,
             users=np.asarray(requests.user),
             lengths=sizes,
             references={name: pad_candidates(v, np.float32) for name, v in requests.references.items()},
-            num_unique={table: sum(len(device.places) for device in found) for table, found in wanted.items()},
-            fullest={table: max(int(device.counts.max()) for device in found) for table, found in wanted.items()},
+            num_unique=num_unique,
+            fullest=fullest,
             tables=self._table_of,
         )
 
     def _look_up(self, fields: tuple[FieldConfig, ...], columns: dict[str, np.ndarray]):
-        """Field name -> [table, embedding rows of its column]."""
-        return {f.name: [table_of(f), rows_of(f, columns[f.name], self._vocabularies.get(f.name))] for f in fields}
+        """Field name -> (table, embedding rows of its column, or ids where it has a dictionary)."""
+        return {f.name: (table_of(f), rows_of(f, columns[f.name], self._vocabularies.get(f.name))) for f in fields}
 
-    def _make_unique(self, looked_up: dict[str, dict[str, list]], starts: dict[str, np.ndarray], bucket_sizes):
-        """Replaces rows by positions among what each device wants of a table, in place.
-
-        Args:
-          looked_up: side -> field -> [table, rows]. starts: side -> where each device's part of its columns begins.
-
-        Returns:
-          table -> int32 [devices, N, size], and table -> one Wanted a device.
-        """
-        unique, wanted = {}, {}
-        num_devices = self.share.num_devices
-        for table, (num_rows, _) in self._tables.items():
-            entries = [(side, entry) for side, fields in looked_up.items() for entry in fields.values()]
-            entries = [(starts[side], entry) for side, entry in entries if entry[0] == table]
-            share = rows_per_device(num_rows, num_devices)
-            wanted[table], numbered = [], []
-            for device in range(len(self.share.local)):
-                parts = [entry[1][start[device] : start[device + 1]] for start, entry in entries]
-                met, positions = unique_keys(parts)
-                found, rank = Wanted.of(met, num_rows, num_devices)
-                wanted[table].append(found)
-                numbered.append((rank, positions))
-            if bucket_sizes is None:
-                fullest = max(int(found.counts.max()) for found in wanted[table])
-                size = bucket_size(fullest, min(share, num_rows), self.least[table])
-            else:
-                size = bucket_sizes[table]
-            blocks, columns = [], [[] for _ in entries]
-            for found, (rank, positions) in zip(wanted[table], numbered, strict=True):
-                local, slots = found.buckets(size, share)
-                blocks.append(local)
-                slots = slots[rank]
-                for column, position in zip(columns, positions, strict=True):
-                    column.append(slots[position])
-            for (_, entry), column in zip(entries, columns, strict=True):
-                entry[1] = np.concatenate(column)
-            unique[table] = np.stack(blocks)
-        return unique, wanted
-
-    def stream(self, start: int, stop: int, agree: Callable[[list[int]], list[int]] | None = None) -> Iterator[Batch]:
-        """Iterates batches start .. stop-1, made ahead by threads.
+    def stream(self, start: int, stop: int, peers: Peers | None = None) -> Iterator[Batch]:
+        """Iterates batches start .. stop-1, made ahead by threads. Batches of training grow the dictionaries.
 
         Args:
-          agree: bucket sizes that a batch needs -> those that all processes need; with several processes, which must
-            run programs of one shape.
+          peers: where several processes train together, which must give out the same rows and run programs of one
+            shape.
         """
         options = grain.ReadOptions(num_threads=self.data.threads, prefetch_buffer_size=self.data.prefetch)
-        made = iter(grain.MapDataset.range(start, stop).map(self.batch).to_iter_dataset(options))
-        if agree is None:
-            return made
-        return (self._at_agreed_sizes(k, batch, agree) for k, batch in zip(range(start, stop), made, strict=True))
+        numbers = grain.MapDataset.range(start, stop)
+        if peers is None and not (self.training and self.dictionaries):
+            return iter(numbers.map(self.batch).to_iter_dataset(options))
+        made = iter(numbers.map(self._read).to_iter_dataset(options))
+        return (self._in_turn(read, peers) for read in made)
 
-    def _at_agreed_sizes(self, k: int, batch: Batch, agree: Callable[[list[int]], list[int]]) -> Batch:
+    def _in_turn(self, read: "_Read", peers: Peers | None) -> Batch:
+        """What must be done in the order of batches."""
+        assigned = None
+        if self.training:
+            assigned = {table: self._assign(table, read, peers) for table in self.dictionaries}
+        batch = self._lay_out(read, assigned)
+        if peers is None:
+            return batch
         sizes = {table: unique.shape[2] for table, unique in batch.step["unique"].items()}
-        agreed = dict(zip(sizes, agree(list(sizes.values())), strict=True))
-        return batch if agreed == sizes else self.batch(k, agreed)  # seldom: sizes have room to spare
+        agreed = dict(zip(sizes, peers.agree(list(sizes.values())), strict=True))
+        return batch if agreed == sizes else self._lay_out(read, assigned, agreed)  # seldom: sizes have room to spare
+
+    def _assign(self, table: str, read: "_Read", peers: Peers | None) -> Assigned:
+        ids = np.unique(np.concatenate([part.keys for part in read.numbered[table]]))
+        if peers is not None:
+            ids = peers.union(ids)
+        return self.dictionaries[table].assign(ids, read.number + 1)
 
     def describe(self) -> dict[str, Any]:
         """What this split holds, for the log."""

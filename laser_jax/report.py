@@ -5,7 +5,6 @@ import html
 import json
 import os
 from collections.abc import Callable
-from collections.abc import Callable
 from typing import Any
 
 import matplotlib
@@ -16,7 +15,7 @@ from matplotlib.figure import Figure
 from laser_jax import hosts, metrics
 from laser_jax.evaluate import Predictions, table
 from laser_jax.gate_figures import AGE_NAMES, SILENT, GateFigures
-from laser_jax.pipeline import BatchSource
+from laser_jax.pipeline import BatchSource, Peers
 from laser_jax.sharding import place_batch
 from laser_jax.state import TrainState
 
@@ -45,13 +44,13 @@ def gate_maps(
     source: BatchSource,
     mesh: Mesh,
     users: int,
-    agree: Callable[[list[int]], list[int]] | None = None,
+    peers: Peers | None = None,
 ) -> list[GateMap]:
     """Gate maps of the users with the longest histories in the first batch; empty for encoders without segments.
 
-    With several processes, of the users that this one has; `agree`: see BatchSource.stream.
+    With several processes, of the users that this one has; `peers`: see BatchSource.stream.
     """
-    batch = next(source.stream(0, 1, agree))
+    batch = next(source.stream(0, 1, peers))
     logits, diag = eval_step(state, place_batch(batch.step, mesh))
     if "loudness" not in diag:
         return []

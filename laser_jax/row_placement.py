@@ -30,6 +30,9 @@ class DeviceShare:
         return len(self.local) == self.num_devices
 
 
+ALONE = DeviceShare()  # one process, one device
+
+
 def padded_rows(num_rows: int) -> int:
     """Rows that a table of `num_rows` takes."""
     return -(-num_rows // MULTIPLE) * MULTIPLE

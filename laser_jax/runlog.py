@@ -12,8 +12,8 @@ import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from laser_jax.batch import Batch
 from laser_jax.metrics import histogram_auc
-from laser_jax.pipeline import Batch
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ AXES = ("data", "model")
 class MeshConfig:
     """Devices along the axes `data` and `model`; data=-1 takes what is left.
 
-    Requests and table rows lie over all devices. Dense parameters and their optimizer state are the same along `data` and
-    split over `model`, those of at least `split_from` elements.
+    Requests and table rows lie over all devices. Dense parameters and their optimizer state are the same along `data`
+    and split over `model`, those of at least `split_from` elements.
     """
 
     data: int = -1

@@ -46,6 +46,11 @@ def make_train_step(factory: StateFactory) -> Callable:
         """Of one device: gradients of dense parameters (summed over all), its part of the tables, counts."""
         dense = _whole(params, factory.specs.params)
         requested = {name: exchange.requested(wanted[0]) for name, wanted in batch["unique"].items()}
+        renewed = {
+            name: exchange.renew(tables[name], requested[name], fresh[0], factory.row_optimizer, optim.table_std, step)
+            for name, fresh in batch["fresh"].items()
+        }
+        tables = tables | renewed
         rows = {name: exchange.fetch(tables[name], requested[name]) for name in requested}
         samples = jax.lax.psum(jnp.sum(batch["mask"], dtype=jnp.float32), AXES)
 
@@ -65,7 +70,7 @@ def make_train_step(factory: StateFactory) -> Callable:
             )
             return objective, counts
 
-        requests = {name: value for name, value in batch.items() if name != "unique"}
+        requests = {name: value for name, value in batch.items() if name not in ("unique", "fresh")}
         gradients, counts = _summed(jax.grad(loss_fn, argnums=(0, 1), has_aux=True), dense, rows, requests, optim)
         counts = jax.tree.map(lambda x: jax.lax.psum(x, AXES), counts)
         scale = 1 / jnp.maximum(samples, 1)

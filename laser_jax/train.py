@@ -5,8 +5,6 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Callable
-from typing import Any
 
 import jax
 
@@ -36,12 +34,12 @@ def run(config: Config, workdir: str) -> Predictions:
     Raises:
       hosts.Stopped: SIGTERM came; what was learned is saved.
     """
-    with hosts.Preemption() as preemption, contextlib.ExitStack() as stack:
+    with hosts.Peers() as peers, contextlib.ExitStack() as stack:
         watchdog = None
         if jax.process_count() > 1:
             watchdog = stack.enter_context(hosts.Watchdog(config.train.patience_s))
         try:
-            return _Run(config, os.path.abspath(workdir), preemption, watchdog).finish()
+            return _Run(config, os.path.abspath(workdir), peers, watchdog).finish()
         except jax.errors.JaxRuntimeError as error:
             if jax.process_count() > 1:
                 hosts.lost_peer(error)
@@ -51,12 +49,10 @@ def run(config: Config, workdir: str) -> Predictions:
 class _Run:
     """One process's part in a run: everything from the config to the report."""
 
-    def __init__(
-        self, config: Config, workdir: str, preemption: hosts.Preemption, watchdog: hosts.Watchdog | None
-    ):
+    def __init__(self, config: Config, workdir: str, peers: hosts.Peers, watchdog: hosts.Watchdog | None):
         check_sizes(config)
         prepare(config.data)
-        self.config, self.workdir, self.preemption, self.watchdog = config, workdir, preemption, watchdog
+        self.config, self.workdir, self.peers, self.watchdog = config, workdir, peers, watchdog
         self.mesh = make_mesh(config.mesh, config.data.batch_size, config.data.eval_batch_size)
         share = device_share(self.mesh)
         self.sources = {
@@ -70,12 +66,15 @@ class _Run:
         )
         # Only now: a start that failed above must not occupy the workdir.
         remember(config, workdir, fingerprint(config.data), write=hosts.is_first())
-        self.checkpoints = Checkpoints(workdir)
+        ids = self.sources["train"].dictionaries
+        for source in self.sources.values():
+            source.dictionaries = ids
+        self.checkpoints = Checkpoints(workdir, ids)
         self.eval_step = make_eval_step(self.factory)
 
     @property
-    def agree(self) -> Callable[[list[int]], list[int]] | None:
-        return self.preemption.agree if jax.process_count() > 1 else None
+    def others(self) -> hosts.Peers | None:
+        return self.peers if jax.process_count() > 1 else None
 
     def moved(self, what: str) -> None:
         if self.watchdog is not None:
@@ -87,14 +86,18 @@ class _Run:
         train = self.sources["train"]
         if hosts.is_first():
             logger.info("parameters %s; train %s", self.factory.num_parameters(), train.describe())
+            for table, ids in train.dictionaries.items():
+                logger.info(
+                    "dictionary of %r: %d of %d rows given, %d bytes", table, len(ids), ids.num_rows, ids.num_bytes
+                )
         log = RunLog(self.workdir, start, train.num_batches, self.config.train.log_every, hosts.is_first())
         with jax.set_mesh(self.mesh):
             self._loop(state, start, log)
             state, best = self.checkpoints.restore_best(self.factory.abstract())
             predictions = self.predict(state, "test", "test")
             test = self.sources["test"]
-            maps = report.gate_maps(self.eval_step, state, test, self.mesh, self.config.train.gate_maps, self.agree)
-            gates = gate_figures(self.eval_step, state, test, self.mesh, self.config.encoder, self.agree)
+            maps = report.gate_maps(self.eval_step, state, test, self.mesh, self.config.train.gate_maps, self.others)
+            gates = gate_figures(self.eval_step, state, test, self.mesh, self.config.encoder, self.others)
         self.checkpoints.close()
         costs = {
             "parameters": self.factory.num_parameters(),
@@ -120,10 +123,10 @@ class _Run:
 
         def moved(what: str) -> None:
             self.moved(what)
-            if self.preemption.asked:
+            if self.peers.asked_to_stop:
                 self._stop(f"SIGTERM during {what}")
 
-        return predict(self.eval_step, state, self.sources[split], self.mesh, what, self.agree, moved)
+        return predict(self.eval_step, state, self.sources[split], self.mesh, what, self.others, moved)
 
     def _stop(self, why: str) -> None:
         self.checkpoints.close()
@@ -145,14 +148,14 @@ class _Run:
         def saves(step: int) -> bool:
             return evaluates(step) or (step > 0 and step % settings.save_every == 0)
 
-        stream = train.stream(start, total, self.agree)
+        stream = train.stream(start, total, self.others)
         pending = None
         for step in range(start, total + 1):
             if step > start and saves(step):
                 self.checkpoints.save(state, step, self._validate(state, step, log) if evaluates(step) else None)
             if step == total:
                 return
-            if self.preemption.asked:
+            if self.peers.asked_to_stop:
                 log.flush(step)
                 if step > start and not saves(step):
                     self.checkpoints.save(state, step, None)

@@ -16,18 +16,19 @@ from laser_jax.pipeline import BatchSource
 from laser_jax.sharding import MeshConfig, device_share, make_mesh, place_batch, spec
 from laser_jax.state import StateFactory
 from laser_jax.step import make_eval_step, make_train_step
+from tests import dictionary_config
 from tests.small_config import get_config
 
 SPLIT_FROM = 128  # elements: small enough for the small model's matrices to be split over `model`
 
 
-def few_steps(path: str, encoder: str, steps: int, mesh: MeshConfig, **changes) -> dict:
+def few_steps(path: str, encoder: str, steps: int, mesh: MeshConfig, make_config=get_config, **changes) -> dict:
     """Mean loss of each step, what was learned, and what a step changed but should not.
 
     Args:
       changes: fields of the OptimConfig.
     """
-    config = get_config(encoder)
+    config = make_config(encoder)
     config.data.path, config.data.batch_size = path, 16
     config.train.seed = 3
     for name, value in changes.items():
@@ -39,8 +40,8 @@ def few_steps(path: str, encoder: str, steps: int, mesh: MeshConfig, **changes) 
     step = make_train_step(factory)
     losses, before = [], described(state)
     with jax.set_mesh(mesh):
-        for k in range(steps):
-            state, counts = step(state, place_batch(source.batch(k).step, mesh))
+        for batch in source.stream(0, steps):
+            state, counts = step(state, place_batch(batch.step, mesh))
             losses.append(float(counts.loss / counts.samples))
         batch = source.batch(0)
         logits = np.asarray(make_eval_step(factory)(state, place_batch(batch.step, mesh))[0])
@@ -61,7 +62,7 @@ LENGTH, REQUESTS = 400, 64
 
 
 def exchanged(encoder: str, mesh: MeshConfig) -> dict[str, int]:
-    """Kind of collective -> elements of the largest one, in the step compiled for REQUESTS histories of LENGTH events."""
+    """Kind of collective -> elements of the largest, in the step compiled for REQUESTS histories of LENGTH events."""
     config = get_config(encoder)
     config.data.history_length = LENGTH
     mesh = make_mesh(mesh, REQUESTS)
@@ -74,6 +75,7 @@ def exchanged(encoder: str, mesh: MeshConfig) -> dict[str, int]:
     features, candidates = config.features, config.data.candidates
     batch = {
         "unique": {name: shape(mesh.size, mesh.size, UNIQUE) for name in features.tables()},
+        "fresh": {},
         "history": {field.name: shape(REQUESTS, LENGTH) for field in (*features.item, *features.event)},
         "candidates": {field.name: shape(REQUESTS, candidates) for field in features.item},
         "context": {field.name: shape(REQUESTS) for field in features.context},
@@ -86,6 +88,7 @@ def exchanged(encoder: str, mesh: MeshConfig) -> dict[str, int]:
         return collectives(make_train_step(factory).lower(factory.abstract(), batch).compile().as_text())
 
 
+WITH_DICTIONARY = "4x2"
 UNIQUE = 32  # rows that a device wants of another
 
 
@@ -100,7 +103,8 @@ def collectives(program: str) -> dict[str, int]:
     kinds = "all-to-all|all-reduce|all-gather|reduce-scatter|collective-permute"
     for shapes, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", program):
         sizes = [
-            np.prod([int(n) for n in dims.split(",") if n], dtype=int) for dims in re.findall(r"\w+\[([\d,]*)\]", shapes)
+            np.prod([int(n) for n in dims.split(",") if n], dtype=int)
+            for dims in re.findall(r"\w+\[([\d,]*)\]", shapes)
         ]
         largest[kind] = max(largest.get(kind, 0), int(sum(sizes)))
     return largest
@@ -112,6 +116,10 @@ if __name__ == "__main__":
     for name in meshes.split(","):
         data, model = map(int, name.split("x"))
         found = few_steps(path, encoder, int(steps), MeshConfig(data, model))
+        if name == WITH_DICTIONARY:  # as it takes as long again
+            kept = few_steps(path, encoder, int(steps), MeshConfig(data, model), dictionary_config.get_config)
+            np.savez(os.path.join(out, f"{name}-dictionary.npz"), **kept.pop("learned"))
+            found["dictionary"] = kept
         found["exchanged"] = exchanged(encoder, MeshConfig(data, model))
         np.savez(os.path.join(out, f"{name}.npz"), **found.pop("learned"))
         told[name] = found

@@ -35,6 +35,7 @@ def abstract_batch(config: Config) -> dict:
 
     return {
         "unique": {name: shape(1, 1, min(1024, rows)) for name, (rows, _) in features.tables().items()},
+        "fresh": {},
         "history": {field.name: shape(b, length) for field in (*features.item, *features.event)},
         "candidates": {field.name: shape(b, c) for field in features.item},
         "context": {field.name: shape(b) for field in features.context},

@@ -5,8 +5,8 @@ import types
 import numpy as np
 
 from laser_jax import gate_figures as gf
+from laser_jax.batch import Batch
 from laser_jax.gate_figures import AGE_NAMES, OTHER, SILENT, gate_figures, segment_facts
-from laser_jax.pipeline import Batch
 from laser_jax.row_placement import places
 
 B, C, L, W = 3, 4, 10, 4
@@ -25,7 +25,13 @@ def make_batch(seed=0):
         "unique": {name: places(np.array([0, 3, 5, 8]), 10).astype(np.int32)[None, None] for name in FIELDS},
     }
     return Batch(
-        step, np.arange(B), lengths, references={}, num_unique={}, fullest={}, tables={name: (name, 10) for name in FIELDS}
+        step,
+        np.arange(B),
+        lengths,
+        references={},
+        num_unique={},
+        fullest={},
+        tables={name: (name, 10) for name in FIELDS},
     )
 
 

@@ -117,11 +117,12 @@ def test_batches_of_one_shape_are_made_again_where_another_process_needs_more_ro
     plain = [batch.step["unique"]["dwell"].shape for batch in source.stream(0, 2)]
     asked = []
 
-    def agree(sizes):
-        asked.append(sizes)
-        return [2 * size for size in sizes]
+    class Peers:
+        def agree(self, sizes):
+            asked.append(sizes)
+            return [2 * size for size in sizes]
 
-    batches = list(source.stream(0, 2, agree))
+    batches = list(source.stream(0, 2, Peers()))
     assert [batch.step["unique"]["dwell"].shape for batch in batches] == [(1, 1, 2 * shape[2]) for shape in plain]
     assert len(asked) == 2
     for k, batch in enumerate(batches):

@@ -17,7 +17,8 @@ from laser_jax.metrics import HISTOGRAM_BINS
 from laser_jax.optim import OptimConfig, dense_optimizer
 from laser_jax.sharding import MeshConfig, make_mesh, spec
 from laser_jax.state import StateFactory
-from tests.few_steps import LENGTH, REQUESTS, UNIQUE, few_steps
+from tests import dictionary_config
+from tests.few_steps import LENGTH, REQUESTS, UNIQUE, WITH_DICTIONARY, few_steps
 from tests.small_config import get_config
 
 
@@ -72,6 +73,8 @@ def test_a_checkpoint_gives_the_same_bits_back_and_the_best_stays(factory, fresh
     assert sorted(name for name in os.listdir(tmp_path / "checkpoints") if name.isdigit()) == ["2", "4", "5"]
 
 
+pytestmark = pytest.mark.xdist_group("meshes")  # the fixtures are dear: one process runs all that shares them
+
 STEPS = 20
 MESHES = ("8x1", "4x2", "2x4")
 
@@ -101,6 +104,8 @@ def together(known_data, tmp_path_factory):
     for name in MESHES:
         with np.load(os.path.join(out, f"{name}.npz")) as stored:
             told[name]["learned"] = dict(stored)
+    with np.load(os.path.join(out, f"{WITH_DICTIONARY}-dictionary.npz")) as stored:
+        told[WITH_DICTIONARY]["dictionary"]["learned"] = dict(stored)
     return told
 
 
@@ -109,9 +114,21 @@ def test_a_step_leaves_every_type_and_place_as_it_was(alone, together):
     assert all(told["changed"] == [] for told in together.values())
 
 
+@pytest.fixture(scope="module")
+def alone_with_dictionary(known_data):
+    return few_steps(known_data.path, "laser_plus", STEPS, MeshConfig(), dictionary_config.get_config)
+
+
 @pytest.mark.parametrize("mesh", MESHES)
 def test_every_mesh_learns_the_same(alone, together, mesh):
-    told = together[mesh]
+    check_the_same(together[mesh], alone)
+
+
+def test_a_growing_dictionary_gives_the_same_rows_on_every_mesh(alone_with_dictionary, together):
+    check_the_same(together[WITH_DICTIONARY]["dictionary"], alone_with_dictionary)
+
+
+def check_the_same(told, alone):
     assert (alone["devices"], told["devices"]) == (1, 8)
     np.testing.assert_allclose(told["losses"], alone["losses"], rtol=1e-5)
     assert alone["losses"][0] > 1.2 * alone["losses"][-1]

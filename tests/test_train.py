@@ -2,14 +2,18 @@
 
 import json
 import os
+import shutil
+import signal
 
 import numpy as np
 import pytest
 
-from laser_jax import train
-from laser_jax.checkpoint import Checkpoints
+from laser_jax import hosts, train
+from laser_jax.checkpoint import CheckpointError, Checkpoints
 from laser_jax.features import FieldConfig
+from laser_jax.runlog import RunLog
 from laser_jax.vault import VaultError
+from tests import dictionary_config
 from tests.conftest import USERS
 from tests.small_config import get_config
 
@@ -92,7 +96,7 @@ def test_it_logs_every_line_and_keeps_the_newest_and_the_best(finished, known_da
     best = max(valid, key=valid.get)
     assert results(workdir)["step"] == best
     kept = sorted(int(name) for name in os.listdir(os.path.join(workdir, "checkpoints")) if name.isdigit())
-    assert kept == sorted({best, total})
+    assert kept == sorted({best, total, 140})  # the newest two and the best
     assert lines[-2]["loss"] < 0.8 * lines[0]["loss"]
 
 
@@ -114,6 +118,75 @@ def test_another_config_in_the_same_workdir_is_refused_by_name(finished, known_d
     with pytest.raises(ValueError, match="encoder.class: 'LaserConfig' -> 'TaConfig'"):
         train.run(config_for(known_data, "ta"), workdir)
     assert sorted(os.listdir(workdir)) == before
+
+
+class Interrupted:
+    """Sends this process SIGTERM after given steps."""
+
+    def __init__(self, monkeypatch):
+        self.after = None
+        stepped = RunLog.stepped
+
+        def and_then(log, step, *args, **kwargs):
+            stepped(log, step, *args, **kwargs)
+            if step == self.after:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        monkeypatch.setattr(RunLog, "stepped", and_then)
+
+
+@pytest.mark.parametrize("make", [get_config, dictionary_config.get_config])
+def test_sigterm_at_any_step_changes_nothing_in_the_end(known_data, tmp_path, monkeypatch, make):
+    monkeypatch.setattr("tests.test_train.get_config", make)
+    changes = dict(data__epochs=3, train__eval_every=20, train__save_every=7)
+    straight, cut = str(tmp_path / "straight"), str(tmp_path / "cut")
+    want = train.run(config_for(known_data, **changes), straight)
+    interrupted = Interrupted(monkeypatch)
+    for step, saved in ((3, 3), (20, 14), (33, 33)):  # right after a start, at an evaluation, in between
+        interrupted.after = step
+        with pytest.raises(hosts.Stopped, match=f"SIGTERM .* step {step}.* goes on from step {saved}"):
+            train.run(config_for(known_data, **changes), cut)
+    interrupted.after = None
+    got = train.run(config_for(known_data, **changes), cut)
+    np.testing.assert_array_equal(got.logits, want.logits)
+    final = [newest_sums(workdir) for workdir in (straight, cut)]
+    assert final[0] == final[1] and len(final[0]) > 20
+
+
+def newest_sums(workdir):
+    """Checksums of everything in the newest checkpoint."""
+    newest = max(int(name) for name in os.listdir(os.path.join(workdir, "checkpoints")) if name.isdigit())
+    with open(os.path.join(workdir, "checkpoints", str(newest), "checksums", "metadata"), encoding="utf-8") as file:
+        return json.load(file)
+
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(known_data, tmp_path, caplog):
+    changes = dict(data__epochs=2, train__save_every=10, encoder="mean")
+    straight, damaged = str(tmp_path / "straight"), str(tmp_path / "damaged")
+    train.run(config_for(known_data, **changes), straight)
+    shutil.copytree(straight, damaged)
+    os.remove(os.path.join(damaged, "results.json"))
+    steps = sorted(int(name) for name in os.listdir(os.path.join(damaged, "checkpoints")) if name.isdigit())
+    flip_a_bit_of_the_largest_file(os.path.join(damaged, "checkpoints", str(steps[-1])))
+    train.run(config_for(known_data, **changes), damaged)
+    assert "DAMAGED CHECKPOINT" in caplog.text and f"{steps[-1]}" in caplog.text
+    assert [name.split("-")[0] for name in os.listdir(f"{damaged}/checkpoints-damaged")] == [str(steps[-1])]
+    assert newest_sums(damaged) == newest_sums(straight)
+    for step in os.listdir(os.path.join(damaged, "checkpoints")):
+        if step.isdigit():
+            flip_a_bit_of_the_largest_file(os.path.join(damaged, "checkpoints", step))
+    with pytest.raises(CheckpointError, match="no checkpoint of .* can be read"):
+        train.run(config_for(known_data, **changes), damaged)
+
+
+def flip_a_bit_of_the_largest_file(folder):
+    files = [os.path.join(where, name) for where, _, names in os.walk(folder) for name in names]
+    path = max(files, key=os.path.getsize)
+    with open(path, "r+b") as file:
+        file.seek(os.path.getsize(path) // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 4]))
 
 
 @pytest.mark.parametrize(

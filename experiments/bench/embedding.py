@@ -2,9 +2,9 @@
 
   python -m experiments.bench.embedding
 
-A step: 256 k ids (Zipf) are made unique on the host, their rows gathered, a loss of all 256 k embeddings differentiated,
-and the rows updated in place by Adagrad; against `jax.grad` with respect to the whole table and `optax.adagrad`. All
-tables that fit are timed in one interleaved run. Prints a table and, as the last line, one JSON object:
+A step: 256 k ids (Zipf) are made unique on the host, their rows gathered, a loss of all 256 k embeddings
+differentiated, and the rows updated in place by Adagrad; against `jax.grad` with respect to the whole table and
+`optax.adagrad`. All tables that fit are timed in one interleaved run. Prints a table and, as the last line, one JSON:
 step_10m_over_1m_rows, dense_optax_over_sparse_4m (the host's part counts for ours), temp_bytes_over_unique_rows (of the
 update compiled alone), largest_difference_to_optax.
 """
@@ -136,7 +136,8 @@ def main() -> None:
         print(f"| {name} | {1e3 * value:.1f} |")
     size = bucket_size(max(sizes.values()), 10**9, LEAST)
     temporaries, unique_bytes = temporary_bytes(10_000_000, size)
-    print(f"\nunique rows a step: {sizes}; update alone: {temporaries / 1e6:.1f} MB for {unique_bytes / 1e6:.1f} MB of rows")
+    print(f"\nunique rows a step, by size of the table: {sizes}")
+    print(f"the update alone: {temporaries / 1e6:.1f} MB of temporaries for {unique_bytes / 1e6:.1f} MB of rows")
     print(
         json.dumps(
             {

@@ -17,10 +17,11 @@ import numpy as np
 from sklearn.ensemble import HistGradientBoostingClassifier
 
 from experiments.paper.study import change, read_config
+from laser_jax.batch import Batch
 from laser_jax.config import Config
 from laser_jax.evaluate import Predictions, table
 from laser_jax.metrics import auc
-from laser_jax.pipeline import Batch, BatchSource, prepare
+from laser_jax.pipeline import BatchSource, prepare
 
 WINDOWS = (20, 50, 200, 1000)
 FEW_VALUES = 8  # rows of a table whose values are counted apart

@@ -9,7 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from laser_jax.layers.row_optimizers import RowOptimizer, Slots
 
@@ -68,18 +68,50 @@ def update_rows(
     )
 
 
+def renew_rows(
+    table: Table,
+    rows: Int[Array, "n"],
+    fresh: Bool[Array, "n"],
+    optimizer: RowOptimizer,
+    std: float,
+    step: jax.Array,
+    first_row: jax.Array | int = 0,
+) -> Table:
+    """The table with some rows as if never used: another id has them now.
+
+    Args:
+      rows: in any order, repeats allowed. fresh: which of them to renew.
+      std: standard deviation of the new values, which are uniform and a function of (step, row, column).
+      first_row: see update_rows.
+    """
+    width = table.rows.shape[1]
+    uniform = _noise(rows + first_row, width, step).astype(jnp.float32) * np.float32(2.0**-32) - 0.5
+    values = (uniform * np.float32(std * np.sqrt(12))).astype(table.rows.dtype)
+    slots = optimizer.init(values)
+    at = jnp.where(fresh, rows, table.rows.shape[0])
+    return Table(
+        table.rows.at[at].set(values, mode="drop"),
+        {name: slot.at[at].set(slots[name], mode="drop") for name, slot in table.slots.items()},
+    )
+
+
 def _round_at_random(rows: jax.Array, numbers: jax.Array, step: jax.Array) -> jax.Array:
     """float32 [U, D] -> bfloat16: up or down with the probability that makes the mean exact.
 
     Rounding to nearest would lose every update smaller than 2^-9 of its row. By a hash and not by a generator, so that
     a row is rounded alike on any number of devices.
     """
-    columns = jnp.arange(rows.shape[1], dtype=jnp.uint32)
-    seed = numbers.astype(jnp.uint32)[:, None] * np.uint32(0x9E3779B1) + columns * np.uint32(0x85EBCA77)
-    noise = _mixed(seed ^ _mixed(step.astype(jnp.uint32))) >> 16
+    noise = _noise(numbers, rows.shape[1], step) >> 16
     bits = jax.lax.bitcast_convert_type(rows, jnp.uint32)
     rounded = jax.lax.bitcast_convert_type((bits + noise) & np.uint32(0xFFFF0000), jnp.float32)
     return jnp.where(jnp.isfinite(rows), rounded, rows).astype(jnp.bfloat16)
+
+
+def _noise(numbers: jax.Array, width: int, step: jax.Array) -> jax.Array:
+    """uint32 [U, width], a hash of (step, number, column)."""
+    columns = jnp.arange(width, dtype=jnp.uint32)
+    seed = numbers.astype(jnp.uint32)[:, None] * np.uint32(0x9E3779B1) + columns * np.uint32(0x85EBCA77)
+    return _mixed(seed ^ _mixed(step.astype(jnp.uint32)))
 
 
 def _mixed(x: jax.Array) -> jax.Array:

@@ -9,9 +9,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from laser_jax.layers.embedding import Table, gather_rows, update_rows
+from laser_jax.layers.embedding import Table, gather_rows, renew_rows, update_rows
 from laser_jax.layers.row_optimizers import RowOptimizer
 
 
@@ -35,6 +35,20 @@ class RowExchange:
     def requested(self, wanted: Int[Array, "devices size"]) -> Int[Array, "devices size"]:
         """What the others want of this device: its own rows, a bucket for each of them."""
         return self._transpose(wanted)
+
+    def renew(
+        self,
+        table: Table,
+        requested: Int[Array, "devices size"],
+        fresh: Bool[Array, "devices size"],
+        optimizer: RowOptimizer,
+        std: float,
+        step: jax.Array,
+    ) -> Table:
+        """This device's part of the table, with the rows renewed that any device marked as `fresh` among its wishes."""
+        marked = self._transpose(fresh).reshape(-1)
+        first_row = 0 if self.num_devices == 1 else jax.lax.axis_index(self.axes) * table.rows.shape[0]
+        return renew_rows(table, requested.reshape(-1), marked, optimizer, std, step, first_row)
 
     def fetch(self, table: Table, requested: Int[Array, "devices size"]) -> Float[Array, "unique width"]:
         """Rows of all buckets that this device filled with its wishes, in their order; zeros where padding."""

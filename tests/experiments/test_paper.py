@@ -15,7 +15,7 @@ from experiments.paper import keep, lengths, models, study, table2, table3
 from experiments.paper.intervals import paired, resampled_aucs, weighted_auc
 from experiments.paper.outsider import WINDOWS, match_counts
 from laser_jax import metrics
-from laser_jax.pipeline import Batch
+from laser_jax.batch import Batch
 from laser_jax.row_placement import places
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from laser_jax.layers.embedding import Table, gather_rows, init_table, update_rows
+from laser_jax.layers.embedding import Table, gather_rows, init_table, renew_rows, update_rows
 from laser_jax.layers.row_optimizers import adagrad, adagrad_rowwise, adam, ftrl
 
 ROWS, WIDTH, RATE, ACCUMULATOR, EPS = 20, 3, 0.3, 0.1, 1e-7
@@ -156,6 +156,26 @@ def test_bfloat16_rows_are_rounded_at_random_and_right_on_average():
     part = update(half, jnp.arange(many // 2), gradients[many // 2 :], step=jnp.int32(1), first_row=many // 2)
     whole = update(table, jnp.arange(many), gradients, step=jnp.int32(1))
     np.testing.assert_array_equal(np.asarray(part.rows, np.float32), np.asarray(whole.rows[many // 2 :], np.float32))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_renewed_rows_are_as_if_never_used(name):
+    many, std = 4000, 0.2
+    optimizer = OPTIMIZERS[name]
+    table = init_table(jax.random.key(0), many, WIDTH, 0.1, optimizer)
+    table = Table(table.rows + 5, jax.tree.map(lambda slot: slot + 7, table.slots))
+    rows = np.r_[np.arange(0, many, 2), 0, many, many + 3].astype(np.int32)  # a repeat, and padding
+    fresh = np.r_[np.arange(many // 2) % 4 != 1, True, True, True]
+    after = renew_rows(table, rows, fresh, optimizer, std, jnp.int32(3))
+    changed = np.isin(np.arange(many), rows[fresh])
+    values = np.asarray(after.rows)
+    np.testing.assert_array_equal(values[~changed], np.asarray(table.rows)[~changed])
+    assert abs(values[changed].std() - std) < 0.01 and abs(values[changed].mean()) < 0.01
+    assert np.abs(values[changed]).max() <= std * 3**0.5
+    for slot, init in zip(jax.tree.leaves(after.slots), jax.tree.leaves(optimizer.init(after.rows)), strict=True):
+        np.testing.assert_allclose(np.asarray(slot)[changed], np.asarray(init)[changed], rtol=1e-6)
+    again = renew_rows(table, rows, fresh, optimizer, std, jnp.int32(4))
+    assert (np.asarray(again.rows)[changed] != values[changed]).mean() > 0.99  # another step draws other values
 
 
 def test_padding_reads_as_zeros():

@@ -17,12 +17,15 @@ class Batch:
       step: what the model's step takes: `unique` (table -> int32 [devices, N, size], rows that each of this process's
         devices wants of each of the N devices, see row_placement), `history` (field -> int32 [B, L], positions among
         what its device wants), `candidates` ([B, C]), `context` ([B]), `length` [B], `age` [B, L], `label` and `mask`
-        [B, C]; for tables with a dictionary `fresh` (table -> bool, like unique): rows that another id had before.
+        [B, C]; `bags` (source -> int32 [devices, G, m], positions among what the device wants, -1 for none) and
+        `vectors` (source -> float32 [devices, G, width]) for fields whose indices point into those, see
+        features.source_of; for tables with a dictionary `fresh` (table -> bool, like unique): rows that another id had
+        before.
       users: the user of each real row. references: name -> float32 [B, C] scores stored beside the labels.
       lengths: events before the request, of each real row, at most L.
       num_unique: table -> distinct rows, summed over this process's devices. fullest: table -> rows in the fullest
         bucket.
-      tables: field -> (table, its rows).
+      tables: field -> (table, its rows), for fields whose indices point into a table.
     """
 
     step: dict[str, Any]
@@ -42,6 +45,12 @@ class Batch:
         sizes = {table: unique.size for table, unique in self.step["unique"].items()}
         return " ".join(f"{table} {self.num_unique[table]}/{size}" for table, size in sizes.items())
 
+    def known(self, side: str, field: str) -> np.ndarray:
+        """Whether a field's values are known ones, so that equal indices mean equal values; shaped like the indices."""
+        if field not in self.tables:
+            return np.ones(self.step[side][field].shape, bool)
+        return self.rows(side, field) != 0
+
     def rows(self, side: str, field: str) -> np.ndarray:
         """Embedding rows behind the indices of a field, for what is compared on the host; shaped like the indices.
 
@@ -59,10 +68,29 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class Numbered:
-    """Distinct rows (or ids, where there is a dictionary) of one device in one table, and each column as positions."""
+    """Distinct rows (or ids, where there is a dictionary) of one device in one table, and each column as positions.
+
+    Attributes:
+      keys: [U]. positions: (side, field) -> positions of a column. bags: source -> positions [G, m] of its lines, -1
+        for no value.
+    """
 
     keys: np.ndarray
-    positions: dict[tuple[str, str], np.ndarray]  # (side, field)
+    positions: dict[tuple[str, str], np.ndarray]
+    bags: dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Lines:
+    """Distinct lines of one device in a field of several values, and each column as positions among them.
+
+    Attributes:
+      values: [G, m], rows, ids or numbers. missing: bool [G, m]. positions: (side, field) -> positions of a column.
+    """
+
+    values: np.ndarray
+    missing: np.ndarray
+    positions: dict[tuple[str, str], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)

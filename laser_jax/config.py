@@ -7,7 +7,7 @@ from typing import Any
 
 from flax import nnx
 
-from laser_jax.features import FeatureConfig, table_of
+from laser_jax.features import FeatureConfig, source_of
 from laser_jax.models.base import EncoderConfig, HeadConfig, Ranker, TokenLayout
 from laser_jax.optim import OptimConfig
 from laser_jax.pipeline import DataConfig
@@ -55,7 +55,7 @@ class Config:
         """The ranker this config describes."""
 
         def entries(fields):
-            return tuple((field.name, table_of(field), field.width) for field in fields)
+            return tuple((field.name, source_of(field), field.width) for field in fields)
 
         features = self.features
         layout = TokenLayout(

@@ -59,7 +59,7 @@ def segment_facts(batch: Batch, fields: list[str], width: int) -> tuple[np.ndarr
     for place in reversed(range(len(fields))):
         events = np.asarray(cut_segments(step["history"][fields[place]], width))
         candidates = step["candidates"][fields[place]]
-        known = batch.rows("candidates", fields[place]) != 0  # row 0 is everything never seen
+        known = batch.known("candidates", fields[place])  # row 0 is everything never seen
         for c in range(candidates.shape[1]):
             equal = ((events == candidates[:, c, None, None]) & real).any(axis=-1) & known[:, c, None]
             match[:, c][equal] = place

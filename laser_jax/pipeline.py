@@ -14,11 +14,11 @@ import grain
 import numpy as np
 
 from laser_jax import vault as seqvault
-from laser_jax.batch import Batch, Numbered, lay_out
-from laser_jax.features import FeatureConfig, FieldConfig, rows_of, table_of
+from laser_jax.batch import Batch, Lines, Numbered, lay_out
+from laser_jax.features import NO_VALUE, FeatureConfig, FieldConfig, rows_of, source_of, table_of
 from laser_jax.id_dictionary import Assigned
 from laser_jax.requests import MANIFEST, Requests, read_vocabulary
-from laser_jax.row_placement import ALONE, DeviceShare, Wanted, unique_keys
+from laser_jax.row_placement import ALONE, DeviceShare, Wanted, bucket_size, distinct_lines, unique_keys
 from laser_jax.vault.partitioning import is_partitioned, partition_paths
 
 SPLITS = ("train", "valid", "test")
@@ -95,13 +95,14 @@ def epoch_order(num: int, seed: int, epoch: int, block: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class _Read:
-    """A batch before it is laid out: `numbered` is by table, an entry a device."""
+    """A batch before it is laid out: `numbered` is by table, `lines` by source; an entry a device."""
 
     number: int
     rows: np.ndarray
     requests: Any
     histories: Any
     numbered: dict[str, list[Numbered]]
+    lines: dict[str, list[Lines]]
 
 
 class BatchSource:
@@ -111,7 +112,8 @@ class BatchSource:
       share: which part of every batch is this process's.
 
     Attributes:
-      least: table -> smallest size of a bucket. Processes that train together must have the same.
+      least: table -> smallest size of a bucket, source -> of distinct lines. Processes that train together must have
+        the same.
       dictionaries: table -> its dictionary, where it has one. Splits of a run share them.
     """
 
@@ -137,8 +139,8 @@ class BatchSource:
             if field.ids == "vocab"
         }
         for field in (*features.item, *features.event, *features.context):
-            known = self._vocabularies.get(field.name, ())
-            if len(known) >= field.rows:
+            known = self._vocabularies.get(field.name)
+            if known is not None and len(known) >= field.rows:
                 raise ValueError(
                     f"{data.path}: the vocabulary of {field.name!r} has {len(known)} ids, its table {field.rows} rows: "
                     f"give it at least {len(known) + 1}"
@@ -150,7 +152,11 @@ class BatchSource:
         self._row_start = (np.arange(len(self._row_request)) - first[self._row_request]) * self.num_columns
         self._row_count = np.minimum(counts[self._row_request] - self._row_start, self.num_columns)
         fields = (*self.features.item, *self.features.event, *self.features.context)
-        self._table_of = {field.name: (table_of(field), field.rows) for field in fields}
+        self._fields = {field.name: field for field in fields}
+        self._table_of = {
+            field.name: (table_of(field), field.rows) for field in fields if source_of(field) == table_of(field)
+        }
+        self._lined = {source_of(field): field for field in fields if source_of(field) != table_of(field)}
         # What two batches need, and a bit more, fits nearly all: most runs compile one shape. A function of the data
         # alone, so that a resumed run pads as before.
         quantum = max(256 // share.num_devices, 8)
@@ -159,6 +165,9 @@ class BatchSource:
         for table in self._tables:
             fullest = max(self._fullest(table, part) for probe in probes for part in probe.numbered[table])
             self.least[table] = quantum * (1 + fullest * 5 // (4 * quantum))
+        for source in self._lined:
+            most = max(len(part.values) for probe in probes for part in probe.lines[source])
+            self.least[source] = quantum * (1 + most * 5 // (4 * quantum))
 
     def _fullest(self, table: str, part: Numbered) -> int:
         """Rows in the fullest bucket; of ids that have no rows yet as if they had drawn them."""
@@ -175,9 +184,14 @@ class BatchSource:
                 raise seqvault.UnknownFieldError(
                     f"{self.vault.path}: features name the event field {field.name!r}; the vault has {', '.join(known)}"
                 )
-            if known[field.name].size is not None:
-                raise ValueError(f"{self.vault.path}: field {field.name!r} is a vector, which no id map can take")
-            if known[field.name].type.startswith("float") and field.ids != "log":
+            size, several = known[field.name].size, bool(field.pool) or field.ids == "vector"
+            if (size is not None) != several or (field.ids == "vector" and size != field.width):
+                raise ValueError(
+                    f"{self.vault.path}: field {field.name!r} holds {size or 1} values an event, which "
+                    f"ids={field.ids!r}, pool={field.pool!r}, width={field.width} do not fit: pool integers, use "
+                    "ids='vector' for numbers"
+                )
+            if field.ids != "vector" and known[field.name].type.startswith("float") and field.ids != "log":
                 raise ValueError(
                     f"{self.vault.path}: field {field.name!r} is {known[field.name].type}, which ids={field.ids!r} "
                     "would cut to whole numbers: use ids='log'"
@@ -270,21 +284,30 @@ class BatchSource:
         # Rows of the flat columns at which each device's requests begin.
         cuts = np.minimum(each * np.arange(devices + 1), len(rows))
         starts = {"history": histories.offsets[cuts], "candidates": requests.offsets[cuts], "context": cuts}
-        numbered: dict[str, list[Numbered]] = {}
-        for table in self._tables:
-            columns = [
-                (side, name, values)
+        numbered: dict[str, list[Numbered]] = {table: [] for table in self._tables}
+        lines: dict[str, list[Lines]] = {source: [] for source in self._lined}
+        for device in range(devices):
+            columns = {
+                (side, name): values[starts[side][device] : starts[side][device + 1]]
                 for side, fields in looked_up.items()
-                for name, (its_table, values) in fields.items()
-                if its_table == table
-            ]
-            numbered[table] = []
-            for device in range(devices):
-                parts = [values[starts[side][device] : starts[side][device + 1]] for side, _, values in columns]
+                for name, values in fields.items()
+            }
+            for source, field in self._lined.items():
+                lines[source].append(
+                    _distinct(field, {key: part for key, part in columns.items() if key[1] == field.name})
+                )
+            for table, found in numbered.items():
+                mine = [key for key in columns if self._table_of.get(key[1], ("",))[0] == table]
+                bags = [s for s, f in self._lined.items() if f.bagged and table_of(f) == table]
+                several = [lines[source][device] for source in bags]
+                parts = [columns[key] for key in mine] + [line.values[~line.missing] for line in several]
                 keys, positions = unique_keys(parts)
-                named = {(side, name): at for (side, name, _), at in zip(columns, positions, strict=True)}
-                numbered[table].append(Numbered(keys, named))
-        return _Read(k, rows, requests, histories, numbered)
+                at = dict(zip(mine, positions, strict=False))
+                of_bags = {source: np.full(line.missing.shape, -1) for source, line in zip(bags, several, strict=True)}
+                for bag, line, position in zip(of_bags.values(), several, positions[len(mine) :], strict=True):
+                    bag[~line.missing] = position
+                found.append(Numbered(keys, at, of_bags))
+        return _Read(k, rows, requests, histories, numbered, lines)
 
     def _lay_out(
         self, read: "_Read", assigned: dict[str, Assigned] | None = None, bucket_sizes: dict[str, int] | None = None
@@ -294,8 +317,9 @@ class BatchSource:
         Args:
           assigned: table with a dictionary -> what all ids of the step, ascending, were given; by default the rows that
             they have.
-          bucket_sizes: by table; by default what the batch needs.
+          bucket_sizes: by table and source; by default what the batch needs.
         """
+        asked = bucket_sizes or {}
         rows, requests, histories = read.rows, read.requests, read.histories
         devices = len(self.share.local)
         b, c = self.batch_size // self.share.num_devices * devices, self.num_columns
@@ -327,6 +351,8 @@ class BatchSource:
             "mask": pad_candidates(np.ones(len(requests.label), np.bool_), np.bool_),
             "unique": {},
             "fresh": {},
+            "bags": {},
+            "vectors": {},
         }
         columns: dict[str, dict[str, np.ndarray]] = {"history": {}, "candidates": {}, "context": {}}
         num_unique, fullest = {}, {}
@@ -336,7 +362,7 @@ class BatchSource:
                 self._tables[table][0],
                 self.share.num_devices,
                 self.least[table],
-                (bucket_sizes or {}).get(table),
+                asked.get(table),
                 self.dictionaries.get(table),
                 (assigned or {}).get(table),
             )
@@ -346,6 +372,18 @@ class BatchSource:
             for side, name in parts[0].positions:
                 at = [slots[part.positions[side, name]] for slots, part in zip(laid.slots, parts, strict=True)]
                 columns[side][name] = np.concatenate(at)
+            for source in parts[0].bags:
+                bags = [
+                    np.where(part.bags[source] < 0, -1, slots[np.maximum(part.bags[source], 0)])
+                    for slots, part in zip(laid.slots, parts, strict=True)
+                ]
+                step["bags"][source] = self._pad_lines(source, bags, -1, asked.get(source))
+        for source, parts in read.lines.items():
+            if not self._lined[source].bagged:
+                vectors = [part.values for part in parts]
+                step["vectors"][source] = self._pad_lines(source, vectors, 0, asked.get(source))
+            for side, name in parts[0].positions:
+                columns[side][name] = np.concatenate([part.positions[side, name] for part in parts])
         step["history"] = {name: pad_events(at) for name, at in columns["history"].items()}
         step["candidates"] = {name: pad_candidates(at) for name, at in columns["candidates"].items()}
         step["context"] = {name: np.pad(at, (0, b - len(rows))) for name, at in columns["context"].items()}
@@ -359,9 +397,22 @@ class BatchSource:
             tables=self._table_of,
         )
 
-    def _look_up(self, fields: tuple[FieldConfig, ...], columns: dict[str, np.ndarray]):
-        """Field name -> (table, embedding rows of its column, or ids where it has a dictionary)."""
-        return {f.name: (table_of(f), rows_of(f, columns[f.name], self._vocabularies.get(f.name))) for f in fields}
+    def _look_up(self, fields: tuple[FieldConfig, ...], columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Field name -> embedding rows of its column (see rows_of); of several values, NO_VALUE where there is none."""
+        found = {}
+        for field in fields:
+            rows = rows_of(field, columns[field.name], self._vocabularies.get(field.name))
+            found[field.name] = np.where(columns[field.name] == NO_VALUE, NO_VALUE, rows) if field.pool else rows
+        return found
+
+    def _pad_lines(self, source: str, parts: list[np.ndarray], fill: int, size: int | None) -> np.ndarray:
+        """[G, m] of each device -> [devices, static size, m]."""
+        if size is None:
+            size = bucket_size(max(len(part) for part in parts), 2**31, self.least[source])
+        out = np.full((len(parts), size, parts[0].shape[1]), fill, parts[0].dtype)
+        for line, part in zip(out, parts, strict=True):
+            line[: len(part)] = part
+        return out
 
     def stream(self, start: int, stop: int, peers: Peers | None = None) -> Iterator[Batch]:
         """Iterates batches start .. stop-1, made ahead by threads. Batches of training grow the dictionaries.
@@ -385,7 +436,9 @@ class BatchSource:
         batch = self._lay_out(read, assigned)
         if peers is None:
             return batch
-        sizes = {table: unique.shape[2] for table, unique in batch.step["unique"].items()}
+        step = batch.step
+        sizes = {table: unique.shape[2] for table, unique in step["unique"].items()}
+        sizes |= {source: lines.shape[1] for source, lines in (step["bags"] | step["vectors"]).items()}
         agreed = dict(zip(sizes, peers.agree(list(sizes.values())), strict=True))
         return batch if agreed == sizes else self._lay_out(read, assigned, agreed)  # seldom: sizes have room to spare
 
@@ -403,6 +456,13 @@ class BatchSource:
             "batches": self.num_batches,
             "candidate_fill": round(float(self._row_count.sum()) / (len(self._row_count) * self.num_columns), 3),
         }
+
+
+def _distinct(field: FieldConfig, columns: dict[tuple[str, str], np.ndarray]) -> Lines:
+    """Distinct lines of the columns of one field, by side."""
+    values, positions = distinct_lines(list(columns.values()))
+    missing = values == NO_VALUE if field.pool else np.zeros(values.shape, bool)
+    return Lines(values, missing, dict(zip(columns, positions, strict=True)))
 
 
 def prepare(data: DataConfig) -> None:

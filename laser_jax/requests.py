@@ -83,7 +83,8 @@ class RequestsWriter:
             path: the directory to make; it must not exist.
             user: "int64" or "string".
             context: name -> type of a value a request.
-            candidates: name -> type of a value a candidate; named like the event field whose ids it shares.
+            candidates: name -> type of a value a candidate; named like the event field whose ids it shares. A type like
+                "int32[4]" is of as many values.
             references: names of the scores stored beside the label.
             sequence: whether `write` is given sequence numbers.
 
@@ -100,7 +101,7 @@ class RequestsWriter:
             raise self._error("user", f"has type {user!r}: write 'int64' or 'string'")
         layout = _layout(user, self._sequence, self._types)
         for column, dtype in layout.items():
-            if dtype not in _TYPES or not column.replace(".", "_").isidentifier():
+            if _split(dtype)[0] not in _TYPES or not column.replace(".", "_").isidentifier():
                 raise self._error(column, f"({dtype!r}) is no identifier, or no type of {', '.join(_TYPES)}")
         parent, name = os.path.split(self._path)
         if os.path.exists(self._path):
@@ -109,7 +110,8 @@ class RequestsWriter:
         self._build = tempfile.mkdtemp(prefix=f"{name}.building-", dir=parent)
         os.chmod(self._build, 0o755)
         self._columns = {
-            column: ColumnWriter(os.path.join(self._build, column), dtype) for column, dtype in layout.items()
+            column: ColumnWriter(os.path.join(self._build, column), _split(dtype)[0])
+            for column, dtype in layout.items()
         }
         self._columns["offsets"].add(np.zeros(1, np.int64))
         self._num_requests = self._num_candidates = self._text_bytes = 0
@@ -122,7 +124,8 @@ class RequestsWriter:
             time: [R] int64, not negative.
             counts: [R] candidates of each request, at least 1.
             label: [N] bool or float.
-            context, candidates, references: name -> [R], [N], [N], all declared names; references finite.
+            context, candidates, references: name -> [R], [N], [N], or [R, k], [N, k] for types of k values; all
+                declared names; references finite.
             sequence: [R] int64, where declared.
 
         Raises:
@@ -196,9 +199,15 @@ class RequestsWriter:
         return RequestsError(f"column {column!r} of {self._path} {problem}")
 
     def _column(self, name, values, dtype, length=None):
-        array, dtype = np.asarray(values), np.dtype(dtype)
-        if array.ndim != 1 or (length is not None and len(array) != length):
-            raise self._error(name, f"has shape {array.shape}, expected a vector of {length or 'R'}")
+        array, (dtype, size) = np.asarray(values), _split(dtype)
+        dtype = np.dtype(dtype)
+        if array.ndim != (1 if size is None else 2) or (length is not None and len(array) != length):
+            wanted = f"a vector of {length or 'R'}" if size is None else f"{length or 'R'} of {size} each"
+            raise self._error(name, f"has shape {array.shape}, expected {wanted}")
+        if size is not None:
+            if array.shape[1] != size:
+                raise self._error(name, f"has shape {array.shape}, expected {size} values each")
+            array = array.ravel()
         if not array.size:  # an empty list arrives as floats
             return array.astype(dtype)
         if array.dtype.kind not in "biuf" or (array.dtype.kind == "f" and dtype.kind != "f"):
@@ -295,8 +304,8 @@ class Requests:
         flat, offsets = _spans(self._take("offsets", indices), self._take("offsets", indices + 1))
         part = {
             name: {
-                column: self._take(f"{name}.{column}", indices if name == "context" else flat)
-                for column in self._spec[name]
+                column: self._take_lines(f"{name}.{column}", indices if name == "context" else flat, dtype)
+                for column, dtype in self._spec[name].items()
             }
             for name in _PARTS
         }
@@ -323,6 +332,13 @@ class Requests:
         users[:] = [text[a:b].decode() for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
         return users
 
+    def _take_lines(self, name, indices, dtype):
+        """Values at `indices` [n], or [n, k] where the column has k values each."""
+        _, size = _split(dtype)
+        if size is None:
+            return self._take(name, indices)
+        return self._take(name, (indices[:, None] * size + np.arange(size)).ravel()).reshape(-1, size)
+
     def _take(self, name, indices):
         column = self._columns.get(name)
         if column is None:
@@ -335,6 +351,9 @@ class Requests:
                 column = open_column(self.path, name, self._context)
                 of_candidates = name.split(".")[0] in ("candidates", "label", "references")
                 expected = self.num_candidates if of_candidates else len(self) + (name == "offsets")
+                part, _, column_name = name.partition(".")
+                if part in ("candidates", "context"):
+                    expected *= _split(self._spec[part][column_name])[1] or 1
                 if name != "user_text" and column.shape != (expected,):
                     raise RequestsError(
                         f"column {name!r} of {self.path} has shape {column.shape}, "
@@ -369,6 +388,15 @@ def read_vocabulary(path):
     """The ids stored by write_vocabulary, int64 [V], ascending."""
     place, name = os.path.split(os.path.abspath(os.fspath(path)))
     return read_column(open_column(place, name, ts.Context()), place, name)
+
+
+def _split(dtype):
+    """A type's name and how many values it is of, None for one: "int32[4]" is ("int32", 4)."""
+    name, bracket, rest = dtype.partition("[")
+    if not bracket:
+        return name, None
+    size = rest[:-1]
+    return (name, int(size)) if rest.endswith("]") and size.isdigit() and int(size) > 0 else (dtype, None)
 
 
 def _layout(user, sequence, types):

@@ -14,6 +14,8 @@ import math
 import numpy as np
 from numba import njit
 
+from laser_jax.vault.hashing import splitmix64
+
 MULTIPLE = 3 * 2**10  # tables are padded to a multiple of it, so that any such number of devices shares them evenly
 
 
@@ -118,6 +120,29 @@ def unique_keys(parts: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
     cuts = np.cumsum([part.size for part in parts])[:-1]
     pieces = np.split(positions, cuts) if parts else []
     return unique[:count].copy(), [piece.reshape(part.shape) for piece, part in zip(pieces, parts, strict=True)]
+
+
+def distinct_lines(parts: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The distinct lines of several arrays, and each array as positions among them.
+
+    Lines are compared by a 64-bit hash of their bytes.
+
+    Args:
+      parts: [n, m] of one type, each with its own n.
+
+    Returns:
+      lines: [G, m] in order of first appearance; positions: int32 [n] for each part.
+    """
+    lines = np.ascontiguousarray(np.concatenate(parts))
+    words = lines.view(np.uint8).reshape(len(lines), -1)
+    words = np.pad(words, ((0, 0), (0, -words.shape[1] % 8))).view(np.int64)
+    key = np.zeros(len(lines), np.int64)
+    for word in words.T:
+        key = splitmix64(key ^ word).view(np.int64)
+    unique, (at,) = unique_keys([key])
+    first = np.empty(len(unique), np.int64)
+    first[at[::-1]] = np.arange(len(lines))[::-1]
+    return lines[first], np.split(at, np.cumsum([len(part) for part in parts])[:-1])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from laser_jax.features import FeatureConfig
 from laser_jax.layers.embedding import Table, init_table
 from laser_jax.optim import OptimConfig, dense_optimizer
 from laser_jax.row_placement import padded_rows
@@ -32,23 +33,24 @@ class StateFactory:
 
     Args:
       make_model: builds the model from its random numbers.
-      tables: table name -> (rows, width).
+      features: says which tables there are.
       split_from: dense parameters of at least so many elements are split over the mesh's `model` axis.
 
     Attributes:
       optimizer: of the dense parameters; row_optimizer: of table rows. abstract_model: the model with shapes in place
-        of arrays. specs: where each array of a state lies on the mesh.
+        of arrays. bags: see FeatureConfig.bags. specs: where each array of a state lies on the mesh.
     """
 
     def __init__(
         self,
         make_model: Callable[[nnx.Rngs], nnx.Module],
-        tables: dict[str, tuple[int, int]],
+        features: FeatureConfig,
         optim: OptimConfig,
         mesh: Mesh,
         split_from: int = MeshConfig.split_from,
     ):
-        self._make_model, self._tables, self.optim, self.mesh = make_model, tables, optim, mesh
+        self._make_model, self._tables, self.optim, self.mesh = make_model, features.tables(), optim, mesh
+        self.bags = features.bags()
         self.optimizer, self.row_optimizer = dense_optimizer(optim), optim.row_optimizer()
         self.abstract_model = nnx.eval_shape(lambda: make_model(nnx.Rngs(0)))
         self._graphdef = nnx.split(self.abstract_model, nnx.Param)[0]

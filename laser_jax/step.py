@@ -14,11 +14,15 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
+from laser_jax.layers.embedding import pool_rows
 from laser_jax.layers.row_exchange import RowExchange
 from laser_jax.losses import bce_sum
 from laser_jax.metrics import logit_histogram
 from laser_jax.sharding import AXES, spec
 from laser_jax.state import StateFactory, TrainState
+
+#: Parts of a batch with an entry a device; all others have one a request.
+BY_DEVICE = ("unique", "fresh", "bags", "vectors")
 
 
 @jax.tree_util.register_dataclass
@@ -55,7 +59,7 @@ def make_train_step(factory: StateFactory) -> Callable:
         samples = jax.lax.psum(jnp.sum(batch["mask"], dtype=jnp.float32), AXES)
 
         def loss_fn(dense, rows, requests):
-            logits, out = _apply(factory, dense, rows, requests)
+            logits, out = _apply(factory, dense, rows, batch, requests)
             total, _ = bce_sum(logits, requests["label"], requests["mask"])
             # Auxiliary losses are means over a device's requests; scaled so that the sum over devices, divided by
             # `samples` at the end, is their mean.
@@ -70,7 +74,7 @@ def make_train_step(factory: StateFactory) -> Callable:
             )
             return objective, counts
 
-        requests = {name: value for name, value in batch.items() if name not in ("unique", "fresh")}
+        requests = {name: value for name, value in batch.items() if name not in BY_DEVICE}
         gradients, counts = _summed(jax.grad(loss_fn, argnums=(0, 1), has_aux=True), dense, rows, requests, optim)
         counts = jax.tree.map(lambda x: jax.lax.psum(x, AXES), counts)
         scale = 1 / jnp.maximum(samples, 1)
@@ -106,7 +110,8 @@ def make_eval_step(factory: StateFactory) -> Callable:
     def on_device(params, tables, batch):
         wanted = batch["unique"]
         rows = {name: exchange.fetch(tables[name], exchange.requested(wanted[name][0])) for name in wanted}
-        logits, out = _apply(factory, _whole(params, factory.specs.params), rows, batch)
+        requests = {name: value for name, value in batch.items() if name not in BY_DEVICE}
+        logits, out = _apply(factory, _whole(params, factory.specs.params), rows, batch, requests)
         return logits, out.diag
 
     mapped = jax.shard_map(
@@ -123,8 +128,17 @@ def _exchange(factory: StateFactory) -> RowExchange:
     return RowExchange(AXES, factory.mesh.size)
 
 
-def _apply(factory: StateFactory, dense: Any, rows: dict[str, jax.Array], requests: dict[str, Any]):
-    """Logits, float32, and what the encoder says."""
+def _apply(factory: StateFactory, dense: Any, rows: dict[str, jax.Array], batch: dict[str, Any], requests: dict):
+    """Logits, float32, and what the encoder says.
+
+    Args:
+      batch: what the device has beside requests; requests: all of them, or a part.
+    """
+    bags = {
+        source: pool_rows(rows[factory.bags[source].table], bag[0], factory.bags[source].mean)
+        for source, bag in batch["bags"].items()
+    }
+    rows = rows | bags | {source: vectors[0] for source, vectors in batch["vectors"].items()}
     if factory.optim.compute == "bfloat16":
         dense, rows = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (dense, rows))
     logits, out = factory.model(dense)(rows, requests)

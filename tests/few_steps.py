@@ -35,7 +35,7 @@ def few_steps(path: str, encoder: str, steps: int, mesh: MeshConfig, make_config
         setattr(config.optim, name, value)
     mesh = make_mesh(mesh, config.data.batch_size)
     source = BatchSource(config.data, config.features, "train", device_share(mesh))
-    factory = StateFactory(config.build_model, config.features.tables(), config.optim, mesh, SPLIT_FROM)
+    factory = StateFactory(config.build_model, config.features, config.optim, mesh, SPLIT_FROM)
     state = factory.create(seed=0)
     step = make_train_step(factory)
     losses, before = [], described(state)
@@ -66,7 +66,7 @@ def exchanged(encoder: str, mesh: MeshConfig) -> dict[str, int]:
     config = get_config(encoder)
     config.data.history_length = LENGTH
     mesh = make_mesh(mesh, REQUESTS)
-    factory = StateFactory(config.build_model, config.features.tables(), config.optim, mesh, SPLIT_FROM)
+    factory = StateFactory(config.build_model, config.features, config.optim, mesh, SPLIT_FROM)
     sharding = jax.sharding.NamedSharding(mesh, spec("requests"))
 
     def shape(*size, dtype=np.int32):
@@ -76,6 +76,8 @@ def exchanged(encoder: str, mesh: MeshConfig) -> dict[str, int]:
     batch = {
         "unique": {name: shape(mesh.size, mesh.size, UNIQUE) for name in features.tables()},
         "fresh": {},
+        "bags": {},
+        "vectors": {},
         "history": {field.name: shape(REQUESTS, LENGTH) for field in (*features.item, *features.event)},
         "candidates": {field.name: shape(REQUESTS, candidates) for field in features.item},
         "context": {field.name: shape(REQUESTS) for field in features.context},

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from laser_jax.config import Config, check_sizes, remember, to_dict
-from laser_jax.features import table_of
+from laser_jax.features import source_of
 from laser_jax.models import ENCODERS
 from laser_jax.sharding import MeshConfig, make_mesh
 from laser_jax.state import StateFactory
@@ -36,6 +36,8 @@ def abstract_batch(config: Config) -> dict:
     return {
         "unique": {name: shape(1, 1, min(1024, rows)) for name, (rows, _) in features.tables().items()},
         "fresh": {},
+        "bags": {},
+        "vectors": {},
         "history": {field.name: shape(b, length) for field in (*features.item, *features.event)},
         "candidates": {field.name: shape(b, c) for field in features.item},
         "context": {field.name: shape(b) for field in features.context},
@@ -52,7 +54,7 @@ def test_every_experiment_builds_and_steps_with_every_encoder(experiment, encode
     config = importlib.import_module(f"experiments.{experiment}").get_config(encoder)
     assert config.name == encoder and config.data.recipe is not None
     factory = StateFactory(
-        config.build_model, config.features.tables(), config.optim, make_mesh(MeshConfig(), config.data.batch_size)
+        config.build_model, config.features, config.optim, make_mesh(MeshConfig(), config.data.batch_size)
     )
     state = factory.abstract()
     after, counts = jax.eval_shape(make_train_step(factory), state, abstract_batch(config))
@@ -123,5 +125,5 @@ def test_fields_reach_the_model_by_table_and_side():
     model = nnx.eval_shape(lambda: config.build_model(nnx.Rngs(0)))
     features = config.features
     for fields, layout in ((features.item, model.layout.candidate), (features.context, model.layout.context)):
-        assert layout == tuple((field.name, table_of(field), field.width) for field in fields)
+        assert layout == tuple((field.name, source_of(field), field.width) for field in fields)
     assert [name for name, *_ in model.layout.history] == ["item", "category", "action", "dwell"]

@@ -25,7 +25,7 @@ from tests.small_config import get_config
 @pytest.fixture(scope="module")
 def factory():
     config = get_config("mean")
-    return StateFactory(config.build_model, config.features.tables(), config.optim, make_mesh(MeshConfig(), 12))
+    return StateFactory(config.build_model, config.features, config.optim, make_mesh(MeshConfig(), 12))
 
 
 def same(a, b):

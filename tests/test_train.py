@@ -138,7 +138,7 @@ class Interrupted:
 @pytest.mark.parametrize("make", [get_config, dictionary_config.get_config])
 def test_sigterm_at_any_step_changes_nothing_in_the_end(known_data, tmp_path, monkeypatch, make):
     monkeypatch.setattr("tests.test_train.get_config", make)
-    changes = dict(data__epochs=3, train__eval_every=20, train__save_every=7)
+    changes = dict(encoder="ta", data__epochs=3, train__eval_every=20, train__save_every=7)
     straight, cut = str(tmp_path / "straight"), str(tmp_path / "cut")
     want = train.run(config_for(known_data, **changes), straight)
     interrupted = Interrupted(monkeypatch)

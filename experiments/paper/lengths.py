@@ -29,7 +29,7 @@ def serve(study: Study, outcome: Outcome, length: int) -> float:
     if not os.path.exists(path):
         config = study.config(outcome.model, outcome.seed)
         mesh = make_mesh(config.mesh, config.data.batch_size, config.data.eval_batch_size)
-        factory = StateFactory(config.build_model, config.features.tables(), config.optim, mesh)
+        factory = StateFactory(config.build_model, config.features, config.optim, mesh)
         checkpoints = Checkpoints(outcome.folder)
         state = checkpoints.restore(outcome.results["step"], factory.abstract())
         checkpoints.close()

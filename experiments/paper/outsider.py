@@ -51,7 +51,7 @@ def match_counts(batch: Batch, fields: list[str], apart: dict[str, int]) -> np.n
     for field in fields:
         candidate = step["candidates"][field][rows, columns]
         # Row 0 stands for all that was never seen: two such values are not the same thing.
-        known = batch.rows("candidates", field)[rows, columns] != 0
+        known = batch.known("candidates", field)[rows, columns]
         match = real & (step["history"][field][rows] == candidate[:, None]) & known[:, None]
         features += [match[:, -window:].sum(axis=1) for window in windows]
         newest = length - 1 - np.argmax(match[:, ::-1], axis=1)

@@ -39,6 +39,15 @@ def gather_rows(table: Table, unique: Int[Array, "unique"]) -> Float[Array, "uni
     return table.rows.at[unique].get(mode="fill", fill_value=0, **_SORTED).astype(jnp.float32)
 
 
+def pool_rows(
+    rows: Float[Array, "unique width"], bags: Int[Array, "bags values"], mean: bool
+) -> Float[Array, "bags width"]:
+    """Sum or mean of several rows each; -1 in a bag stands for no value, and an empty bag is zeros."""
+    real = bags >= 0
+    summed = jnp.sum(jnp.where(real[..., None], rows[jnp.maximum(bags, 0)], 0), axis=1)
+    return summed / jnp.maximum(jnp.sum(real, axis=1), 1)[:, None].astype(rows.dtype) if mean else summed
+
+
 def update_rows(
     table: Table,
     unique: Int[Array, "unique"],

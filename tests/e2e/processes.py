@@ -85,7 +85,7 @@ def wait_for_a_checkpoint(workdir, process):
 def final_state(workdir):
     """What the newest checkpoint holds, on one device."""
     config = get_config(ENCODER)
-    factory = StateFactory(config.build_model, config.features.tables(), config.optim, make_mesh(MeshConfig(), 12))
+    factory = StateFactory(config.build_model, config.features, config.optim, make_mesh(MeshConfig(), 12))
     checkpoints = Checkpoints(workdir)
     state = checkpoints.restore(checkpoints.newest(), factory.abstract())
     checkpoints.close()

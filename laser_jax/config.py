@@ -24,6 +24,8 @@ class TrainConfig:
       log_every: steps a line.
       length_edges: lower bounds of the history lengths that figures are also reported by.
       gate_maps: users drawn in the report.
+      warm_start: workdir of another run to begin with; empty for none. warm_parts: what of it, "dense", "tables" or
+        both.
       patience_s: seconds without a step or an evaluated batch after which one of several processes takes the others for
         gone and ends; more than a step and its compilation take.
     """
@@ -34,6 +36,8 @@ class TrainConfig:
     log_every: int = 20
     length_edges: tuple[int, ...] = (0, 50, 200, 500, 1000)
     gate_maps: int = 3
+    warm_start: str = ""
+    warm_parts: tuple[str, ...] = ("dense", "tables")
     patience_s: float = 900.0
 
 

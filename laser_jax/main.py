@@ -27,8 +27,9 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     absl.logging.set_verbosity(absl.logging.WARNING)  # orbax tells much
-    # Saving between two evaluations is meant.
-    absl.logging.get_absl_logger().addFilter(lambda record: "did not provide metrics" not in record.getMessage())
+    # Saving between two evaluations is meant, and so is reading one part of a checkpoint.
+    meant = ("did not provide metrics", "Metadata file does not exist")
+    absl.logging.get_absl_logger().addFilter(lambda record: not any(text in record.getMessage() for text in meant))
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logger = logging.getLogger("laser_jax")

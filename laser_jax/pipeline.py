@@ -495,4 +495,8 @@ def fingerprint(data: DataConfig) -> dict[str, str]:
     for name in files:
         with open(os.path.join(data.path, name), "rb") as file:
             sums[name] = hashlib.sha256(file.read()).hexdigest()[:16]
+    vocabularies = os.path.join(data.path, "vocab")
+    for field in sorted(os.listdir(vocabularies)) if os.path.isdir(vocabularies) else ():
+        ids = read_vocabulary(os.path.join(vocabularies, field))
+        sums[f"vocab/{field}"] = hashlib.sha256(ids.tobytes()).hexdigest()[:16]
     return sums

@@ -18,6 +18,7 @@ from laser_jax.runlog import RunLog
 from laser_jax.sharding import device_share, make_mesh, place_batch
 from laser_jax.state import StateFactory, TrainState
 from laser_jax.step import make_eval_step, make_train_step
+from laser_jax.warm_start import check_parts, warm_start
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class _Run:
 
     def __init__(self, config: Config, workdir: str, peers: hosts.Peers, watchdog: hosts.Watchdog | None):
         check_sizes(config)
+        check_parts(config.train.warm_parts)
         prepare(config.data)
         self.config, self.workdir, self.peers, self.watchdog = config, workdir, peers, watchdog
         self.mesh = make_mesh(config.mesh, config.data.batch_size, config.data.eval_batch_size)
@@ -112,7 +114,12 @@ class _Run:
         self.moved("restoring")
         found = self.checkpoints.restore_newest(self.factory.abstract())
         if found is None:
-            return self.factory.create(self.config.train.seed), 0
+            state, settings = self.factory.create(self.config.train.seed), self.config.train
+            if settings.warm_start:
+                ids, features = self.sources["train"].dictionaries, self.config.features
+                data = fingerprint(self.config.data)
+                state = warm_start(state, self.factory, features, ids, data, settings.warm_start, settings.warm_parts)
+            return state, 0
         state, step = found
         if hosts.is_first():
             logger.info("going on from step %d of %s", step, self.checkpoints.path)

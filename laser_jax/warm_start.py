@@ -1,0 +1,220 @@
+"""A fresh run that begins with parts of what another one learned: its tables, its dense parameters, or both.
+
+Tables may have grown in between: rows keep their values. What does not fit is refused by name, never skipped.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from laser_jax.checkpoint import CheckpointError, checksums
+from laser_jax.features import FeatureConfig, table_of
+from laser_jax.id_dictionary import IdDictionary
+from laser_jax.layers.embedding import Table
+from laser_jax.row_placement import padded_rows, places
+from laser_jax.state import StateFactory, TrainState
+
+logger = logging.getLogger(__name__)
+
+PARTS = ("dense", "tables")
+
+
+class WarmStartError(ValueError):
+    """Another run whose parts do not fit this one; the message names run, part and reason."""
+
+
+def check_parts(parts: tuple[str, ...]) -> None:
+    """Raises ValueError for parts that there are not."""
+    if not parts or set(parts) - set(PARTS):
+        raise ValueError(f"train.warm_parts={parts}: give some of {PARTS}")
+
+
+def warm_start(
+    state: TrainState,
+    factory: StateFactory,
+    features: FeatureConfig,
+    ids: dict[str, IdDictionary],
+    data: dict[str, str],
+    workdir: str,
+    parts: tuple[str, ...] = PARTS,
+) -> TrainState:
+    """`state` with parts of the newest checkpoint of another run; step and the dense optimizer's state stay fresh.
+
+    Args:
+      state: a fresh one of `factory`. ids: the dictionaries of its tables, into which the other run's are loaded.
+      data: fingerprint of this run's data (pipeline.fingerprint).
+      workdir: of the other run.
+
+    Raises:
+      WarmStartError: there is no run, or a part of it does not fit.
+      CheckpointError: its checkpoint is damaged.
+    """
+    check_parts(parts)
+    other = _Run(workdir)
+    restored: dict[str, Any] = {}
+    if "dense" in parts:
+        restored["params"] = other.restore({"params": _fitting_params(state, factory, other)})["params"]
+    if "tables" in parts:
+        restored["tables"] = other.restore({"tables": _fitting_tables(factory, features, data, other)})["tables"]
+    other.verify(restored)
+    if "tables" in parts:
+        tables = dict(state.tables)
+        for name, found in restored["tables"].items():
+            tables[name] = _grown(found, state.tables[name])
+            missing = sorted(set(state.tables[name].slots) - set(found.slots))
+            if missing:
+                logger.warning("table %r starts with fresh %s: %s has none", name, ", ".join(missing), workdir)
+        for name in sorted(tables.keys() - restored["tables"].keys()):
+            logger.warning("table %r starts fresh: %s has none of that name", name, workdir)
+        restored["tables"] = tables
+        other.load_ids(ids)
+    logger.info("began with %s of step %d of %s", " and ".join(parts), other.step, workdir)
+    return dataclasses.replace(state, **restored)
+
+
+class _Run:
+    """The newest checkpoint of another run, read by parts."""
+
+    def __init__(self, workdir: str):
+        self.workdir = os.path.abspath(workdir)
+        folder = os.path.join(self.workdir, "checkpoints")
+        try:
+            with open(os.path.join(self.workdir, "config.json"), encoding="utf-8") as file:
+                self.config = json.load(file)
+            steps = [int(name) for name in os.listdir(folder) if name.isdigit()]
+        except FileNotFoundError as error:
+            raise WarmStartError(f"{workdir} is no run to begin with: {error.filename} is missing") from error
+        if not steps:
+            raise WarmStartError(f"{folder} holds no checkpoint to begin with")
+        self.step = max(steps)
+        self._path = os.path.join(folder, str(self.step))
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            self.shapes = checkpointer.metadata(os.path.join(self._path, "state")).item_metadata.tree
+
+    def fields(self) -> dict[str, dict[str, Any]]:
+        """Table -> the config of one of its fields."""
+        features = self.config["features"]
+        found = [*features["item"], *features["event"], *features["context"]]
+        return {field["table"] or field["name"]: field for field in found}
+
+    def restore(self, abstract: Any, item: str = "state") -> Any:
+        args = ocp.args.PyTreeRestore(
+            item=abstract,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+            partial_restore=True,
+        )
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            return checkpointer.restore(os.path.join(self._path, item), args=args)
+
+    def verify(self, restored: dict[str, Any]) -> None:
+        """Raises CheckpointError if these parts of the state are not what was saved."""
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+            saved = checkpointer.restore(os.path.join(self._path, "checksums"))
+        for part, arrays in restored.items():
+            for name, found in checksums(arrays).items():
+                if saved.get(f".{part}{name}") != found:
+                    raise CheckpointError(f"{self._path} is damaged: .{part}{name} is not what was saved")
+
+    def load_ids(self, ids: dict[str, IdDictionary]) -> None:
+        """The other run's dictionaries, into those of the same tables."""
+        fields = self.fields()
+        smaller = {name: IdDictionary(fields[name]["rows"]) for name in ids if name in fields}
+        if not smaller:
+            return
+        found = self.restore({name: dictionary.state() for name, dictionary in smaller.items()}, "ids")
+        for name, arrays in found.items():
+            ids[name].load(arrays)
+
+
+def _fitting_params(state: TrainState, factory: StateFactory, other: _Run) -> Any:
+    """Dense parameters to restore.
+
+    Raises:
+      WarmStartError: the other run's have other names or shapes.
+    """
+    abstract = factory.abstract().params
+    wanted = {_name(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(abstract)}
+    found = jax.tree_util.tree_leaves_with_path(other.shapes["params"], is_leaf=_is_array)
+    there = {_name(path): tuple(x.shape) for path, x in found}
+    wrong = [
+        f"{name}: {there.get(name, 'absent')} there, {wanted.get(name, 'absent')} here"
+        for name in sorted(wanted.keys() | there.keys())
+        if wanted.get(name) != there.get(name)
+    ]
+    if wrong:
+        raise WarmStartError(
+            f"the dense parameters of {other.workdir} do not fit ({'; '.join(wrong[:5])}): give the same encoder, head "
+            "and widths, or train.warm_parts=('tables',)"
+        )
+    return abstract
+
+
+def _fitting_tables(
+    factory: StateFactory, features: FeatureConfig, data: dict[str, str], other: _Run
+) -> dict[str, Table]:
+    """Tables to restore, of the size they have there.
+
+    Raises:
+      WarmStartError: a table cannot become one of this run.
+    """
+    fields = other.fields()
+    abstract = factory.abstract().tables
+    found = {}
+    for field in (*features.item, *features.event, *features.context):
+        name = table_of(field)
+        if name not in abstract or name in found or name not in other.shapes["tables"]:
+            continue
+        before, shapes = fields[name], other.shapes["tables"][name]
+        problem, vocabulary = None, f"vocab/{field.name}"
+        if before["ids"] != field.ids or before["hashes"] != field.hashes:
+            problem = f"its ids are {before['ids']!r} there, {field.ids!r} here"
+        elif before["width"] != field.width:
+            problem = f"it is {before['width']} wide there, {field.width} here"
+        elif before["rows"] > field.rows:
+            problem = f"it has {before['rows']} rows there, {field.rows} here: a table can grow, not shrink"
+        elif before["rows"] != field.rows and field.ids == "hash":
+            problem = f"{before['rows']} rows there, {field.rows} here would move hashed ids: use ids='dictionary'"
+        elif field.ids == "vocab" and other.config["fingerprint"].get(vocabulary) != data.get(vocabulary):
+            problem = "its vocabulary is another one there, which moves its rows: use ids='dictionary'"
+        if problem:
+            raise WarmStartError(f"table {name!r} of {other.workdir} does not fit: {problem}")
+        table = abstract[name]
+
+        def of(x: jax.ShapeDtypeStruct, rows: int = padded_rows(before["rows"])) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=x.sharding)
+
+        slots = {slot: of(x) for slot, x in table.slots.items() if slot in shapes["slots"]}
+        found[name] = Table(of(table.rows), slots)
+    return found
+
+
+def _grown(found: Table, fresh: Table) -> Table:
+    """`found` at the size of `fresh`; rows that it does not have stay fresh."""
+    before, after = found.rows.shape[0], fresh.rows.shape[0]
+    if before == after:
+        return Table(found.rows, fresh.slots | found.slots)
+    rows = np.arange(before)
+    source, target = places(rows, before), places(rows, after)
+
+    def moved(x, into):
+        move = jax.jit(lambda x, into, source, target: into.at[target].set(x[source]), out_shardings=into.sharding)
+        return move(x, into, source, target)
+
+    slots = {name: moved(slot, fresh.slots[name]) for name, slot in found.slots.items()}
+    return Table(moved(found.rows, fresh.rows), fresh.slots | slots)
+
+
+def _name(path: tuple) -> str:
+    """A path's keys, without how each is written: GetAttrKey, DictKey and so on."""
+    keys = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path]
+    return ".".join(keys)
+
+
+def _is_array(x: Any) -> bool:
+    return hasattr(x, "shape")

@@ -54,6 +54,7 @@ def checksums(state: Any) -> dict[str, list[int]]:
 
 
 Ids = dict[str, IdDictionary]
+_CHUNKED = ocp.SaveArgs(chunk_byte_size=64 << 20)
 
 
 def _ids_state(ids: Ids) -> dict[str, dict[str, np.ndarray]]:
@@ -73,12 +74,17 @@ class Checkpoints:
 
     The state's step is also the position in the data, so one item holds both.
 
+    Large states stream: arrays are cut into chunks, of which a bounded number is in memory beside the state.
+
     Args:
       ids: table -> its dictionary; saved with every state, and what is restored is loaded into them.
+      largest_bytes: of the largest array of a state, as far as it lies on this process's devices: what is in memory
+        beside the state is a little more.
     """
 
-    def __init__(self, workdir: str, ids: Ids | None = None):
+    def __init__(self, workdir: str, ids: Ids | None = None, largest_bytes: int = 0):
         self._ids = ids or {}
+        in_flight = 1 + -(-largest_bytes // 10**9)
         self.path = os.path.join(os.path.abspath(workdir), "checkpoints")
         # max_to_keep together with best_fn would delete the newest; two policies keep both.
         policy = AnyPreservationPolicy(
@@ -97,7 +103,7 @@ class Checkpoints:
             self.path,
             options=options,
             item_handlers={
-                "state": ocp.StandardCheckpointHandler(),
+                "state": ocp.PyTreeCheckpointHandler(save_concurrent_gb=in_flight, restore_concurrent_gb=in_flight),
                 "ids": ocp.StandardCheckpointHandler(),
                 "checksums": ocp.JsonCheckpointHandler(),
             },
@@ -115,7 +121,7 @@ class Checkpoints:
         """Starts saving; `metrics` must hold `auc` where the state was evaluated."""
         ids = _ids_state(self._ids)
         items = {
-            "state": ocp.args.StandardSave(state),
+            "state": ocp.args.PyTreeSave(state, save_args=jax.tree.map(lambda _: _CHUNKED, state)),
             "checksums": ocp.args.JsonSave(checksums(state) | _ids_sums(ids)),
         }
         if ids:
@@ -128,7 +134,11 @@ class Checkpoints:
         Raises:
           CheckpointError: its files cannot be read, or an array is not what was saved.
         """
-        items = {"state": ocp.args.StandardRestore(abstract), "checksums": ocp.args.JsonRestore()}
+        how = ocp.checkpoint_utils.construct_restore_args(abstract)
+        items = {
+            "state": ocp.args.PyTreeRestore(item=abstract, restore_args=how),
+            "checksums": ocp.args.JsonRestore(),
+        }
         if self._ids:
             items["ids"] = ocp.args.StandardRestore(_ids_state(self._ids))
         try:

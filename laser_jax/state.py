@@ -89,6 +89,11 @@ class StateFactory:
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), self._shapes, self.shardings
         )
 
+    @property
+    def largest_bytes(self) -> int:
+        """Of the largest array of a state, as far as it lies on this process's devices."""
+        return max(x.size * x.dtype.itemsize for x in jax.tree.leaves(self._shapes)) // jax.process_count()
+
     def num_parameters(self) -> dict[str, int]:
         """Dense and table parameters apart; without the rows that only pad tables."""
         return {

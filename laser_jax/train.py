@@ -71,7 +71,7 @@ class _Run:
         ids = self.sources["train"].dictionaries
         for source in self.sources.values():
             source.dictionaries = ids
-        self.checkpoints = Checkpoints(workdir, ids)
+        self.checkpoints = Checkpoints(workdir, ids, self.factory.largest_bytes)
         self.eval_step = make_eval_step(self.factory)
 
     @property

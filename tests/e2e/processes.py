@@ -36,14 +36,15 @@ def start(env, workdir, *flags, config=f"tests/small_config.py:{ENCODER}", out=N
         return subprocess.Popen(command, env=env, stdout=file, stderr=subprocess.STDOUT)
 
 
-def start_together(env, workdir, number, *flags):
+def start_together(env, workdir, number, *flags, config):
     """`number` processes that train together; their outputs go to WORKDIR.0.out, WORKDIR.1.out, ..."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     together = (f"--coordinator={address}", f"--num_processes={number}", "--heartbeat_s=15")
     return [
-        start(env, workdir, *together, f"--process_id={i}", *flags, out=f"{workdir}.{i}.out") for i in range(number)
+        start(env, workdir, *together, f"--process_id={i}", *flags, config=config, out=f"{workdir}.{i}.out")
+        for i in range(number)
     ]
 
 

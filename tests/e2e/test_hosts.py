@@ -1,4 +1,7 @@
-"""Two real processes with two devices each: the same run as one process, and what is left when one of them dies."""
+"""Two real processes with two devices each: the same run as one process, and what is left when one of them dies.
+
+With a growing dictionary, on whose rows all processes must agree.
+"""
 
 import json
 import shutil
@@ -14,6 +17,7 @@ from tests.e2e.processes import finish, finish_together, read, said, start, star
 pytestmark = pytest.mark.xdist_group("hosts")  # the fixtures are dear: one process runs all that shares them
 
 EPOCHS, SAVE_EVERY = 3, 10
+CONFIG = "tests/dictionary_config.py:laser_plus"
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +42,14 @@ def flags(known_data):
 def alone(programs, flags, tmp_path_factory):
     """One process, one device."""
     workdir = str(tmp_path_factory.mktemp("alone") / "run")
-    finish(start(processes.environment(programs), workdir, *flags), workdir)
+    finish(start(processes.environment(programs), workdir, *flags, config=CONFIG), workdir)
     return workdir
 
 
 @pytest.fixture(scope="module")
 def together(programs, flags, tmp_path_factory):
     workdir = str(tmp_path_factory.mktemp("together") / "run")
-    finish_together(start_together(processes.environment(programs, 2), workdir, 2, *flags), workdir)
+    finish_together(start_together(processes.environment(programs, 2), workdir, 2, *flags, config=CONFIG), workdir)
     return workdir
 
 
@@ -80,7 +84,7 @@ def killed(programs, flags, tmp_path_factory):
     """A run of two whose second process was killed after the first checkpoint: its workdir, and the seconds that the
     first went on."""
     workdir = str(tmp_path_factory.mktemp("killed") / "run")
-    first, second = start_together(processes.environment(programs, 2), workdir, 2, *flags)
+    first, second = start_together(processes.environment(programs, 2), workdir, 2, *flags, config=CONFIG)
     try:
         processes.wait_for_a_checkpoint(workdir, first)
         second.kill()
@@ -105,7 +109,7 @@ def test_the_death_of_a_process_ends_the_other_with_a_reason(killed):
 def test_after_a_death_the_same_commands_end_with_the_same_bits(killed, together, programs, flags, tmp_path):
     workdir = str(tmp_path / "run")
     shutil.copytree(killed[0], workdir)
-    finish_together(start_together(processes.environment(programs, 2), workdir, 2, *flags), workdir)
+    finish_together(start_together(processes.environment(programs, 2), workdir, 2, *flags, config=CONFIG), workdir)
     assert "going on from step" in said(f"{workdir}.0")
     want, got = predictions(together), predictions(workdir)
     for name in want:
@@ -116,7 +120,7 @@ def test_one_process_goes_on_where_two_stopped(killed, alone, programs, flags, t
     """On another mesh: the same examples in the same order, or the losses would not be those of a run never stopped."""
     workdir = str(tmp_path / "run")
     shutil.copytree(killed[0], workdir)
-    finish(start(processes.environment(programs, 4), workdir, *flags, "--config.mesh.model=4"), workdir)
+    finish(start(processes.environment(programs, 4), workdir, *flags, "--config.mesh.model=4", config=CONFIG), workdir)
     assert "going on from step" in said(workdir)
     one, other = losses(alone), losses(workdir)
     assert one.keys() == other.keys()
@@ -125,7 +129,9 @@ def test_one_process_goes_on_where_two_stopped(killed, alone, programs, flags, t
 
 def test_sigterm_to_one_process_saves_and_ends_both(programs, flags, tmp_path):
     workdir = str(tmp_path / "run")
-    both = start_together(processes.environment(programs, 2), workdir, 2, *flags, "--config.data.epochs=300")
+    both = start_together(
+        processes.environment(programs, 2), workdir, 2, *flags, "--config.data.epochs=300", config=CONFIG
+    )
     processes.wait_for_a_checkpoint(workdir, both[0])
     both[1].send_signal(signal.SIGTERM)
     finish_together(both, workdir)

@@ -32,6 +32,10 @@ class RowExchange:
             return buckets
         return jax.lax.all_to_all(buckets, self.axes, split_axis=0, concat_axis=0)
 
+    def sum(self, x: jax.Array) -> jax.Array:
+        """Over all devices."""
+        return x if self.num_devices == 1 else jax.lax.psum(x, self.axes)
+
     def requested(self, wanted: Int[Array, "devices size"]) -> Int[Array, "devices size"]:
         """What the others want of this device: its own rows, a bucket for each of them."""
         return self._transpose(wanted)

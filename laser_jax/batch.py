@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from laser_jax.features import line_source
 from laser_jax.id_dictionary import Assigned, IdDictionary
 from laser_jax.row_placement import Wanted, bucket_size, rows_at, rows_per_device, unique_keys
 
@@ -23,8 +24,7 @@ class Batch:
         before.
       users: the user of each real row. references: name -> float32 [B, C] scores stored beside the labels.
       lengths: events before the request, of each real row, at most L.
-      num_unique: table -> distinct rows, summed over this process's devices. fullest: table -> rows in the fullest
-        bucket.
+      num_unique: table -> distinct rows, summed over this process's devices.
       tables: field -> (table, its rows), for fields whose indices point into a table.
     """
 
@@ -33,7 +33,6 @@ class Batch:
     lengths: np.ndarray
     references: dict[str, np.ndarray]
     num_unique: dict[str, int]
-    fullest: dict[str, int]
     tables: dict[str, tuple[str, int]]
 
     @property
@@ -47,9 +46,14 @@ class Batch:
 
     def known(self, side: str, field: str) -> np.ndarray:
         """Whether a field's values are known ones, so that equal indices mean equal values; shaped like the indices."""
-        if field not in self.tables:
-            return np.ones(self.step[side][field].shape, bool)
-        return self.rows(side, field) != 0
+        if field in self.tables:
+            return self.rows(side, field) != 0
+        index = self.step[side][field]
+        bags = self.step["bags"].get(line_source(field))
+        if bags is None:  # a vector
+            return np.ones(index.shape, bool)
+        device = np.arange(len(index)) // (len(index) // len(bags))
+        return (bags >= 0).any(axis=2)[device.reshape(-1, *[1] * (index.ndim - 1)), index]
 
     def rows(self, side: str, field: str) -> np.ndarray:
         """Embedding rows behind the indices of a field, for what is compared on the host; shaped like the indices.
@@ -105,7 +109,6 @@ class Laid:
     fresh: np.ndarray
     slots: list[np.ndarray]
     num_unique: int
-    fullest: int
 
 
 def lay_out(
@@ -144,8 +147,8 @@ def lay_out(
             keys = distinct
         wanted, rank = Wanted.of(keys, num_rows, num_devices)
         found.append((wanted, rank, same, fresh))
-    fullest = max(int(wanted.counts.max()) for wanted, *_ in found)
     if size is None:
+        fullest = max(int(wanted.counts.max()) for wanted, *_ in found)
         size = bucket_size(fullest, min(share, num_rows), least)
     blocks, flags, slots = [], [], []
     for wanted, rank, same, fresh in found:
@@ -157,4 +160,4 @@ def lay_out(
         flags.append(flag)
         slots.append(slot[rank] if same is None else slot[rank][same])
     num_unique = sum(len(wanted.places) for wanted, *_ in found)
-    return Laid(np.stack(blocks), np.stack(flags), slots, num_unique, fullest)
+    return Laid(np.stack(blocks), np.stack(flags), slots, num_unique)

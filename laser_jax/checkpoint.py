@@ -6,16 +6,16 @@ which orbax does not keep: a flipped bit in an array reads back as wrong data.
 
 import logging
 import os
+import pathlib
 import zlib
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from laser_jax import hosts
+from laser_jax.checksums import checksums
 from laser_jax.id_dictionary import IdDictionary
 from laser_jax.state import TrainState
 
@@ -30,29 +30,6 @@ class CheckpointError(ValueError):
 _UNREADABLE = (ValueError, KeyError, AttributeError, TypeError, OSError)
 
 
-@jax.jit
-def _sums(arrays: list[jax.Array]) -> list[jax.Array]:
-    """Two 32-bit sums of each array over its bits and their places: alike for any sharding, at memory's speed."""
-
-    def one(x):
-        bits = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
-        place = jnp.zeros(x.shape, jnp.uint32)
-        for axis, size in enumerate(x.shape):
-            place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        mixed = (bits.astype(jnp.uint32) ^ (place * np.uint32(0x9E3779B1))) * np.uint32(0x85EBCA77)
-        mixed = (mixed ^ (mixed >> 15)) * np.uint32(0xC2B2AE35)
-        return jnp.stack([jnp.sum(mixed, dtype=jnp.uint32), jnp.sum(mixed ^ (mixed >> 13), dtype=jnp.uint32)])
-
-    return [one(x) for x in arrays]
-
-
-def checksums(state: Any) -> dict[str, list[int]]:
-    """A checksum of every array, by its path in the state."""
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    sums = jax.device_get(_sums([leaf for _, leaf in leaves]))
-    return {jax.tree_util.keystr(path): found.tolist() for (path, _), found in zip(leaves, sums, strict=True)}
-
-
 Ids = dict[str, IdDictionary]
 _CHUNKED = ocp.SaveArgs(chunk_byte_size=64 << 20)
 
@@ -61,9 +38,10 @@ def _ids_state(ids: Ids) -> dict[str, dict[str, np.ndarray]]:
     return {table: dictionary.state() for table, dictionary in ids.items()}
 
 
-def _ids_sums(ids: dict[str, dict[str, np.ndarray]]) -> dict[str, list[int]]:
+def ids_checksums(ids: dict[str, dict[str, np.ndarray]]) -> dict[str, int]:
+    """A checksum of every array of the dictionaries' states."""
     return {
-        f"ids of {table}, {name}": [zlib.crc32(np.ascontiguousarray(array))]
+        f"ids of {table}, {name}": zlib.crc32(np.ascontiguousarray(array))
         for table, arrays in ids.items()
         for name, array in arrays.items()
     }
@@ -93,6 +71,7 @@ class Checkpoints:
                 BestN(get_metric_fn=lambda metrics: metrics["auc"], n=1, keep_checkpoints_without_metrics=False),
             ]
         )
+        self._state_handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=in_flight, restore_concurrent_gb=in_flight)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy,
             best_fn=lambda metrics: metrics["auc"],
@@ -103,7 +82,7 @@ class Checkpoints:
             self.path,
             options=options,
             item_handlers={
-                "state": ocp.PyTreeCheckpointHandler(save_concurrent_gb=in_flight, restore_concurrent_gb=in_flight),
+                "state": self._state_handler,
                 "ids": ocp.StandardCheckpointHandler(),
                 "checksums": ocp.JsonCheckpointHandler(),
             },
@@ -122,7 +101,7 @@ class Checkpoints:
         ids = _ids_state(self._ids)
         items = {
             "state": ocp.args.PyTreeSave(state, save_args=jax.tree.map(lambda _: _CHUNKED, state)),
-            "checksums": ocp.args.JsonSave(checksums(state) | _ids_sums(ids)),
+            "checksums": ocp.args.JsonSave(checksums(state) | ids_checksums(ids)),
         }
         if ids:
             items["ids"] = ocp.args.StandardSave(ids)
@@ -134,27 +113,37 @@ class Checkpoints:
         Raises:
           CheckpointError: its files cannot be read, or an array is not what was saved.
         """
-        how = ocp.checkpoint_utils.construct_restore_args(abstract)
-        items = {
-            "state": ocp.args.PyTreeRestore(item=abstract, restore_args=how),
-            "checksums": ocp.args.JsonRestore(),
-        }
-        if self._ids:
-            items["ids"] = ocp.args.StandardRestore(_ids_state(self._ids))
+        failure, found = None, None
         try:
-            found = self._manager.restore(step, args=ocp.args.Composite(**items))
+            found = self._read(step, abstract)
         except _UNREADABLE as error:
-            raise CheckpointError(f"{self.path}/{step} cannot be read: {str(error)[:500]}") from error
-        ids = found.ids if self._ids else {}
-        now, saved = checksums(found.state) | _ids_sums(ids), found.checksums
+            failure = CheckpointError(f"{self.path}/{step} cannot be read: {str(error)[:500]}")
+        if hosts.agree([int(failure is not None)]) != [0]:
+            raise failure or CheckpointError(f"{self.path}/{step} cannot be read by another process")
+        state, ids, saved = found
+        now = checksums(state) | ids_checksums(ids)
         wrong = sorted(name for name in now if now[name] != saved.get(name))
-        if wrong:
+        if hosts.agree([len(wrong)]) != [0]:
             raise CheckpointError(
-                f"{self.path}/{step}: {', '.join(wrong)} is not what was saved: its files are damaged"
+                f"{self.path}/{step} is damaged: {', '.join(wrong) or 'ids, on another process,'} is not what was saved"
             )
         for table, arrays in ids.items():
             self._ids[table].load(arrays)
-        return found.state
+        return state
+
+    def _read(self, step: int, abstract: TrainState) -> tuple[TrainState, dict, dict[str, int]]:
+        """State, dictionaries and checksums. By the handlers: the manager's restore waits for all processes at its end,
+        for ever if one of them fails before."""
+        self._manager.wait_until_finished()
+        folder = pathlib.Path(self.path) / str(step)
+        how = ocp.checkpoint_utils.construct_restore_args(abstract)
+        args = ocp.args.PyTreeRestore(item=abstract, restore_args=how)
+        state = self._state_handler.restore(folder / "state", args=args)
+        ids = {}
+        if self._ids:
+            args = ocp.args.StandardRestore(_ids_state(self._ids))
+            ids = ocp.StandardCheckpointHandler().restore(folder / "ids", args=args)
+        return state, ids, ocp.JsonCheckpointHandler().restore(folder / "checksums", args=ocp.args.JsonRestore())
 
     def restore_newest(self, abstract: TrainState) -> tuple[TrainState, int] | None:
         """The newest state that is whole, and its step; None if there is none.
@@ -179,15 +168,13 @@ class Checkpoints:
         damaged: list[tuple[int, CheckpointError]] = []
         for step in steps:
             try:
-                state, failure = self.restore(step, abstract), None
+                state = self.restore(step, abstract)
             except CheckpointError as error:
-                state, failure = None, error
-            if hosts.agree([int(failure is not None)]) == [0]:
-                self._set_aside([number for number, _ in damaged])
-                return state, step
-            failure = failure or CheckpointError(f"{self.path}/{step} cannot be read by another process")
-            logger.warning("DAMAGED CHECKPOINT: %s. Trying an older one.", failure)
-            damaged.append((step, failure))
+                logger.warning("DAMAGED CHECKPOINT: %s. Trying an older one.", error)
+                damaged.append((step, error))
+                continue
+            self._set_aside([number for number, _ in damaged])
+            return state, step
         if damaged:
             raise CheckpointError(
                 f"no checkpoint of {self.path} can be read (the newest: {damaged[0][1]}): give another --workdir"

@@ -72,7 +72,7 @@ def predict(
       FloatingPointError: a score is not finite.
     """
     blocks: dict[str, list[np.ndarray]] = {name: [] for name in ("logits", "label", "mask", "length")}
-    blocks |= {name: [] for name in source.requests.references}
+    blocks |= {f"reference {name}": [] for name in source.requests.references}
     start = told = time.monotonic()
     for k, batch in enumerate(source.stream(0, source.num_batches, peers)):
         moved(f"{what}, batch {k}")
@@ -81,7 +81,7 @@ def predict(
         for name in ("label", "mask", "length"):
             blocks[name].append(batch.step[name])
         for name, values in batch.references.items():
-            blocks[name].append(values)
+            blocks[f"reference {name}"].append(values)
         if time.monotonic() - told > 10:
             told = time.monotonic()
             eta = (told - start) / (k + 1) * (source.num_batches - k - 1)
@@ -100,7 +100,7 @@ def predict(
         labels=rows.pop("label")[real],
         logits=logits,
         lengths=np.repeat(rows.pop("length")[: len(per_row)], per_row),
-        references={name: values[real] for name, values in rows.items()},
+        references={name.removeprefix("reference "): values[real] for name, values in rows.items()},
     )
 
 

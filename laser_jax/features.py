@@ -12,6 +12,7 @@ from laser_jax.vault.hashing import splitmix64
 
 ID_MAPS = ("code", "vocab", "hash", "log", "dictionary", "vector")
 POOLS = ("sum", "mean")
+MOST_ROWS = 2**31 - 2**20  # rows are int32
 NO_VALUE = -1  # fills up a column of several values
 
 
@@ -89,6 +90,13 @@ class FeatureConfig:
         names = [field.name for field in (*self.item, *self.event)]
         if len(set(names)) != len(names):
             raise ValueError(f"features name a column twice, as item and event or within one: {names}")
+        others = {field.name: field for field in (*self.item, *self.event)}
+        for field in self.context:
+            if others.get(field.name, field) != field:
+                raise ValueError(
+                    f"context field {field.name!r} has the name of another field: give both the same settings, or one "
+                    "another name"
+                )
         tables: dict[str, tuple[int, int]] = {}
         for field in (*self.item, *self.event, *self.context):
             if field.ids not in ID_MAPS:
@@ -132,10 +140,15 @@ class FeatureConfig:
 
 def _check(field: FieldConfig) -> None:
     """Raises ValueError for a field that makes no sense by itself."""
-    if field.width < 1 or (field.rows < 2) != (field.ids == "vector"):
+    vector = field.ids == "vector"
+    if field.width < 1 or (field.rows != 0 if vector else not 2 <= field.rows <= MOST_ROWS):
         raise ValueError(
-            f"field {field.name!r}: rows={field.rows} (at least 2; none for ids='vector'), width={field.width}"
+            f"field {field.name!r}: rows={field.rows} (2 to {MOST_ROWS}; none for ids='vector'), width={field.width}"
         )
+    if field.ids != "dictionary" and (field.admit, field.keep) != (1, 0):
+        raise ValueError(f"field {field.name!r}: admit and keep are for ids='dictionary', not {field.ids!r}")
+    if vector and field.table:
+        raise ValueError(f"field {field.name!r}: ids='vector' has no table, not {field.table!r}")
     if field.pool and (field.pool not in POOLS or field.ids in ("log", "vector")):
         raise ValueError(f"field {field.name!r}: pool={field.pool!r} is not one of {POOLS}, or not for {field.ids!r}")
     if field.hashes < 1 or (field.hashes > 1 and (field.ids != "hash" or field.pool)):
@@ -149,7 +162,12 @@ def table_of(field: FieldConfig) -> str:
 
 def source_of(field: FieldConfig) -> str:
     """What a field's indices point into: rows of its table, or what is made of several, or given, for it alone."""
-    return f"values of {field.name}" if field.bagged or field.ids == "vector" else table_of(field)
+    return line_source(field.name) if field.bagged or field.ids == "vector" else table_of(field)
+
+
+def line_source(name: str) -> str:
+    """The source of a field of several values."""
+    return f"values of {name}"
 
 
 def rows_of(field: FieldConfig, values: np.ndarray, vocabulary: np.ndarray | None) -> np.ndarray:

@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 
 import jax
@@ -19,6 +20,7 @@ from jax.experimental import multihost_utils
 logger = logging.getLogger(__name__)
 
 EXIT_LOST_PEER = 75  # EX_TEMPFAIL: give the same commands again
+OWN_FAULTS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
 RESTART = "start all processes again with the same commands: they go on from the newest checkpoint"
 
 
@@ -46,7 +48,9 @@ def connect(coordinator: str | None, num_processes: int | None, process_id: int 
 
 def _in_cluster(environment: dict[str, str]) -> bool:
     """Whether a scheduler started several of us."""
-    several = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
+    several = ["OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES"]
+    if "SLURM_STEP_NODELIST" in environment:  # by srun; a batch script alone is one process
+        several.append("SLURM_NTASKS")
     if any(environment.get(name, "1").isdigit() and int(environment.get(name, "1")) > 1 for name in several):
         return True
     return "," in environment.get("TPU_WORKER_HOSTNAMES", "")
@@ -80,7 +84,7 @@ def local(array: jax.Array) -> np.ndarray:
 
 
 class Stopped(Exception):
-    """SIGTERM came; what had to be saved is saved."""
+    """SIGTERM came, and the run ended in order; the message says where it goes on."""
 
 
 class Peers:
@@ -168,8 +172,11 @@ class Watchdog:
 def lost_peer(error: Exception) -> None:
     """Ends this process, with a message, after a collective failed because another process is gone.
 
-    At once: the runtime's own orderly end would wait for the dead.
+    At once: the runtime's own orderly end would wait for the dead. What is no other's fault is left to be raised.
     """
+    if any(kind in str(error) for kind in OWN_FAULTS):
+        return
+    traceback.print_exception(error)
     sys.stderr.write(
         f"process {jax.process_index()} of {jax.process_count()}: another process is gone ({_first_line(error)}); "
         f"{RESTART}\n"

@@ -67,7 +67,7 @@ class IdDictionary:
         never).
 
     Attributes:
-      refused: ids that were due for a row when there was none.
+      refused: how often an id was due for a row, or was new, when there was no room for it.
     """
 
     def __init__(self, num_rows: int, admit: int = 1, keep: int = 0):
@@ -176,7 +176,7 @@ class IdDictionary:
         return True
 
     def _forget_waiting(self, step: int, needed: int, ids: np.ndarray) -> None:
-        """Drops waiting ids until half of them are gone or enough room is made, those away for longest first."""
+        """Drops half of the waiting ids, or as many as are needed if that is more, those away for longest first."""
         waiting = self._row[: self._used] == WAITING
         waiting[self._entries(ids)[self._entries(ids) >= 0]] = False  # not those of this very step
         away = np.where(waiting, self._seen[: self._used], np.iinfo(np.int32).max)
@@ -193,6 +193,11 @@ class IdDictionary:
             array[kept:] = 0
         self._used = kept
         self._index()
+
+    def restart(self, step: int) -> None:
+        """Counts steps anew: what was step `step` is now step 0."""
+        self._seen[: self._used] -= step
+        self._swept = self.refused = 0
 
     def state(self) -> dict[str, np.ndarray]:
         """Everything, as arrays whose shapes depend on num_rows alone."""

@@ -71,6 +71,13 @@ class OptimConfig:
                 raise ValueError(f"optim.{name}={getattr(self, name)!r} is not one of {TABLE_TYPES}")
         if self.microbatches < 1:
             raise ValueError(f"optim.microbatches={self.microbatches}: give at least 1")
+        if self.table_learning_rate <= 0 or not 0 <= self.table_b1 < 1 or not 0 <= self.table_b2 < 1:
+            raise ValueError(
+                f"optim.table_learning_rate={self.table_learning_rate}, table_b1={self.table_b1}, "
+                f"table_b2={self.table_b2}: give a rate above 0 and decays in [0, 1)"
+            )
+        if self.warmup < 0 or self.decay < 0 or self.clip < 0:
+            raise ValueError(f"optim.warmup={self.warmup}, decay={self.decay}, clip={self.clip}: give 0 or more")
         if self.table_accumulator <= 0:
             raise ValueError(f"optim.table_accumulator={self.table_accumulator}: give more than 0, it is divided by")
 

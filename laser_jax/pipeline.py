@@ -17,7 +17,7 @@ from laser_jax import vault as seqvault
 from laser_jax.batch import Batch, Lines, Numbered, lay_out
 from laser_jax.features import NO_VALUE, FeatureConfig, FieldConfig, rows_of, source_of, table_of
 from laser_jax.id_dictionary import Assigned
-from laser_jax.requests import MANIFEST, Requests, read_vocabulary
+from laser_jax.requests import MANIFEST, Requests, read_vocabulary, split_type
 from laser_jax.row_placement import ALONE, DeviceShare, Wanted, bucket_size, distinct_lines, unique_keys
 from laser_jax.vault.partitioning import is_partitioned, partition_paths
 
@@ -184,18 +184,7 @@ class BatchSource:
                 raise seqvault.UnknownFieldError(
                     f"{self.vault.path}: features name the event field {field.name!r}; the vault has {', '.join(known)}"
                 )
-            size, several = known[field.name].size, bool(field.pool) or field.ids == "vector"
-            if (size is not None) != several or (field.ids == "vector" and size != field.width):
-                raise ValueError(
-                    f"{self.vault.path}: field {field.name!r} holds {size or 1} values an event, which "
-                    f"ids={field.ids!r}, pool={field.pool!r}, width={field.width} do not fit: pool integers, use "
-                    "ids='vector' for numbers"
-                )
-            if field.ids != "vector" and known[field.name].type.startswith("float") and field.ids != "log":
-                raise ValueError(
-                    f"{self.vault.path}: field {field.name!r} is {known[field.name].type}, which ids={field.ids!r} "
-                    "would cut to whole numbers: use ids='log'"
-                )
+            _check_type(self.vault.path, field, known[field.name].type, known[field.name].size)
         if self.vault.schema.user != self.requests.user_type:
             raise ValueError(
                 f"{self.requests.path} has {self.requests.user_type} users, {self.vault.path} has "
@@ -210,6 +199,13 @@ class BatchSource:
                     raise ValueError(
                         f"{self.requests.path}: features name the {what} column {field.name!r}; there is "
                         f"{', '.join(columns) or 'none'}"
+                    )
+                dtype, size = split_type(columns[field.name])
+                _check_type(self.requests.path, field, dtype, size)
+                if what == "candidate" and size != known[field.name].size:
+                    raise ValueError(
+                        f"{self.requests.path}: candidate column {field.name!r} holds {size or 1} values, the vault's "
+                        f"field {known[field.name].size or 1}: write requests with as many"
                     )
 
     def __reduce__(self):
@@ -303,7 +299,10 @@ class BatchSource:
                 parts = [columns[key] for key in mine] + [line.values[~line.missing] for line in several]
                 keys, positions = unique_keys(parts)
                 at = dict(zip(mine, positions, strict=False))
-                of_bags = {source: np.full(line.missing.shape, -1) for source, line in zip(bags, several, strict=True)}
+                of_bags = {
+                    source: np.full(line.missing.shape, -1, np.int32)
+                    for source, line in zip(bags, several, strict=True)
+                }
                 for bag, line, position in zip(of_bags.values(), several, positions[len(mine) :], strict=True):
                     bag[~line.missing] = position
                 found.append(Numbered(keys, at, of_bags))
@@ -355,7 +354,7 @@ class BatchSource:
             "vectors": {},
         }
         columns: dict[str, dict[str, np.ndarray]] = {"history": {}, "candidates": {}, "context": {}}
-        num_unique, fullest = {}, {}
+        num_unique = {}
         for table, parts in read.numbered.items():
             laid = lay_out(
                 parts,
@@ -366,17 +365,16 @@ class BatchSource:
                 self.dictionaries.get(table),
                 (assigned or {}).get(table),
             )
-            step["unique"][table], num_unique[table], fullest[table] = laid.unique, laid.num_unique, laid.fullest
+            step["unique"][table], num_unique[table] = laid.unique, laid.num_unique
             if assigned and table in assigned:
                 step["fresh"][table] = laid.fresh
             for side, name in parts[0].positions:
                 at = [slots[part.positions[side, name]] for slots, part in zip(laid.slots, parts, strict=True)]
                 columns[side][name] = np.concatenate(at)
             for source in parts[0].bags:
-                bags = [
-                    np.where(part.bags[source] < 0, -1, slots[np.maximum(part.bags[source], 0)])
-                    for slots, part in zip(laid.slots, parts, strict=True)
-                ]
+                bags = [part.bags[source].copy() for part in parts]
+                for bag, slots in zip(bags, laid.slots, strict=True):
+                    bag[bag >= 0] = slots[bag[bag >= 0]]
                 step["bags"][source] = self._pad_lines(source, bags, -1, asked.get(source))
         for source, parts in read.lines.items():
             if not self._lined[source].bagged:
@@ -393,7 +391,6 @@ class BatchSource:
             lengths=sizes,
             references={name: pad_candidates(v, np.float32) for name, v in requests.references.items()},
             num_unique=num_unique,
-            fullest=fullest,
             tables=self._table_of,
         )
 
@@ -456,6 +453,21 @@ class BatchSource:
             "batches": self.num_batches,
             "candidate_fill": round(float(self._row_count.sum()) / (len(self._row_count) * self.num_columns), 3),
         }
+
+
+def _check_type(path: str, field: FieldConfig, dtype: str, size: int | None) -> None:
+    """Raises ValueError if a column of this type, of `size` values each, cannot be what its field says."""
+    several = bool(field.pool) or field.ids == "vector"
+    if (size is not None) != several or (field.ids == "vector" and size != field.width):
+        raise ValueError(
+            f"{path}: field {field.name!r} holds {size or 1} values each, which ids={field.ids!r}, "
+            f"pool={field.pool!r}, width={field.width} do not fit: pool integers, use ids='vector' for numbers"
+        )
+    if dtype.startswith("float") and field.ids not in ("log", "vector"):
+        raise ValueError(
+            f"{path}: field {field.name!r} is {dtype}, which ids={field.ids!r} would cut to whole numbers: use "
+            "ids='log'"
+        )
 
 
 def _distinct(field: FieldConfig, columns: dict[tuple[str, str], np.ndarray]) -> Lines:

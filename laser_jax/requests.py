@@ -101,7 +101,7 @@ class RequestsWriter:
             raise self._error("user", f"has type {user!r}: write 'int64' or 'string'")
         layout = _layout(user, self._sequence, self._types)
         for column, dtype in layout.items():
-            if _split(dtype)[0] not in _TYPES or not column.replace(".", "_").isidentifier():
+            if split_type(dtype)[0] not in _TYPES or not column.replace(".", "_").isidentifier():
                 raise self._error(column, f"({dtype!r}) is no identifier, or no type of {', '.join(_TYPES)}")
         parent, name = os.path.split(self._path)
         if os.path.exists(self._path):
@@ -110,7 +110,7 @@ class RequestsWriter:
         self._build = tempfile.mkdtemp(prefix=f"{name}.building-", dir=parent)
         os.chmod(self._build, 0o755)
         self._columns = {
-            column: ColumnWriter(os.path.join(self._build, column), _split(dtype)[0])
+            column: ColumnWriter(os.path.join(self._build, column), split_type(dtype)[0])
             for column, dtype in layout.items()
         }
         self._columns["offsets"].add(np.zeros(1, np.int64))
@@ -199,7 +199,7 @@ class RequestsWriter:
         return RequestsError(f"column {column!r} of {self._path} {problem}")
 
     def _column(self, name, values, dtype, length=None):
-        array, (dtype, size) = np.asarray(values), _split(dtype)
+        array, (dtype, size) = np.asarray(values), split_type(dtype)
         dtype = np.dtype(dtype)
         if array.ndim != (1 if size is None else 2) or (length is not None and len(array) != length):
             wanted = f"a vector of {length or 'R'}" if size is None else f"{length or 'R'} of {size} each"
@@ -237,8 +237,8 @@ class Requests:
         path: absolute path of the directory.
         num_candidates: candidates of all requests together.
         user_type: "int64" or "string".
-        columns: names of the candidate columns.
-        context_columns: names of the columns with one value a request.
+        columns: name -> type of the candidate columns.
+        context_columns: name -> type of the columns with one value a request.
         references: names of the stored reference scores.
     """
 
@@ -263,7 +263,7 @@ class Requests:
         if expected - self._spec.keys():
             raise RequestsError(f"{manifest} is damaged (no {min(expected - self._spec.keys())}): rebuild the data set")
         self.num_candidates = self._spec["num_candidates"]
-        self.columns, self.context_columns = tuple(self._spec["candidates"]), tuple(self._spec["context"])
+        self.columns, self.context_columns = dict(self._spec["candidates"]), dict(self._spec["context"])
         self.references = tuple(self._spec["references"])
         self.user_type = self._spec["user"]
         self._columns, self._cached, self._lock = {}, 0, threading.Lock()
@@ -334,7 +334,7 @@ class Requests:
 
     def _take_lines(self, name, indices, dtype):
         """Values at `indices` [n], or [n, k] where the column has k values each."""
-        _, size = _split(dtype)
+        _, size = split_type(dtype)
         if size is None:
             return self._take(name, indices)
         return self._take(name, (indices[:, None] * size + np.arange(size)).ravel()).reshape(-1, size)
@@ -353,7 +353,7 @@ class Requests:
                 expected = self.num_candidates if of_candidates else len(self) + (name == "offsets")
                 part, _, column_name = name.partition(".")
                 if part in ("candidates", "context"):
-                    expected *= _split(self._spec[part][column_name])[1] or 1
+                    expected *= split_type(self._spec[part][column_name])[1] or 1
                 if name != "user_text" and column.shape != (expected,):
                     raise RequestsError(
                         f"column {name!r} of {self.path} has shape {column.shape}, "
@@ -390,7 +390,7 @@ def read_vocabulary(path):
     return read_column(open_column(place, name, ts.Context()), place, name)
 
 
-def _split(dtype):
+def split_type(dtype):
     """A type's name and how many values it is of, None for one: "int32[4]" is ("int32", 4)."""
     name, bracket, rest = dtype.partition("[")
     if not bracket:

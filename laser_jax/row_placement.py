@@ -134,7 +134,7 @@ def distinct_lines(parts: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray
       lines: [G, m] in order of first appearance; positions: int32 [n] for each part.
     """
     lines = np.ascontiguousarray(np.concatenate(parts))
-    words = lines.view(np.uint8).reshape(len(lines), -1)
+    words = lines.view(np.uint8).reshape(len(lines), lines.shape[1] * lines.itemsize)
     words = np.pad(words, ((0, 0), (0, -words.shape[1] % 8))).view(np.int64)
     key = np.zeros(len(lines), np.int64)
     for word in words.T:
@@ -194,5 +194,5 @@ def bucket_size(count: int, share: int, least: int) -> int:
     """
     size = least
     while size < count:
-        size = size * 3 // 2
+        size = max(size * 3 // 2, size + 1)
     return min(size, share)

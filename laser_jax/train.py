@@ -33,8 +33,11 @@ def run(config: Config, workdir: str) -> Predictions:
     is bit-identical to that of a run never interrupted.
 
     Raises:
-      hosts.Stopped: SIGTERM came; what was learned is saved.
+      hosts.Stopped: SIGTERM came; the state is saved, or (during an evaluation) was at the newest checkpoint.
     """
+    check_sizes(config)
+    check_parts(config.train.warm_parts)
+    prepare(config.data)
     with hosts.Peers() as peers, contextlib.ExitStack() as stack:
         watchdog = None
         if jax.process_count() > 1:
@@ -51,12 +54,14 @@ class _Run:
     """One process's part in a run: everything from the config to the report."""
 
     def __init__(self, config: Config, workdir: str, peers: hosts.Peers, watchdog: hosts.Watchdog | None):
-        check_sizes(config)
-        check_parts(config.train.warm_parts)
-        prepare(config.data)
         self.config, self.workdir, self.peers, self.watchdog = config, workdir, peers, watchdog
         self.mesh = make_mesh(config.mesh, config.data.batch_size, config.data.eval_batch_size)
         share = device_share(self.mesh)
+        each = config.data.batch_size // self.mesh.size
+        if each % config.optim.microbatches:
+            raise ValueError(
+                f"optim.microbatches={config.optim.microbatches} does not divide the {each} requests of a device"
+            )
         self.sources = {
             split: BatchSource(config.data, config.features, split, share) for split in ("train", "valid", "test")
         }
@@ -88,15 +93,14 @@ class _Run:
         train = self.sources["train"]
         if hosts.is_first():
             logger.info("parameters %s; train %s", self.factory.num_parameters(), train.describe())
-            for table, ids in train.dictionaries.items():
-                logger.info(
-                    "dictionary of %r: %d of %d rows given, %d bytes", table, len(ids), ids.num_rows, ids.num_bytes
-                )
+            self._tell_ids()
         log = RunLog(self.workdir, start, train.num_batches, self.config.train.log_every, hosts.is_first())
         with jax.set_mesh(self.mesh):
             self._loop(state, start, log)
+            del state  # the best one takes its place
             state, best = self.checkpoints.restore_best(self.factory.abstract())
             predictions = self.predict(state, "test", "test")
+            self.moved("the report")
             test = self.sources["test"]
             maps = report.gate_maps(self.eval_step, state, test, self.mesh, self.config.train.gate_maps, self.others)
             gates = gate_figures(self.eval_step, state, test, self.mesh, self.config.encoder, self.others)
@@ -107,6 +111,7 @@ class _Run:
         }
         if hosts.is_first():
             _write_results(self.config, self.workdir, predictions, best, costs, log, maps, gates)
+        hosts.agree([0])  # who leaves first would be taken for dead while the report is written
         return predictions
 
     def _restored(self) -> tuple[TrainState, int]:
@@ -125,6 +130,13 @@ class _Run:
             logger.info("going on from step %d of %s", step, self.checkpoints.path)
         return state, step
 
+    def _tell_ids(self) -> None:
+        for name, ids in self.sources["train"].dictionaries.items():
+            logger.info(
+                "dictionary of %r: %d ids have one of %d rows, %d wait, %d times there was no room",
+                name, len(ids), ids.num_rows - 1, ids.waiting, ids.refused,
+            )  # fmt: skip
+
     def predict(self, state: TrainState, split: str, what: str) -> Predictions:
         """Scores a split, unless SIGTERM comes."""
 
@@ -137,7 +149,10 @@ class _Run:
 
     def _stop(self, why: str) -> None:
         self.checkpoints.close()
-        raise hosts.Stopped(f"{why}; the same command goes on from step {self.checkpoints.newest()}")
+        newest = self.checkpoints.newest()
+        raise hosts.Stopped(
+            f"{why}; the same command " + ("starts again" if newest is None else f"goes on from step {newest}")
+        )
 
     def _loop(self, state: TrainState, start: int, log: RunLog) -> None:
         """Steps start .. end. Mind the order: evaluate, save, next batch, step, log.
@@ -181,6 +196,8 @@ class _Run:
     def _validate(self, state: TrainState, step: int, log: RunLog) -> dict[str, float]:
         figures = dataclasses.asdict(self.predict(state, "valid", f"validation at step {step}").figures())
         log.evaluated(step, figures)
+        if hosts.is_first():
+            self._tell_ids()
         return figures
 
 
@@ -189,10 +206,10 @@ def _write_results(config, workdir, predictions, best, costs, log, maps, gates) 
     predictions.save(os.path.join(workdir, "predictions.npz"))
     rows = {config.name or type(config.encoder).__name__: predictions.figures(), **predictions.reference_figures()}
     lengths = predictions.figures_by_length(config.train.length_edges)
-    evaluated = next(entry for entry in reversed(log.history) if entry["step"] == best and "valid_auc" in entry)
+    evaluated = [entry["valid_auc"] for entry in log.history if entry["step"] == best and "valid_auc" in entry]
     results = {
         "test": {name: scores.to_json() for name, scores in rows.items()},
-        "valid_auc": evaluated["valid_auc"],
+        "valid_auc": evaluated[-1] if evaluated else None,
         "test_by_length": {name: scores.to_json() for name, scores in lengths.items()},
         "step": best,
         **costs,

@@ -13,11 +13,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from laser_jax.checkpoint import CheckpointError, checksums
+from laser_jax.checkpoint import CheckpointError, ids_checksums
+from laser_jax.checksums import checksums
 from laser_jax.features import FeatureConfig, table_of
 from laser_jax.id_dictionary import IdDictionary
 from laser_jax.layers.embedding import Table
-from laser_jax.row_placement import padded_rows, places
+from laser_jax.layers.row_optimizers import RowOptimizer
+from laser_jax.row_placement import places
 from laser_jax.state import StateFactory, TrainState
 
 logger = logging.getLogger(__name__)
@@ -46,6 +48,8 @@ def warm_start(
 ) -> TrainState:
     """`state` with parts of the newest checkpoint of another run; step and the dense optimizer's state stay fresh.
 
+    So does the optimizer's state of tables, unless it is of the same kind and not Adam's.
+
     Args:
       state: a fresh one of `factory`. ids: the dictionaries of its tables, into which the other run's are loaded.
       data: fingerprint of this run's data (pipeline.fingerprint).
@@ -61,15 +65,15 @@ def warm_start(
     if "dense" in parts:
         restored["params"] = other.restore({"params": _fitting_params(state, factory, other)})["params"]
     if "tables" in parts:
-        restored["tables"] = other.restore({"tables": _fitting_tables(factory, features, data, other)})["tables"]
+        tables = other.restore({"tables": _fitting_tables(factory, features, data, other)})["tables"]
+        restored["tables"] = {name: Table(found["rows"], found.get("slots", {})) for name, found in tables.items()}
     other.verify(restored)
     if "tables" in parts:
         tables = dict(state.tables)
         for name, found in restored["tables"].items():
-            tables[name] = _grown(found, state.tables[name])
-            missing = sorted(set(state.tables[name].slots) - set(found.slots))
-            if missing:
-                logger.warning("table %r starts with fresh %s: %s has none", name, ", ".join(missing), workdir)
+            tables[name] = _grown(found, state.tables[name], factory.row_optimizer)
+        if restored["tables"] and not other.slots_fit(factory):
+            logger.warning("tables begin with the rows of %s and a fresh optimizer state", workdir)
         for name in sorted(tables.keys() - restored["tables"].keys()):
             logger.warning("table %r starts fresh: %s has none of that name", name, workdir)
         restored["tables"] = tables
@@ -97,11 +101,17 @@ class _Run:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             self.shapes = checkpointer.metadata(os.path.join(self._path, "state")).item_metadata.tree
 
-    def fields(self) -> dict[str, dict[str, Any]]:
-        """Table -> the config of one of its fields."""
-        features = self.config["features"]
-        found = [*features["item"], *features["event"], *features["context"]]
-        return {field["table"] or field["name"]: field for field in found}
+    def fields(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """Table -> field -> its config."""
+        features, tables = self.config["features"], {}
+        for field in (*features["item"], *features["event"], *features["context"]):
+            tables.setdefault(field["table"] or field["name"], {})[field["name"]] = field
+        return tables
+
+    def slots_fit(self, factory: StateFactory) -> bool:
+        """Whether the optimizer's state of a row means here what it meant there. Adam's does not: it has an age."""
+        now, before = factory.optim, self.config["optim"]
+        return now.table_optimizer == before["table_optimizer"] != "adam"
 
     def restore(self, abstract: Any, item: str = "state") -> Any:
         args = ocp.args.PyTreeRestore(
@@ -114,22 +124,26 @@ class _Run:
 
     def verify(self, restored: dict[str, Any]) -> None:
         """Raises CheckpointError if these parts of the state are not what was saved."""
+        for part, arrays in restored.items():
+            self._compare(checksums(arrays), f".{part}")
+
+    def _compare(self, found: dict[str, int], prefix: str) -> None:
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
             saved = checkpointer.restore(os.path.join(self._path, "checksums"))
-        for part, arrays in restored.items():
-            for name, found in checksums(arrays).items():
-                if saved.get(f".{part}{name}") != found:
-                    raise CheckpointError(f"{self._path} is damaged: .{part}{name} is not what was saved")
+        for name, value in found.items():
+            if saved.get(f"{prefix}{name}") != value:
+                raise CheckpointError(f"{self._path} is damaged: {prefix}{name} is not what was saved")
 
     def load_ids(self, ids: dict[str, IdDictionary]) -> None:
         """The other run's dictionaries, into those of the same tables."""
-        fields = self.fields()
-        smaller = {name: IdDictionary(fields[name]["rows"]) for name in ids if name in fields}
-        if not smaller:
+        there = {name: next(iter(fields.values())) for name, fields in self.fields().items() if name in ids}
+        if not there:
             return
-        found = self.restore({name: dictionary.state() for name, dictionary in smaller.items()}, "ids")
+        found = self.restore({name: IdDictionary(field["rows"]).state() for name, field in there.items()}, "ids")
+        self._compare(ids_checksums(found), "")
         for name, arrays in found.items():
             ids[name].load(arrays)
+            ids[name].restart(self.step)
 
 
 def _fitting_params(state: TrainState, factory: StateFactory, other: _Run) -> Any:
@@ -157,7 +171,7 @@ def _fitting_params(state: TrainState, factory: StateFactory, other: _Run) -> An
 
 def _fitting_tables(
     factory: StateFactory, features: FeatureConfig, data: dict[str, str], other: _Run
-) -> dict[str, Table]:
+) -> dict[str, dict[str, Any]]:
     """Tables to restore, of the size they have there.
 
     Raises:
@@ -170,10 +184,12 @@ def _fitting_tables(
         name = table_of(field)
         if name not in abstract or name in found or name not in other.shapes["tables"]:
             continue
-        before, shapes = fields[name], other.shapes["tables"][name]
+        shapes = other.shapes["tables"][name]
+        before = fields[name].get(field.name, next(iter(fields[name].values())))
         problem, vocabulary = None, f"vocab/{field.name}"
         if before["ids"] != field.ids or before["hashes"] != field.hashes:
-            problem = f"its ids are {before['ids']!r} there, {field.ids!r} here"
+            there, here = f"{before['ids']!r} ({before['hashes']})", f"{field.ids!r} ({field.hashes})"
+            problem = f"its ids (and hashes) are {there} there, {here} here"
         elif before["width"] != field.width:
             problem = f"it is {before['width']} wide there, {field.width} here"
         elif before["rows"] > field.rows:
@@ -184,30 +200,37 @@ def _fitting_tables(
             problem = "its vocabulary is another one there, which moves its rows: use ids='dictionary'"
         if problem:
             raise WarmStartError(f"table {name!r} of {other.workdir} does not fit: {problem}")
-        table = abstract[name]
+        sharding = abstract[name].rows.sharding
 
-        def of(x: jax.ShapeDtypeStruct, rows: int = padded_rows(before["rows"])) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=x.sharding)
+        def of(x: Any, sharding: jax.sharding.Sharding = sharding) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-        slots = {slot: of(x) for slot, x in table.slots.items() if slot in shapes["slots"]}
-        found[name] = Table(of(table.rows), slots)
+        found[name] = {"rows": of(shapes["rows"])}
+        if other.slots_fit(factory):
+            found[name]["slots"] = {slot: of(x) for slot, x in shapes["slots"].items()}
     return found
 
 
-def _grown(found: Table, fresh: Table) -> Table:
-    """`found` at the size of `fresh`; rows that it does not have stay fresh."""
+def _grown(found: Table, fresh: Table, optimizer: RowOptimizer) -> Table:
+    """`found` at the size and type of `fresh`; rows that it does not have stay fresh."""
     before, after = found.rows.shape[0], fresh.rows.shape[0]
-    if before == after:
-        return Table(found.rows, fresh.slots | found.slots)
     rows = np.arange(before)
     source, target = places(rows, before), places(rows, after)
 
     def moved(x, into):
-        move = jax.jit(lambda x, into, source, target: into.at[target].set(x[source]), out_shardings=into.sharding)
+        if before == after:
+            return x.astype(into.dtype)
+        move = jax.jit(
+            lambda x, into, source, target: into.at[target].set(x[source].astype(into.dtype)),
+            out_shardings=into.sharding,
+        )
         return move(x, into, source, target)
 
-    slots = {name: moved(slot, fresh.slots[name]) for name, slot in found.slots.items()}
-    return Table(moved(found.rows, fresh.rows), fresh.slots | slots)
+    values = moved(found.rows, fresh.rows)
+    if not found.slots:
+        where = {name: slot.sharding for name, slot in fresh.slots.items()}
+        return Table(values, jax.jit(optimizer.init, out_shardings=where)(values))
+    return Table(values, {name: moved(slot, fresh.slots[name]) for name, slot in found.slots.items()})
 
 
 def _name(path: tuple) -> str:

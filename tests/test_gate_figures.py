@@ -30,7 +30,6 @@ def make_batch(seed=0):
         lengths,
         references={},
         num_unique={},
-        fullest={},
         tables={name: (name, 10) for name in FIELDS},
     )
 

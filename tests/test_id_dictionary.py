@@ -90,6 +90,18 @@ def test_memory_is_bounded_and_no_row_is_given_twice():
     assert 50 < len(dictionary) <= 99
 
 
+def test_steps_may_count_anew():
+    """As when another run begins with it: its ids grow stale by the new run's steps."""
+    dictionary = IdDictionary(4, keep=5)
+    for step in range(100, 110):
+        dictionary.assign(np.array([1, 2, 3]), step)
+    dictionary.restart(109)
+    new = np.array([7, 8])
+    rows = [dictionary.assign(new, step).rows for step in range(1, 8)]
+    assert (rows[4] == 0).all() and (rows[5] > 0).all()  # not met for more than 5 steps: their rows are free
+    assert dictionary.refused > 0
+
+
 def test_a_table_can_grow_and_its_ids_keep_their_rows():
     small = IdDictionary(5)
     ids = np.array([10, 11, 12, 13])

@@ -217,7 +217,7 @@ def replaced(side, *fields):
     ("features", "error", "message"),
     [
         (replaced("event", FieldConfig("actoin", 2, 3)), UnknownFieldError, "'actoin'.*the vault has item, category"),
-        (replaced("event", FieldConfig("embedding", 2, 3)), ValueError, "'embedding' holds 2 values an event"),
+        (replaced("event", FieldConfig("embedding", 2, 3)), ValueError, "'embedding' holds 2 values each"),
         (
             dataclasses.replace(FEATURES, item=(FieldConfig("action", 2, 3),), event=()),
             ValueError,

@@ -76,7 +76,7 @@ def test_any_requests_come_back_in_any_order(tmp_path_factory, counts, calls, da
     check(batch, indices, counts, users)
     np.testing.assert_array_equal(batch.sequence, indices * 2)
     assert len(requests) == len(counts) and requests.num_candidates == counts.sum()
-    assert requests.columns == ("item", "brand") and requests.references == ("oracle",)
+    assert list(requests.columns) == ["item", "brand"] and requests.references == ("oracle",)
     np.testing.assert_array_equal(requests.counts(), counts)
 
 

@@ -1,5 +1,6 @@
 """Fields of several values, of several hashes, and of numbers used as they are, against a brute-force assembly."""
 
+import dataclasses
 import os
 
 import numpy as np
@@ -120,6 +121,22 @@ def test_embeddings_equal_a_brute_force_assembly(data, devices):
     assert seen > 500
 
 
+def test_devices_without_requests_and_without_values(data):
+    """A short last batch, and devices that meet no tag at all."""
+    config = DataConfig(path=data[0], history_length=1, batch_size=32, eval_batch_size=32, eval_candidates=1)
+    tags = dataclasses.replace(FEATURES.item[2], table="")  # topics, on a table of their own: often none at all
+    features = FeatureConfig(item=(FEATURES.item[0], tags))
+    source = BatchSource(config, features, "test", DeviceShare(32, tuple(range(32))))
+    bags = [source.batch(k).step["bags"]["values of topics"] for k in range(source.num_batches)]
+    rows = REQUESTS * C  # one candidate each
+    assert rows % 32 and len(bags) == 4
+    assert (bags[-1][rows % 32 :] == -1).all() and (bags[0] >= 0).any()
+    assert any((line == -1).all() for bag in bags[:-1] for line in bag)
+    batch = source.batch(0)
+    known = batch.known("candidates", "topics")
+    np.testing.assert_array_equal(known, data[2]["candidates"]["topics"][:32] != -1)
+
+
 def test_a_run_learns_from_them(data, tmp_path):
     config = get_config("ta")
     config.data = DataConfig(
@@ -143,9 +160,9 @@ def test_distinct_lines_give_the_arrays_back():
 @pytest.mark.parametrize(
     ("field", "message"),
     [
-        (FieldConfig("tags", 4, 20), "'tags' holds 3 values an event"),
-        (FieldConfig("numbers", 3, ids="vector"), "'numbers' holds 2 values an event, .* width=3"),
-        (FieldConfig("item", 4, 20, "hash", pool="mean"), "'item' holds 1 values an event"),
+        (FieldConfig("tags", 4, 20), "'tags' holds 3 values each"),
+        (FieldConfig("numbers", 3, ids="vector"), "'numbers' holds 2 values each, .* width=3"),
+        (FieldConfig("item", 4, 20, "hash", pool="mean"), "'item' holds 1 values each"),
     ],
 )
 def test_a_column_that_does_not_fit_its_field_is_refused(data, field, message):
@@ -160,11 +177,48 @@ def test_a_column_that_does_not_fit_its_field_is_refused(data, field, message):
         (FieldConfig("a", 4, 20, "code", hashes=2), "hashes=2 needs ids='hash'"),
         (FieldConfig("a", 4, 20, "vector"), "none for ids='vector'"),
         (FieldConfig("a", 4, 1), "rows=1"),
+        (FieldConfig("a", 4, 2**31), "rows=2147483648"),
+        (FieldConfig("a", 4, 10, keep=3), "admit and keep are for ids='dictionary'"),
+        (FieldConfig("a", 4, ids="vector", table="b"), "ids='vector' has no table"),
     ],
 )
 def test_a_field_that_makes_no_sense_is_refused(field, message):
     with pytest.raises(ValueError, match=message):
         FeatureConfig(item=(field,)).tables()
+
+
+def test_a_context_field_cannot_share_a_name_with_another_kind_of_field():
+    same = FieldConfig("city", 4, 20)
+    assert FeatureConfig(item=(same,), context=(same,)).tables() == {"city": (20, 4)}
+    with pytest.raises(ValueError, match="context field 'city' has the name of another field"):
+        FeatureConfig(item=(same,), context=(dataclasses.replace(same, table="home"),)).tables()
+
+
+def test_request_columns_that_do_not_fit_are_refused(data, tmp_path):
+    path = str(tmp_path / "data")
+    os.makedirs(path)
+    os.symlink(os.path.join(data[0], "vault"), os.path.join(path, "vault"))
+    with RequestsWriter(
+        os.path.join(path, "requests", "train"), candidates={"tags": "int32[4]"}, context={"price": "float32"}
+    ) as writer:
+        writer.write(
+            user=[1],
+            time=[9],
+            counts=[1],
+            label=[1],
+            candidates={"tags": np.zeros((1, 4), int)},
+            context={"price": [0.5]},
+        )
+    config, tags = DataConfig(path=path), FIELDS[1]
+    with pytest.raises(ValueError, match="candidate column 'tags' holds 4 values, the vault's field 3"):
+        BatchSource(config, FeatureConfig(item=(tags,)), "train")
+    with RequestsWriter(
+        os.path.join(path, "requests", "test"), candidates={"item": "int64"}, context={"price": "float32"}
+    ) as writer:
+        writer.write(user=[1], time=[9], counts=[1], label=[1], candidates={"item": [1]}, context={"price": [0.5]})
+    price = FieldConfig("price", 4, 20)
+    with pytest.raises(ValueError, match="'price' is float32, which ids='code' would cut"):
+        BatchSource(config, FeatureConfig(item=(FIELDS[0],), context=(price,)), "test")
 
 
 def test_lines_of_another_length_are_refused(tmp_path):

@@ -193,6 +193,9 @@ def flip_a_bit_of_the_largest_file(folder):
     ("change", "message"),
     [
         ({"data__path": "/nowhere"}, "/nowhere is no data set"),
+        ({"optim__microbatches": 5}, "optim.microbatches=5 does not divide the 12 requests"),
+        ({"optim__table_optimizer": "sgd"}, "table_optimizer='sgd' is not one of"),
+        ({"train__warm_parts": ("head",)}, "warm_parts"),
         ({"mesh__data": 7}, "mesh data=7 x model=1 does not use the 1 devices"),
         ({"features__event": (FieldConfig("actoin", 2, 4),)}, "'actoin'"),
     ],

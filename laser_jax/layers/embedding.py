@@ -94,7 +94,7 @@ def renew_rows(
       first_row: see update_rows.
     """
     width = table.rows.shape[1]
-    uniform = _noise(rows + first_row, width, step).astype(jnp.float32) * np.float32(2.0**-32) - 0.5
+    uniform = _noise(rows + first_row, width, step, salt=1).astype(jnp.float32) * np.float32(2.0**-32) - 0.5
     values = (uniform * np.float32(std * np.sqrt(12))).astype(table.rows.dtype)
     slots = optimizer.init(values)
     at = jnp.where(fresh, rows, table.rows.shape[0])
@@ -116,11 +116,11 @@ def _round_at_random(rows: jax.Array, numbers: jax.Array, step: jax.Array) -> ja
     return jnp.where(jnp.isfinite(rows), rounded, rows).astype(jnp.bfloat16)
 
 
-def _noise(numbers: jax.Array, width: int, step: jax.Array) -> jax.Array:
-    """uint32 [U, width], a hash of (step, number, column)."""
+def _noise(numbers: jax.Array, width: int, step: jax.Array, salt: int = 0) -> jax.Array:
+    """uint32 [U, width], a hash of (salt, step, number, column)."""
     columns = jnp.arange(width, dtype=jnp.uint32)
     seed = numbers.astype(jnp.uint32)[:, None] * np.uint32(0x9E3779B1) + columns * np.uint32(0x85EBCA77)
-    return _mixed(seed ^ _mixed(step.astype(jnp.uint32)))
+    return _mixed(seed ^ _mixed(2 * step.astype(jnp.uint32) + np.uint32(salt)))
 
 
 def _mixed(x: jax.Array) -> jax.Array:

@@ -61,7 +61,7 @@ def test_match_counts_are_those_of_the_events():
             "candidates": {"item": rng.integers(0, 4, (b, c))},
             "unique": {"item": wanted([0, 2, 4, 9]), "action": wanted([0, 1, 2])},
         },
-        users=np.arange(b), lengths=np.array([60, 17]), references={}, num_unique={}, fullest={},
+        users=np.arange(b), lengths=np.array([60, 17]), references={}, num_unique={},
         tables={"item": ("item", 10), "action": ("action", 3)},
     )  # fmt: skip
     got = match_counts(batch, ["item"], {"action": 3})

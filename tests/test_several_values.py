@@ -30,7 +30,7 @@ USERS, EVENTS, REQUESTS, C, L = 6, 120, 40, 3, 16
 def draw(rng, n):
     """Columns of n items; tags may be absent altogether."""
     tags = np.where(rng.random((n, TAGS)) < 0.4, -1, rng.integers(0, 15, (n, TAGS))).astype(np.int32)
-    topics = np.where(rng.random((n, 1)) < 0.3, -1, rng.integers(0, 15, (n, 1))).astype(np.int32)
+    topics = np.where(rng.random((n, 1)) < 0.6, -1, rng.integers(0, 15, (n, 1))).astype(np.int32)
     numbers = rng.normal(size=(n, NUMBERS)).astype(np.float32)
     return {"item": rng.integers(0, 40, n), "tags": tags, "topics": topics, "numbers": numbers}
 

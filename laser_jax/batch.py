@@ -5,9 +5,16 @@ from typing import Any
 
 import numpy as np
 
-from laser_jax.features import line_source
+from laser_jax.features import NO_VALUE, FieldConfig, line_source
 from laser_jax.id_dictionary import Assigned, IdDictionary
-from laser_jax.row_placement import Wanted, bucket_size, rows_at, rows_per_device, unique_keys
+from laser_jax.row_placement import (
+    Wanted,
+    bucket_size,
+    distinct_lines,
+    rows_at,
+    rows_per_device,
+    unique_keys,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +116,27 @@ class Laid:
     fresh: np.ndarray
     slots: list[np.ndarray]
     num_unique: int
+
+
+def distinct(field: FieldConfig, columns: dict[tuple[str, str], np.ndarray]) -> Lines:
+    """Distinct lines of the columns of one field, by side."""
+    values, positions = distinct_lines(list(columns.values()))
+    missing = values == NO_VALUE if field.pool else np.zeros(values.shape, bool)
+    return Lines(values, missing, dict(zip(columns, positions, strict=True)))
+
+
+def number(columns: dict[tuple[str, str], np.ndarray], lines: dict[str, Lines]) -> Numbered:
+    """The distinct keys of one device in one table.
+
+    Args:
+      columns: (side, field) -> keys. lines: source -> distinct lines of a field whose values are keys of the table.
+    """
+    parts = [*columns.values(), *(line.values[~line.missing] for line in lines.values())]
+    keys, positions = unique_keys(parts)
+    bags = {source: np.full(line.missing.shape, -1, np.int32) for source, line in lines.items()}
+    for bag, line, position in zip(bags.values(), lines.values(), positions[len(columns) :], strict=True):
+        bag[~line.missing] = position
+    return Numbered(keys, dict(zip(columns, positions, strict=False)), bags)
 
 
 def lay_out(

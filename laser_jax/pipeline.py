@@ -14,11 +14,12 @@ import grain
 import numpy as np
 
 from laser_jax import vault as seqvault
-from laser_jax.batch import Batch, Lines, Numbered, lay_out
+from laser_jax.batch import Batch, Lines, Numbered, distinct, lay_out, number
+from laser_jax.columns import check_columns
 from laser_jax.features import NO_VALUE, FeatureConfig, FieldConfig, rows_of, source_of, table_of
 from laser_jax.id_dictionary import Assigned
-from laser_jax.requests import MANIFEST, Requests, read_vocabulary, split_type
-from laser_jax.row_placement import ALONE, DeviceShare, Wanted, bucket_size, distinct_lines, unique_keys
+from laser_jax.requests import MANIFEST, Requests, read_vocabulary
+from laser_jax.row_placement import ALONE, DeviceShare, Wanted, bucket_size
 from laser_jax.vault.partitioning import is_partitioned, partition_paths
 
 SPLITS = ("train", "valid", "test")
@@ -132,7 +133,7 @@ class BatchSource:
         self._seconds = 1000 if self.vault.schema.time_unit == "ms" else 1
         self._tables = features.tables()
         self.dictionaries = features.dictionaries()
-        self._check_columns()
+        check_columns(self.vault, self.requests, features)
         self._vocabularies = {
             field.name: read_vocabulary(os.path.join(data.path, "vocab", field.name))
             for field in features.item + features.event + features.context
@@ -176,37 +177,6 @@ class BatchSource:
         if table in self.dictionaries:
             keys = np.random.default_rng(0).choice(num_rows, min(len(keys), num_rows), replace=False)
         return int(Wanted.of(keys, num_rows, self.share.num_devices)[0].counts.max())
-
-    def _check_columns(self) -> None:
-        known = {field.name: field for field in self.vault.schema.fields}
-        for field in (*self.features.item, *self.features.event):
-            if field.name not in known:
-                raise seqvault.UnknownFieldError(
-                    f"{self.vault.path}: features name the event field {field.name!r}; the vault has {', '.join(known)}"
-                )
-            _check_type(self.vault.path, field, known[field.name].type, known[field.name].size)
-        if self.vault.schema.user != self.requests.user_type:
-            raise ValueError(
-                f"{self.requests.path} has {self.requests.user_type} users, {self.vault.path} has "
-                f"{self.vault.schema.user}: write requests with the vault's user type"
-            )
-        for fields, columns, what in (
-            (self.features.item, self.requests.columns, "candidate"),
-            (self.features.context, self.requests.context_columns, "context"),
-        ):
-            for field in fields:
-                if field.name not in columns:
-                    raise ValueError(
-                        f"{self.requests.path}: features name the {what} column {field.name!r}; there is "
-                        f"{', '.join(columns) or 'none'}"
-                    )
-                dtype, size = split_type(columns[field.name])
-                _check_type(self.requests.path, field, dtype, size)
-                if what == "candidate" and size != known[field.name].size:
-                    raise ValueError(
-                        f"{self.requests.path}: candidate column {field.name!r} holds {size or 1} values, the vault's "
-                        f"field {known[field.name].size or 1}: write requests with as many"
-                    )
 
     def __reduce__(self):
         return type(self), self._args
@@ -289,23 +259,12 @@ class BatchSource:
                 for name, values in fields.items()
             }
             for source, field in self._lined.items():
-                lines[source].append(
-                    _distinct(field, {key: part for key, part in columns.items() if key[1] == field.name})
-                )
+                sides = {key: part for key, part in columns.items() if key[1] == field.name}
+                lines[source].append(distinct(field, sides))
             for table, found in numbered.items():
-                mine = [key for key in columns if self._table_of.get(key[1], ("",))[0] == table]
-                bags = [s for s, f in self._lined.items() if f.bagged and table_of(f) == table]
-                several = [lines[source][device] for source in bags]
-                parts = [columns[key] for key in mine] + [line.values[~line.missing] for line in several]
-                keys, positions = unique_keys(parts)
-                at = dict(zip(mine, positions, strict=False))
-                of_bags = {
-                    source: np.full(line.missing.shape, -1, np.int32)
-                    for source, line in zip(bags, several, strict=True)
-                }
-                for bag, line, position in zip(of_bags.values(), several, positions[len(mine) :], strict=True):
-                    bag[~line.missing] = position
-                found.append(Numbered(keys, at, of_bags))
+                mine = {key: part for key, part in columns.items() if self._table_of.get(key[1], ("",))[0] == table}
+                bags = {s: lines[s][device] for s, f in self._lined.items() if f.bagged and table_of(f) == table}
+                found.append(number(mine, bags))
         return _Read(k, rows, requests, histories, numbered, lines)
 
     def _lay_out(
@@ -453,28 +412,6 @@ class BatchSource:
             "batches": self.num_batches,
             "candidate_fill": round(float(self._row_count.sum()) / (len(self._row_count) * self.num_columns), 3),
         }
-
-
-def _check_type(path: str, field: FieldConfig, dtype: str, size: int | None) -> None:
-    """Raises ValueError if a column of this type, of `size` values each, cannot be what its field says."""
-    several = bool(field.pool) or field.ids == "vector"
-    if (size is not None) != several or (field.ids == "vector" and size != field.width):
-        raise ValueError(
-            f"{path}: field {field.name!r} holds {size or 1} values each, which ids={field.ids!r}, "
-            f"pool={field.pool!r}, width={field.width} do not fit: pool integers, use ids='vector' for numbers"
-        )
-    if dtype.startswith("float") and field.ids not in ("log", "vector"):
-        raise ValueError(
-            f"{path}: field {field.name!r} is {dtype}, which ids={field.ids!r} would cut to whole numbers: use "
-            "ids='log'"
-        )
-
-
-def _distinct(field: FieldConfig, columns: dict[tuple[str, str], np.ndarray]) -> Lines:
-    """Distinct lines of the columns of one field, by side."""
-    values, positions = distinct_lines(list(columns.values()))
-    missing = values == NO_VALUE if field.pool else np.zeros(values.shape, bool)
-    return Lines(values, missing, dict(zip(columns, positions, strict=True)))
 
 
 def prepare(data: DataConfig) -> None:

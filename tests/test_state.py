@@ -18,7 +18,7 @@ from laser_jax.optim import OptimConfig, dense_optimizer
 from laser_jax.sharding import MeshConfig, make_mesh, spec
 from laser_jax.state import StateFactory
 from tests import dictionary_config
-from tests.few_steps import LENGTH, REQUESTS, UNIQUE, WITH_DICTIONARY, few_steps
+from tests.few_steps import EXAMINED, LENGTH, REQUESTS, UNIQUE, WITH_DICTIONARY, few_steps
 from tests.small_config import get_config
 
 
@@ -72,8 +72,6 @@ def test_a_checkpoint_gives_the_same_bits_back_and_the_best_stays(factory, fresh
     again.close()
     assert sorted(name for name in os.listdir(tmp_path / "checkpoints") if name.isdigit()) == ["2", "4", "5"]
 
-
-pytestmark = pytest.mark.xdist_group("meshes")  # the fixtures are dear: one process runs all that shares them
 
 STEPS = 20
 MESHES = ("8x1", "4x2", "2x4")
@@ -149,11 +147,10 @@ def test_dense_parameters_are_split_over_model_only(together):
     assert together["4x2"]["split"] > 10 and together["2x4"]["split"] > 10
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-def test_nothing_of_the_size_of_the_histories_crosses_the_mesh(together, mesh):
+def test_nothing_of_the_size_of_the_histories_crosses_the_mesh(together):
     """Only unique rows, their gradients, dense parameters and counts do."""
-    found = together[mesh]["exchanged"]
-    dense = max(x.size for name, x in together[mesh]["learned"].items() if "tables" not in name)
+    found = together[EXAMINED]["exchanged"]
+    dense = max(x.size for name, x in together[EXAMINED]["learned"].items() if "tables" not in name)
     rows = 8 * UNIQUE * 8  # a bucket from each of 8 devices, of rows 8 numbers wide
     assert found["all-to-all"] <= rows and found.keys() <= {"all-to-all", "all-reduce", "all-gather", "reduce-scatter"}
     largest = max(rows, dense, 2 * HISTOGRAM_BINS)

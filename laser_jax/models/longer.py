@@ -28,6 +28,8 @@ class LongerConfig:
         models is, so match cost, not width; the global tokens are projected back to d.
       layers: N. heads: H. ffn: hidden width of the feed-forwards over theirs.
       inner: whether a small Transformer layer runs inside each group before merging.
+      tied: at init Wk := Wq where groups are read, and the candidate begins as a group of its own copies: scores start
+        as similarities, summed over a group's events.
     """
 
     group: int = 8
@@ -37,6 +39,7 @@ class LongerConfig:
     heads: int = 4
     ffn: int = 4
     inner: bool = True
+    tied: bool = True
 
     def build(self, *, width_in: int, width: int, history_length: int, rngs: nnx.Rngs) -> "LongerEncoder":
         return LongerEncoder(self, width_in, width, history_length, rngs=rngs)
@@ -60,14 +63,16 @@ class LongerEncoder(SequenceEncoder):
         self.b_event = nnx.Param(jnp.zeros((event,)))
         self.position = nnx.Param(init(rngs.params(), (history_length, event)))
 
-        def layer(width, num_layers):
+        def layer(width, num_layers, tied=False):
             scale = residual_scale(num_layers)
-            return TransformerLayer(width, config.heads, config.ffn * width, out_scale=scale, rngs=rngs)
+            return TransformerLayer(width, config.heads, config.ffn * width, out_scale=scale, tied=tied, rngs=rngs)
 
         self.inner = layer(event, 1) if config.inner else None
         self.w_candidate = weight(rngs, (width, merged))
+        if config.tied:
+            self.w_candidate = nnx.Param(jnp.tile(self.w_event[...], (1, config.group)))
         self.cls = nnx.Param(init(rngs.params(), (merged,)))
-        self.layers = nnx.List([layer(merged, config.layers) for _ in range(config.layers)])
+        self.layers = nnx.List([layer(merged, config.layers, config.tied) for _ in range(config.layers)])
         self.norm = nnx.LayerNorm(merged, rngs=rngs)
         self.w_out = weight(rngs, (merged, width))
 

@@ -14,8 +14,6 @@ import pytest
 from tests.e2e import processes
 from tests.e2e.processes import finish, finish_together, read, said, start, start_together, steps_saved
 
-pytestmark = pytest.mark.xdist_group("hosts")  # the fixtures are dear: one process runs all that shares them
-
 EPOCHS, SAVE_EVERY = 3, 10
 CONFIG = "tests/dictionary_config.py:laser_plus"
 

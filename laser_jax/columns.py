@@ -1,0 +1,60 @@
+"""Checks, before a run starts, that a data set holds the columns that its features name."""
+
+from typing import Any
+
+from laser_jax.features import FeatureConfig, FieldConfig
+from laser_jax.requests import Requests, split_type
+from laser_jax.vault import UnknownFieldError
+
+
+def check_columns(vault: Any, requests: Requests, features: FeatureConfig) -> None:
+    """Whether vault and requests hold what the features name.
+
+    Raises:
+      UnknownFieldError: the vault has no such field. ValueError: the requests have no such column, or a column is of
+        another type or size.
+    """
+    known = {field.name: field for field in vault.schema.fields}
+    for field in (*features.item, *features.event):
+        if field.name not in known:
+            raise UnknownFieldError(
+                f"{vault.path}: features name the event field {field.name!r}; the vault has {', '.join(known)}"
+            )
+        _check_type(vault.path, field, known[field.name].type, known[field.name].size)
+    if vault.schema.user != requests.user_type:
+        raise ValueError(
+            f"{requests.path} has {requests.user_type} users, {vault.path} has "
+            f"{vault.schema.user}: write requests with the vault's user type"
+        )
+    for fields, columns, what in (
+        (features.item, requests.columns, "candidate"),
+        (features.context, requests.context_columns, "context"),
+    ):
+        for field in fields:
+            if field.name not in columns:
+                raise ValueError(
+                    f"{requests.path}: features name the {what} column {field.name!r}; there is "
+                    f"{', '.join(columns) or 'none'}"
+                )
+            dtype, size = split_type(columns[field.name])
+            _check_type(requests.path, field, dtype, size)
+            if what == "candidate" and size != known[field.name].size:
+                raise ValueError(
+                    f"{requests.path}: candidate column {field.name!r} holds {size or 1} values, the vault's "
+                    f"field {known[field.name].size or 1}: write requests with as many"
+                )
+
+
+def _check_type(path: str, field: FieldConfig, dtype: str, size: int | None) -> None:
+    """Raises ValueError if a column of this type, of `size` values each, cannot be what its field says."""
+    several = bool(field.pool) or field.ids == "vector"
+    if (size is not None) != several or (field.ids == "vector" and size != field.width):
+        raise ValueError(
+            f"{path}: field {field.name!r} holds {size or 1} values each, which ids={field.ids!r}, "
+            f"pool={field.pool!r}, width={field.width} do not fit: pool integers, use ids='vector' for numbers"
+        )
+    if dtype.startswith("float") and field.ids not in ("log", "vector"):
+        raise ValueError(
+            f"{path}: field {field.name!r} is {dtype}, which ids={field.ids!r} would cut to whole numbers: use "
+            "ids='log'"
+        )

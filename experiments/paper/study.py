@@ -157,8 +157,8 @@ class Study:
         if self.flags or not os.path.exists(path):
             return
         with open(path, encoding="utf-8") as file:
-            before = flatten(json.load(file))
-        now = flatten(json.loads(json.dumps(to_dict(self._config(model, 0)))))
+            before = flatten(_by_place(json.load(file)))
+        now = flatten(_by_place(json.loads(json.dumps(to_dict(self._config(model, 0))))))
         changed = [
             f"{name}: {before[name]!r} -> {now[name]!r}"
             for name in sorted(before.keys() & now.keys())
@@ -255,6 +255,15 @@ def read_config(path: str, *arguments: str) -> Config:
 def _counts(name: str) -> bool:
     """Whether a config field, by its dotted name, makes another run and not another seed of one."""
     return name not in (*FREE_TO_CHANGE, "train.seed", "data.seed")
+
+
+def _by_place(value: Any) -> Any:
+    """Lists as dicts by place, so that an attribute that entries did not have then is no difference."""
+    if isinstance(value, list):
+        return {str(place): _by_place(entry) for place, entry in enumerate(value)}
+    if isinstance(value, dict):
+        return {name: _by_place(entry) for name, entry in value.items()}
+    return value
 
 
 def _set_values(config: Any) -> Any:

@@ -7,6 +7,7 @@ import faulthandler
 import logging
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -167,6 +168,27 @@ class Watchdog:
                 sys.stderr.flush()
                 self._stop(EXIT_LOST_PEER)
                 return
+
+
+class LastWords:
+    """Says why, if this process ends without a word: its runtime aborts it, in one way or another, once a peer is gone.
+
+    A small process holds the other end of a pipe. If the pipe closes before `__exit__`, it speaks.
+    """
+
+    def __enter__(self):
+        text = (
+            f"process {jax.process_index()} of {jax.process_count()} was ended by its runtime: "
+            f"another process is gone; {RESTART}"
+        )
+        script = "import sys\nif sys.stdin.read() != 'bye': print(sys.argv[1], file=sys.stderr, flush=True)"
+        self._speaker = subprocess.Popen(
+            [sys.executable, "-S", "-c", script, text], stdin=subprocess.PIPE, text=True, start_new_session=True
+        )
+        return self
+
+    def __exit__(self, *error):
+        self._speaker.communicate("bye")
 
 
 def lost_peer(error: Exception) -> None:

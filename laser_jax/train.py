@@ -41,6 +41,7 @@ def run(config: Config, workdir: str) -> Predictions:
     with hosts.Peers() as peers, contextlib.ExitStack() as stack:
         watchdog = None
         if jax.process_count() > 1:
+            stack.enter_context(hosts.LastWords())
             watchdog = stack.enter_context(hosts.Watchdog(config.train.patience_s))
         try:
             return _Run(config, os.path.abspath(workdir), peers, watchdog).finish()

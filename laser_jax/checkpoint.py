@@ -118,6 +118,7 @@ class Checkpoints:
             found = self._read(step, abstract)
         except _UNREADABLE as error:
             failure = CheckpointError(f"{self.path}/{step} cannot be read: {str(error)[:500]}")
+            failure.__cause__ = error  # raised below, when the others know
         if hosts.agree([int(failure is not None)]) != [0]:
             raise failure or CheckpointError(f"{self.path}/{step} cannot be read by another process")
         state, ids, saved = found

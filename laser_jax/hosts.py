@@ -178,8 +178,8 @@ class LastWords:
 
     def __enter__(self):
         text = (
-            f"process {jax.process_index()} of {jax.process_count()} was ended by its runtime: "
-            f"another process is gone; {RESTART}"
+            f"process {jax.process_index()} of {jax.process_count()} ended without a word: it was killed, or its "
+            f"runtime ended it because another process is gone; {RESTART}"
         )
         script = "import sys\nif sys.stdin.read() != 'bye': print(sys.argv[1], file=sys.stderr, flush=True)"
         self._speaker = subprocess.Popen(

@@ -153,7 +153,6 @@ class BatchSource:
         self._row_start = (np.arange(len(self._row_request)) - first[self._row_request]) * self.num_columns
         self._row_count = np.minimum(counts[self._row_request] - self._row_start, self.num_columns)
         fields = (*self.features.item, *self.features.event, *self.features.context)
-        self._fields = {field.name: field for field in fields}
         self._table_of = {
             field.name: (table_of(field), field.rows) for field in fields if source_of(field) == table_of(field)
         }

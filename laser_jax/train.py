@@ -1,4 +1,4 @@
-"""Training: the pure step, and the run around it."""
+"""Training: the run around the pure step (step.py)."""
 
 import contextlib
 import dataclasses

@@ -63,7 +63,7 @@ def warm_start(
     other = _Run(workdir)
     restored: dict[str, Any] = {}
     if "dense" in parts:
-        restored["params"] = other.restore({"params": _fitting_params(state, factory, other)})["params"]
+        restored["params"] = other.restore({"params": _fitting_params(factory, other)})["params"]
     if "tables" in parts:
         tables = other.restore({"tables": _fitting_tables(factory, features, data, other)})["tables"]
         restored["tables"] = {name: Table(found["rows"], found.get("slots", {})) for name, found in tables.items()}
@@ -146,7 +146,7 @@ class _Run:
             ids[name].restart(self.step)
 
 
-def _fitting_params(state: TrainState, factory: StateFactory, other: _Run) -> Any:
+def _fitting_params(factory: StateFactory, other: _Run) -> Any:
     """Dense parameters to restore.
 
     Raises:

@@ -17,6 +17,7 @@ from laser_jax.sharding import MeshConfig, device_share, make_mesh, place_batch,
 from laser_jax.state import StateFactory
 from laser_jax.step import make_eval_step, make_train_step
 from tests import dictionary_config
+from tests.abstract_batch import abstract_batch
 from tests.small_config import get_config
 
 SPLIT_FROM = 128  # elements: small enough for the small model's matrices to be split over `model`
@@ -64,28 +65,10 @@ LENGTH, REQUESTS = 400, 64
 def exchanged(encoder: str, mesh: MeshConfig) -> dict[str, int]:
     """Kind of collective -> elements of the largest, in the step compiled for REQUESTS histories of LENGTH events."""
     config = get_config(encoder)
-    config.data.history_length = LENGTH
+    config.data.history_length, config.data.batch_size = LENGTH, REQUESTS
     mesh = make_mesh(mesh, REQUESTS)
     factory = StateFactory(config.build_model, config.features, config.optim, mesh, SPLIT_FROM)
-    sharding = jax.sharding.NamedSharding(mesh, spec("requests"))
-
-    def shape(*size, dtype=np.int32):
-        return jax.ShapeDtypeStruct(size, dtype, sharding=sharding)
-
-    features, candidates = config.features, config.data.candidates
-    batch = {
-        "unique": {name: shape(mesh.size, mesh.size, UNIQUE) for name in features.tables()},
-        "fresh": {},
-        "bags": {},
-        "vectors": {},
-        "history": {field.name: shape(REQUESTS, LENGTH) for field in (*features.item, *features.event)},
-        "candidates": {field.name: shape(REQUESTS, candidates) for field in features.item},
-        "context": {field.name: shape(REQUESTS) for field in features.context},
-        "length": shape(REQUESTS),
-        "age": shape(REQUESTS, LENGTH),
-        "label": shape(REQUESTS, candidates, dtype=np.float32),
-        "mask": shape(REQUESTS, candidates, dtype=np.bool_),
-    }
+    batch = abstract_batch(config, mesh.size, UNIQUE, jax.sharding.NamedSharding(mesh, spec("requests")))
     with jax.set_mesh(mesh):
         return collectives(make_train_step(factory).lower(factory.abstract(), batch).compile().as_text())
 

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from laser_jax.config import Config, check_sizes, remember, to_dict
+from laser_jax.config import check_sizes, remember, to_dict
 from laser_jax.features import source_of
 from laser_jax.models import ENCODERS
 from laser_jax.sharding import MeshConfig, make_mesh
 from laser_jax.state import StateFactory
 from laser_jax.step import make_train_step
+from tests.abstract_batch import abstract_batch
 from tests.small_config import get_config
 
 EXPERIMENTS = sorted(
@@ -23,29 +24,6 @@ EXPERIMENTS = sorted(
     for path in (pathlib.Path(__file__).parent.parent / "experiments").glob("*.py")
     if "def get_config" in path.read_text(encoding="utf-8")
 )
-
-
-def abstract_batch(config: Config) -> dict:
-    """Shapes of a training batch, as the pipeline makes them."""
-    b, c, length = config.data.batch_size, config.data.candidates, config.data.history_length
-    features = config.features
-
-    def shape(*size, dtype=np.int32):
-        return jax.ShapeDtypeStruct(size, dtype)
-
-    return {
-        "unique": {name: shape(1, 1, min(1024, rows)) for name, (rows, _) in features.tables().items()},
-        "fresh": {},
-        "bags": {},
-        "vectors": {},
-        "history": {field.name: shape(b, length) for field in (*features.item, *features.event)},
-        "candidates": {field.name: shape(b, c) for field in features.item},
-        "context": {field.name: shape(b) for field in features.context},
-        "length": shape(b),
-        "age": shape(b, length),
-        "label": shape(b, c, dtype=np.float32),
-        "mask": shape(b, c, dtype=np.bool_),
-    }
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)

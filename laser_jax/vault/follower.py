@@ -38,9 +38,13 @@ class Follower:
         """
         end = read_acknowledged(self._root)
         if end is None:
-            # Gone with a crash of the machine, perhaps: it is not flushed. Whole records were durable then.
-            self.replay([number for number in log_numbers(self._root) if number >= self.file])
-            return True
+            numbers = [number for number in log_numbers(self._root) if number >= self.file]
+            # Once more: a vault's first writer makes it, and the first log file after it.
+            end = read_acknowledged(self._root)
+            if end is None:
+                # Gone with a crash of the machine, perhaps: it is not flushed. Whole records were durable then.
+                self.replay(numbers)
+                return True
         if end.file < self.file:
             return True
         while self.file <= end.file:

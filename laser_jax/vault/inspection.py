@@ -294,8 +294,9 @@ def _damaged_log(storage: LocalStorage, manifest: dict[str, Any]) -> list[str]:
             damages.append(f"{log_path(root, follower.file)} is missing")
     except (CorruptionError, UnavailableError, UnicodeDecodeError) as error:
         damages.append(str(error))
+    known = os.path.exists(os.path.join(root, LOG, "acknowledged"))
     end = read_acknowledged(root)
-    if end is None and os.path.exists(os.path.join(root, LOG, "acknowledged")):
+    if end is None and known:
         damages.append(
             f"{os.path.join(root, LOG, 'acknowledged')} is damaged; `repair` or the next writer makes it anew"
         )

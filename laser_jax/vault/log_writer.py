@@ -132,11 +132,10 @@ class LogWriter:
         os.makedirs(folder, exist_ok=True)
         # Before the file is there: without it a reader takes every whole record for acknowledged.
         self._acknowledge(Acknowledged(self._number, 0, first_sequence))
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        if os.path.exists(path):
+            raise OSError(f"{path} is there already")
+        descriptor = _create(path, header)
         try:
-            if os.pwrite(descriptor, header, 0) != len(header):
-                raise OSError("no room for the header of a log file")
-            os.fsync(descriptor)
             sync_path(folder)
             sync_path(self._root)
         except OSError:
@@ -151,11 +150,11 @@ class LogWriter:
         data = encode_acknowledged(value)
         if self._mark is None:
             path = os.path.join(self._root, LOG, "acknowledged")
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            if os.path.exists(path) and os.path.getsize(path) == len(data):
+                descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            else:
+                descriptor = _create(path, data)
             try:
-                if os.fstat(descriptor).st_size != len(data):
-                    os.ftruncate(descriptor, 0)
-                    os.pwrite(descriptor, data, 0)
                 # Mapped: a write would change the file's time, which the next flush of the log would have to record.
                 self._mark = mmap.mmap(descriptor, len(data))
             finally:
@@ -166,6 +165,22 @@ class LogWriter:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def _create(path: str, data: bytes) -> int:
+    """Creates a file that is never seen without its content; gives its descriptor."""
+    unfinished = os.path.join(os.path.dirname(path), "unfinished")
+    descriptor = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    try:
+        if os.pwrite(descriptor, data, 0) != len(data):
+            raise OSError(f"no room for the first bytes of {path}")
+        os.fsync(descriptor)
+        os.rename(unfinished, path)
+    except OSError:
+        os.close(descriptor)
+        os.remove(unfinished)
+        raise
+    return descriptor
 
 
 def log_keys(root: str, kept: int, schemas: list[Any], dictionaries: dict[str, Dictionary], window: Any) -> None:

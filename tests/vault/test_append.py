@@ -701,6 +701,93 @@ def test_old_parts_stay_while_readers_in_other_processes_hold_them(make, other):
 # Other processes.
 
 
+STEPS = ("open", "pwrite", "fsync", "fdatasync", "rename", "makedirs")
+
+
+def at_every_step(monkeypatch, visit) -> None:
+    """Calls `visit` before and behind every call by which a writer changes or flushes files."""
+
+    def visited(call):
+        def wrapped(*arguments, **options):
+            visit()
+            result = call(*arguments, **options)
+            visit()
+            return result
+
+        return wrapped
+
+    for name in STEPS:
+        monkeypatch.setattr(os, name, visited(getattr(os, name)))
+
+
+def test_a_reader_may_look_between_any_two_steps_of_a_writer(make, monkeypatch):
+    """The first append makes the log's files; one into the same file follows, and one into the next."""
+    vault = make(ITEMS)
+    reader, acknowledged, looks, closed = seqvault.open(vault.path), 0, [], False
+
+    def look():
+        nonlocal closed
+        if closed:
+            return
+        closed = True
+        reader.refresh()
+        for handle in (reader, seqvault.open(vault.path)):
+            # What is durable may be seen before the writer hears of it, nothing else.
+            assert handle.get(1)["item"].tolist() in (list(range(acknowledged)), list(range(acknowledged + 1)))
+        looks.append(acknowledged)
+        closed = False
+
+    at_every_step(monkeypatch, look)
+    for number in range(4):
+        if number == 2:
+            closed = True  # what a merge does has its own tests
+            vault.flush()
+            closed = False
+        vault.append(events([1], number))
+        acknowledged = number + 1
+    assert set(looks) == {0, 1, 2, 3} and looks.count(0) > looks.count(1)
+
+
+def test_a_writer_may_come_to_any_step_of_its_first_append_within_a_look(make, monkeypatch):
+    """A reader that found no log goes on to list its files only when the writer has come so far."""
+    reached, go_on, steps, stop_at = threading.Event(), threading.Event(), [], 0
+
+    def step():
+        if threading.current_thread() is not threading.main_thread():
+            steps.append(None)
+            if len(steps) == stop_at:
+                reached.set()
+                assert go_on.wait(60)
+
+    def write():
+        vault.append(events([1]))
+        reached.set()
+
+    def listed(path):
+        if str(path).endswith("log") and writer and not writer[0].ident:
+            writer[0].start()
+            assert reached.wait(60)
+        return listdir(path)
+
+    at_every_step(monkeypatch, step)
+    listdir, writer = os.listdir, []
+    monkeypatch.setattr(os, "listdir", listed)
+    while len(steps) >= stop_at:
+        writer.clear(), reached.clear(), go_on.clear(), steps.clear()
+        vault = make(ITEMS)
+        os.mkdir(os.path.join(vault.path, "log"))
+        reader = seqvault.open(vault.path)
+        writer.append(threading.Thread(target=write))
+        stop_at += 1
+        reader.refresh()
+        assert items(reader, 1) in ([], [0])
+        go_on.set()
+        writer[0].join(60)
+        reader.refresh()
+        assert items(reader, 1) == [0]
+    assert stop_at > 20
+
+
 def test_another_process_follows(make, other):
     vault = make(BRANDS)
     process = other(vault.path)

@@ -12,6 +12,7 @@ Knows nothing of jax.
 import os
 
 from laser_jax.schema import Field, Schema
+from laser_jax.vault.client import TIMEOUT_S, ServedPartitions, VaultClient, connect, is_service
 from laser_jax.vault.errors import (
     CorruptionError,
     LockedError,
@@ -48,9 +49,11 @@ __all__ = [
     "Schema",
     "SchemaError",
     "Sequences",
+    "ServedPartitions",
     "UnavailableError",
     "UnknownFieldError",
     "Vault",
+    "VaultClient",
     "VaultError",
     "VaultExistsError",
     "VaultWriter",
@@ -104,7 +107,8 @@ def open(
     cache_bytes: int = CACHE_BYTES,
     at: str | None = None,
     writing: WriterOptions | None = None,
-) -> Vault | PartitionedVault:
+    timeout_s: float = TIMEOUT_S,
+) -> Vault | PartitionedVault | VaultClient | ServedPartitions:
     """Opens a vault. The handle is safe to share among threads and pickles to its path.
 
     Opening takes no lock. The first call that writes (`append`, `flush`, `merge`, `forget`, `snapshot`, `evolve`, ...)
@@ -112,15 +116,24 @@ def open(
 
     Args:
       path: a directory; or, read-only, the URL of a tensorstore key-value store (memory://, s3://, gs://, http://,
-        https://; S3 listens to AWS_ENDPOINT_URL and AWS_REGION), or tensorstore's spec of one as JSON.
-      cache_bytes: memory for decoded histories of hot users or, of a key-value store, for decoded pages; 0 for none.
+        https://; S3 listens to AWS_ENDPOINT_URL and AWS_REGION), or tensorstore's spec of one as JSON; or the service
+        of a vault (see laser_jax.vault.service), grpc://host:port or grpc+tls://host:port, or those of all its
+        partitions in order, with commas. SEQVAULT_TOKEN is the token that it wants, SEQVAULT_CA a file of the
+        certificates (PEM) that it is checked by.
+      cache_bytes: memory for decoded histories of hot users or, of a key-value store, for decoded pages; 0 for
+        none. A service has its own.
       at: name of a snapshot to read from; the handle cannot write then.
-      writing: how the handle writes, if it does.
+      writing: how the handle writes, if it does; a service is told when it starts.
+      timeout_s: seconds that a service has to answer a call.
 
     Raises:
       NotAVaultError, VersionError, CorruptionError, UnavailableError: what is wrong with the vault.
     """
     path = os.fspath(path)
+    if is_service(path):
+        if writing is not None:
+            raise VaultError(f"{path}: how a service writes is said when it is started, see `serve --help`")
+        return connect(path, at, timeout_s)
     if not is_url(path) and is_partitioned(path):
         return PartitionedVault(path, cache_bytes, at, writing)
     return Vault(path, cache_bytes, at, writing)

@@ -1,4 +1,4 @@
-"""Command line of a vault: python -m laser_jax.vault ingest | append | get | stats | merge | verify | repair | ..."""
+"""Command line of a vault: python -m laser_jax.vault ingest | append | get | serve | stats | merge | verify | ..."""
 
 import argparse
 import datetime
@@ -35,8 +35,9 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, run: Any, text: str, path: bool = True) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text)
         if path:
-            added.add_argument("path", help="directory of the vault; to read, also a URL")
-        added.add_argument("--json", action="store_true", help="print the result as JSON")
+            added.add_argument("path", help="directory of the vault, or grpc://host:port; to read, also another URL")
+        if name != "serve":
+            added.add_argument("--json", action="store_true", help="print the result as JSON")
         added.set_defaults(run=run)
         return added
 
@@ -86,6 +87,19 @@ def _parser() -> argparse.ArgumentParser:
     publish = command("publish", _publish, "upload the vault, or a snapshot of it, to a key-value store")
     publish.add_argument("url", help="such as s3://bucket/name")
     publish.add_argument("--at", help="this snapshot")
+
+    serve = command("serve", _serve, "serve the vault, or a partition of one, to other machines by Arrow Flight")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    serve.add_argument("--port", type=int, default=8815, help="port; 0 for a free one")
+    serve.add_argument("--metrics-port", type=int, help="port of Prometheus metrics over HTTP; 0 for a free one")
+    serve.add_argument("--cache", default="256MB", type=_bytes, help="memory for decoded histories of hot users")
+    serve.add_argument("--read-only", action="store_true", help="follow the writer, and do not become it")
+    serve.add_argument("--tls-certificate", help="PEM file; with --tls-key")
+    serve.add_argument("--tls-key", help="PEM file")
+    serve.add_argument("--max-events", type=int, default=100_000, help="events of one user that are read at most")
+    serve.add_argument("--max-users", type=int, default=4096, help="users that are read at once, at most")
+    serve.add_argument("--max-put", default="64MB", type=_bytes, help="events that are taken at once, at most")
+    serve.add_argument("--max-calls", type=int, default=128, help="calls under way at once")
     return parser
 
 
@@ -266,6 +280,24 @@ def _forget(options: argparse.Namespace) -> int:
 def _publish(options: argparse.Namespace) -> int:
     size = seqvault.publish(options.path, options.url, options.at)
     print(json.dumps({"bytes": size}) if options.json else f"{size:,} bytes uploaded: {options.url}")
+    return 0
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from laser_jax.vault.serve import serve
+    from laser_jax.vault.service import Limits
+
+    serve(
+        options.path,
+        options.host,
+        options.port,
+        options.metrics_port,
+        options.cache,
+        options.read_only,
+        options.tls_certificate,
+        options.tls_key,
+        Limits(options.max_events, options.max_users, options.max_put, options.max_calls),
+    )
     return 0
 
 

@@ -19,6 +19,7 @@ from laser_jax.vault.log import Batch, LogFile, encode_record, log_numbers
 from laser_jax.vault.log_writer import LogWriter, log_keys
 from laser_jax.vault.maintenance import LogPiece, Maintenance, WriterOptions
 from laser_jax.vault.manifest import HeldManifest
+from laser_jax.vault.origins import MOST, Origin, checked_origin, newest, origins_of
 from laser_jax.vault.state import State, build_state
 from laser_jax.vault.storage import LocalStorage
 from laser_jax.vault.tail import Tail
@@ -35,6 +36,7 @@ class _Item:
     schema: Schema
     columns: dict[str, Any]
     size: int
+    origin: tuple[str, int] | None
     future: "Future[int]"
 
 
@@ -79,6 +81,7 @@ class Appender:
             held = HeldManifest(storage)
             state = build_state(storage, held, dictionaries, state, ())
             tail = self._log.recover(storage, state, dictionaries)
+            self._origins: dict[str, Origin] = origins_of(state.manifest) | tail.origins
             self._window = Window(state.schema, options.dedup_window)
             self._refill_window(state)
             self.maintenance = Maintenance(
@@ -92,15 +95,15 @@ class Appender:
         """Held while events are being written; who holds it sees no append."""
         return self._commit_lock
 
-    def append(self, events: Mapping[str, Any]) -> int:
+    def append(self, events: Mapping[str, Any], origin: Any = None) -> int:
         """See Vault.append."""
-        item = self._enqueue(events)
+        item = self._enqueue(events, origin)
         self._commit()
         return item.future.result()
 
-    def append_async(self, events: Mapping[str, Any]) -> "Future[int]":
+    def append_async(self, events: Mapping[str, Any], origin: Any = None) -> "Future[int]":
         """See Vault.append_async."""
-        item = self._enqueue(events)
+        item = self._enqueue(events, origin)
         if self._thread is None or not self._thread.is_alive():
             self._thread = threading.Thread(target=self._commit_forever, name="vault-append", daemon=True)
             self._thread.start()
@@ -175,12 +178,13 @@ class Appender:
             schemas = [Schema.from_json(schema) for schema in state.manifest["schemas"]]
             log_keys(self._root, state.manifest["log"]["kept"], schemas, self._dictionaries, self._window)
 
-    def _enqueue(self, events: Mapping[str, Any]) -> _Item:
+    def _enqueue(self, events: Mapping[str, Any], origin: Any) -> _Item:
+        origin = checked_origin(origin)
         schema = self._state.schema
         columns = check_columns(schema, events)
         size = sum(_size_of(column) for column in columns.values())
         self.maintenance.wait_for_room()
-        item = _Item(events, schema, columns, size, Future())
+        item = _Item(events, schema, columns, size, origin, Future())
         item.future.set_running_or_notify_cancel()  # from here on it cannot be cancelled
         with self._queue_lock:
             self._queue.append(item)
@@ -239,16 +243,26 @@ class Appender:
         known = {name: len(dictionary) for name, dictionary in self._dictionaries.items()}
         sequence = tail.next_sequence
         batches, results, keys = [], [], []
+        origins: dict[str, Origin] = {}
         pending: set[Any] = set()
         try:
             for item in items:
+                client, number = item.origin or (None, 0)
+                written = origins.get(client) or self._origins.get(client)
+                if client is not None and written is not None and number <= written[0]:
+                    results.append(written[1])  # sent again: its events are there
+                    continue
                 batch, fresh = self._batch(schema, item.columns, sequence, pending)
+                batch.origin = item.origin
                 if len(batch):
                     batches.append(batch)
                     keys.extend(fresh)
                     sequence += len(batch)
+                if client is not None:
+                    origins[client] = (number, sequence)
                 results.append(sequence)
             if not batches:
+                self._origins.update(origins)
                 return results
             data = b"".join([encode_record(schema, batch) for batch in batches])
             self._log.write(data, tail.next_sequence, sequence, len(self._state.manifest["schemas"]) - 1)
@@ -258,7 +272,10 @@ class Appender:
                 self._dictionaries[name].truncate(size)
             raise
         for batch in batches:
-            tail.append(batch.users, batch.columns)
+            tail.append(batch.users, batch.columns, batch.origin)
+        self._origins.update(origins)
+        if len(self._origins) > 2 * MOST:
+            self._origins = newest(self._origins)
         if self._window.active:
             self._window.add(keys)
         return results

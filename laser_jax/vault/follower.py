@@ -118,5 +118,5 @@ class Follower:
                     )
                 for name, (code, values) in batch.new.items():
                     self._dictionaries[name].extend(code, values)
-                self.tail.append(batch.users, batch.columns)
+                self.tail.append(batch.users, batch.columns, batch.origin)
                 self.offset = offset

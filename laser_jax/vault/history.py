@@ -16,6 +16,7 @@ class History:
         `as_of` sees the same.
       scanned: events that were looked at; more than N if some did not meet the conditions of `where`.
       exhausted: whether nothing older is left, so that all events before the bound were looked at.
+      dictionary: gives the values of a string field, by code; None for other fields.
     """
 
     def __init__(
@@ -26,12 +27,11 @@ class History:
         exhausted: bool,
         scanned: int | None = None,
     ):
-        """`dictionary` gives the values of a string field, None for other fields."""
         self.columns = columns
         self.as_of = as_of
         self.exhausted = exhausted
         self.scanned = len(self) if scanned is None else scanned
-        self._dictionary = dictionary
+        self.dictionary = dictionary
 
     def __len__(self) -> int:
         return len(self.columns["time"])
@@ -40,7 +40,7 @@ class History:
         """Values of a column; strings are decoded."""
         if name not in self.columns:
             raise KeyError(f"{name!r} was not read; columns: {', '.join(self.columns)}")
-        values = self._dictionary(name)
+        values = self.dictionary(name)
         return self.columns[name] if values is None else values[self.columns[name]]
 
     def __repr__(self) -> str:
@@ -54,6 +54,7 @@ class Histories:
       columns: `time` int64 [N] and the asked fields, [N] or [N, size]; a string field as int32 codes.
       offsets: int64 [B + 1]; user b has the rows offsets[b] to offsets[b + 1].
       as_of: as for History, of the whole batch (of a partitioned vault, a Sequences).
+      dictionary: as for History.
     """
 
     def __init__(
@@ -64,11 +65,11 @@ class Histories:
         as_of: Any,
         n: int,
     ):
-        """`dictionary` gives the values of a string field, None for other fields; `n` is what was asked for."""
+        """`n` is what was asked for; the others are as said above."""
         self.columns = columns
         self.offsets = offsets
         self.as_of = as_of
-        self._dictionary = dictionary
+        self.dictionary = dictionary
         self._n = n
 
     def __len__(self) -> int:
@@ -87,7 +88,7 @@ class Histories:
         position %= len(self)
         rows = slice(self.offsets[position], self.offsets[position + 1])
         columns = {name: column[rows] for name, column in self.columns.items()}
-        return History(columns, self._dictionary, self.as_of, len(columns["time"]) < self._n)
+        return History(columns, self.dictionary, self.as_of, len(columns["time"]) < self._n)
 
     def __repr__(self) -> str:
         return f"Histories({len(self)} users, {self.num_events} events, columns: {', '.join(self.columns)})"

@@ -10,8 +10,9 @@ cut by a crash, before that record was acknowledged; any other record whose chec
 All integers are little-endian:
   file header   8 s magic "LJXVLOG1", u64 number, u64 first sequence number, u32 schema, u32 crc32c of these
   record        u32 magic, u32 rows, u64 first sequence number, u64 body bytes, u32 crc32c of the body, u32 crc32c of
-                these; body: u32 length and JSON {"new": {field: [first code, [values]]}}, then columns: users (int64,
-                or u32 lengths and UTF-8), time int64, and the schema's fields in order, strings as int32 codes
+                these; body: u32 length and JSON {"new": {field: [first code, [values]]}, "origin": [client, number]},
+                both if there is one, then columns: users (int64, or u32 lengths and UTF-8), time int64, and the
+                schema's fields in order, strings as int32 codes
 """
 
 import contextlib
@@ -50,12 +51,14 @@ class Batch:
       users: keys of the N rows.
       columns: `time` int64 [N] and every field, strings as int32 codes.
       new: field -> (first code, values): dictionary values that appear here for the first time.
+      origin: (client, number) that the batch came with, see laser_jax.vault.origins.
     """
 
     first_sequence: int
     users: list[Any]
     columns: dict[str, np.ndarray]
     new: dict[str, tuple[int, list[str]]]
+    origin: tuple[str, int] | None = None
 
     def __len__(self) -> int:
         return len(self.users)
@@ -99,7 +102,10 @@ def encode_header(number: int, first_sequence: int, schema: int) -> bytes:
 
 def encode_record(schema: Schema, batch: Batch) -> bytes:
     """A record's bytes."""
-    meta = json.dumps({"new": {name: list(value) for name, value in batch.new.items()}} if batch.new else {}).encode()
+    extra: dict[str, Any] = {"new": {name: list(value) for name, value in batch.new.items()}} if batch.new else {}
+    if batch.origin is not None:
+        extra["origin"] = list(batch.origin)
+    meta = json.dumps(extra).encode()
     pieces = [_CRC.pack(len(meta)), meta]
     if schema.user == "int64":
         pieces.append(np.array(batch.users, np.int64).tobytes())
@@ -136,7 +142,8 @@ def decode_body(schema: Schema, body: bytes, rows: int, first_sequence: int) -> 
         columns[field.name] = values if field.size is None else values.reshape(rows, field.size)
         at += count * field.dtype.itemsize
     new = {name: (code, values) for name, (code, values) in meta.get("new", {}).items()}
-    return Batch(first_sequence, users, columns, new)
+    origin = meta.get("origin")
+    return Batch(first_sequence, users, columns, new, None if origin is None else (origin[0], origin[1]))
 
 
 class LogFile:

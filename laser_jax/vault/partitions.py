@@ -34,7 +34,7 @@ from laser_jax.vault.partitioning import FORMAT, PARTITIONS, partition_of, parti
 from laser_jax.vault.reader import Vault
 from laser_jax.vault.writer import VaultWriter
 
-_CODES = "codes.log"
+CODES = "codes.log"
 
 
 class Sequences(tuple):
@@ -65,7 +65,7 @@ class PartitionedWriter:
                 self._remove()  # what a killed writer left
             except OSError as error:
                 raise UnavailableError(f"vault {self.path} cannot be created: {error}") from error
-            self._codes = Codebook(os.path.join(self.path, _CODES), _string_fields(self.schema))
+            self._codes = Codebook(os.path.join(self.path, CODES), string_fields(self.schema))
             self._writing = stack.enter_context(contextlib.ExitStack())
             self._writers = [
                 self._writing.enter_context(
@@ -89,7 +89,7 @@ class PartitionedWriter:
     def write(self, columns: Mapping[str, Any]) -> None:
         """As VaultWriter.write."""
         checked = check_columns(self.schema, columns)
-        self._codes.add({name: checked[name].values for name in _string_fields(self.schema)})
+        self._codes.add({name: checked[name].values for name in string_fields(self.schema)})
         for number, rows in _split(self.schema, checked, self._partitions):
             self._writers[number].write(_taken(checked, rows))
 
@@ -135,10 +135,17 @@ class PartitionedVault:
         self._writing = writing
         count = read_count(self.path)
         share = cache_bytes // count
-        self.partitions = [Vault(partition_path(self.path, number), share, at, writing) for number in range(count)]
-        self._codes = Codebook(os.path.join(self.path, _CODES), _string_fields(self.schema))
+        vaults = [Vault(partition_path(self.path, number), share, at, writing) for number in range(count)]
+        self._hold(vaults, Codebook(os.path.join(self.path, CODES), string_fields(vaults[0].schema)))
+
+    def _hold(self, partitions: list[Any], codes: Any) -> None:
+        """Takes the partitions, which have the face of a Vault, and their common codes, that of a Codebook."""
+        self.partitions = partitions
+        self._codes = codes
         self._translations: dict[tuple[int, str], np.ndarray] = {}
-        self._pool = concurrent.futures.ThreadPoolExecutor(min(count, os.cpu_count() or 1), "vault-partitions")
+        self._pool = concurrent.futures.ThreadPoolExecutor(
+            min(len(partitions), os.cpu_count() or 1), "vault-partitions"
+        )
         self._lock: contextlib.ExitStack | None = None
 
     def __reduce__(self):
@@ -213,11 +220,8 @@ class PartitionedVault:
         owner = partition_of(schema, listed, len(self.partitions))
         size = len(owner)
         bound = None if before is None else np.asarray(before)
-        seen = self.next_sequence
-        hidden = np.array(seen, np.int64)[owner]
-        if as_of is not None:
-            given = np.array(as_of, np.int64)[owner] if isinstance(as_of, Sequences) else np.asarray(as_of)
-            hidden = np.minimum(hidden, given)
+        hidden = np.array(as_of, np.int64)[owner] if isinstance(as_of, Sequences) else as_of
+        hidden = None if hidden is None else np.asarray(hidden)
         order = np.argsort(owner, kind="stable")
         jobs = []
         for number in np.unique(owner).tolist() or [0]:
@@ -244,22 +248,24 @@ class PartitionedVault:
                 if name not in columns:
                     columns[name] = np.empty((int(offsets[-1]), *column.shape[1:]), column.dtype)
                 columns[name][target] = column
-        return Histories(columns, offsets, self._values, seen, n)
+        seen = {number: found.as_of for (number, *_), found in zip(jobs, results, strict=True)}
+        everywhere = (
+            seen[number] if number in seen else self._known_sequence(number) for number in range(len(self.partitions))
+        )
+        return Histories(columns, offsets, self._values, Sequences(everywhere), n)
 
-    def append(self, events: Mapping[str, Any]) -> Sequences:
+    def append(self, events: Mapping[str, Any], origin: tuple[str, int] | None = None) -> Sequences:
         """As Vault.append, in every partition that the events belong to at once.
 
         Returns:
           Bounds for `as_of` that show these events and all before.
         """
-        for future in self._appended(events):
-            future.result()
-        return self.next_sequence
+        return self._written(self._appended(events, origin))
 
-    def append_async(self, events: Mapping[str, Any]) -> "Future[Sequences]":
+    def append_async(self, events: Mapping[str, Any], origin: tuple[str, int] | None = None) -> "Future[Sequences]":
         """As append, without waiting."""
-        futures = self._appended(events)
-        return self._pool.submit(lambda: [future.result() for future in futures] and self.next_sequence)
+        futures = self._appended(events, origin)
+        return self._pool.submit(self._written, futures)
 
     def flush(self) -> None:
         """As Vault.flush."""
@@ -338,15 +344,27 @@ class PartitionedVault:
                 self._lock = stack.pop_all()
             self._codes.follow()
 
-    def _appended(self, events: Mapping[str, Any]) -> list[Any]:
+    def _appended(self, events: Mapping[str, Any], origin: tuple[str, int] | None) -> "list[tuple[int, Future[int]]]":
+        """(partition, what its append will give) of those that the events belong to."""
         self._write_lock()
         schema = self.schema
         checked = check_columns(schema, events)
-        self._codes.add({name: checked[name].values for name in _string_fields(schema)})
+        self._codes.add({name: checked[name].values for name in string_fields(schema)})
         return [
-            self.partitions[number].append_async(_taken(checked, rows))
+            (number, self.partitions[number].append_async(_taken(checked, rows), origin))
             for number, rows in _split(schema, checked, len(self.partitions))
         ]
+
+    def _written(self, futures: "list[tuple[int, Future[int]]]") -> Sequences:
+        results = {number: future.result() for number, future in futures}
+        return Sequences(
+            results[number] if number in results else self._known_sequence(number)
+            for number in range(len(self.partitions))
+        )
+
+    def _known_sequence(self, number: int) -> int:
+        """A sequence number that everything written in a partition by this handle lies below."""
+        return self.partitions[number].next_sequence
 
     def _values(self, field: str) -> np.ndarray | None:
         dictionary = self._codes.dictionaries.get(field)
@@ -394,10 +412,10 @@ def _listed(path: str) -> list[str]:
 
 
 def _is_ours(name: str) -> bool:
-    return name.startswith("partition-") or name in ("writer.lock", _CODES, PARTITIONS + ".draft")
+    return name.startswith("partition-") or name in ("writer.lock", CODES, PARTITIONS + ".draft")
 
 
-def _string_fields(schema: Schema) -> list[str]:
+def string_fields(schema: Schema) -> list[str]:
     return [field.name for field in schema.fields if field.type == "string"]
 
 

@@ -242,11 +242,15 @@ class Vault:
 
         return self._with_state(read)
 
-    def append(self, events: Mapping[str, Any]) -> int:
+    def append(self, events: Mapping[str, Any], origin: tuple[str, int] | None = None) -> int:
         """Adds events: durable when it returns, and seen by the next read.
 
         Args:
           events: `user`, `time` and every field of the schema, one value (or vector) an event, in any order.
+          origin: (client, number) for who may have to send a batch again, not knowing whether it was written. A client
+            sends one batch after the other, with growing numbers. A batch whose number is not above the last one
+            written is taken for that one, and nothing is written; this outlives crashes, for the 4096 clients who wrote
+            last.
 
         Returns:
           The sequence number that the next event will get: a read with it as `as_of` sees these events and all before.
@@ -256,11 +260,15 @@ class Vault:
           LockedError: another handle, here or in another process, is the writer.
           UnavailableError: the storage refused; none of them is taken.
         """
-        return self._write(lambda writer: writer.append(events))
+        return self._write(lambda writer: writer.append(events, origin))
 
-    def append_async(self, events: Mapping[str, Any]) -> "Future[int]":
+    def append_async(self, events: Mapping[str, Any], origin: tuple[str, int] | None = None) -> "Future[int]":
         """As append, without waiting: the future's result is append's. Blocks only while too much is under way."""
-        return self._write(lambda writer: writer.append_async(events))
+        return self._write(lambda writer: writer.append_async(events, origin))
+
+    def begin_writing(self) -> None:
+        """Becomes the vault's one writer now, and not with the first call that writes; LockedError if there is one."""
+        self._write(lambda writer: None)
 
     def flush(self) -> None:
         """Moves all events from the log and the tail into a part."""

@@ -7,6 +7,7 @@ import numpy as np
 
 from laser_jax.schema import Schema
 from laser_jax.vault import kernels
+from laser_jax.vault.origins import Origin
 from laser_jax.vault.unpacking import SEQUENCE
 
 _FIRST_ROWS = 1 << 10
@@ -19,12 +20,14 @@ class Tail:
     Attributes:
       first_sequence: sequence number of the first row; the others follow without a gap.
       size: number of rows N.
+      origins: of its batches, see laser_jax.vault.origins.
     """
 
     def __init__(self, schema: Schema, first_sequence: int):
         self.schema = schema
         self.first_sequence = first_sequence
         self.size = 0
+        self.origins: dict[str, Origin] = {}
         self._slots: dict[Any, int] = {}
         self._lock = threading.Lock()
         shapes = {"time": (np.dtype(np.int64), ()), "previous": (np.dtype(np.int64), ())}
@@ -59,12 +62,13 @@ class Tail:
         with self._lock:
             return list(self._slots)
 
-    def append(self, users: list[Any], columns: dict[str, np.ndarray]) -> None:
+    def append(self, users: list[Any], columns: dict[str, np.ndarray], origin: tuple[str, int] | None = None) -> None:
         """Adds rows.
 
         Args:
           users: keys of the N rows.
           columns: `time` int64 [N] and every field, strings as int32 codes.
+          origin: (client, number) that they came with.
         """
         if not users:
             return
@@ -87,6 +91,8 @@ class Tail:
                 found, self.size, rows["time"], rows["previous"], self._newest, self._count, self._ordered
             )
             self.size = end
+            if origin is not None:
+                self.origins[origin[0]] = (origin[1], self.next_sequence)
 
     def read(self, user: Any, names: list[str], before: int, as_of: int, n: int) -> dict[str, np.ndarray] | None:
         """The newest n events of a user with time < before and sequence number < as_of, by (time, sequence number).

@@ -1,0 +1,516 @@
+"""A vault behind a service, or behind one service a partition, with the face of laser_jax.vault.Vault."""
+
+import concurrent.futures
+import contextlib
+import json
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import flight
+
+from laser_jax.schema import Schema
+from laser_jax.vault import wire
+from laser_jax.vault.arguments import checked_bounds, checked_user, checked_users
+from laser_jax.vault.columns import check_columns
+from laser_jax.vault.dictionary import Dictionary
+from laser_jax.vault.errors import SchemaError, UnavailableError, UnknownFieldError, VaultError
+from laser_jax.vault.history import Histories, History
+from laser_jax.vault.merging import NO_BOUND
+from laser_jax.vault.origins import checked_origin
+from laser_jax.vault.partitions import PartitionedVault, string_fields
+
+SCHEMES = ("grpc", "grpc+tcp", "grpc+tls")
+TIMEOUT_S = 10.0
+#: A service that comes back is found again in half a second, not in gRPC's two minutes.
+_RECONNECT = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 500)]
+_LONGEST_PAUSE = 0.5
+#: Appends under way at once, of append_async.
+_APPENDS = 8
+
+
+def is_service(path: str) -> bool:
+    """Whether a path names services: grpc://host:port, several of them with commas."""
+    return path.partition("://")[0] in SCHEMES
+
+
+def connect(path: str, at: str | None = None, timeout_s: float = TIMEOUT_S) -> "VaultClient | ServedPartitions":
+    """A client of the service, or of the partitions' services in order, that a path names."""
+    urls = path.split(",")
+    if len(urls) > 1:
+        return ServedPartitions(path, at, timeout_s)
+    client = VaultClient(path, at, timeout_s)
+    if client.partition is not None and client.partition[1] > 1:
+        number, count = client.partition
+        raise VaultError(f"{path} serves partition {number} of {count}: name all services, in order, with commas")
+    return client
+
+
+class VaultClient:
+    """See laser_jax.vault.open and, for the methods, laser_jax.vault.Vault. Safe to share among threads.
+
+    Appends are sent again until the time-out while the service does not answer, each written once. Reads fail at once.
+
+    Attributes:
+      path: URL of the service. at: snapshot that is read from. timeout_s: seconds that a call may take.
+    """
+
+    local = False
+
+    def __init__(
+        self,
+        path: str,
+        at: str | None = None,
+        timeout_s: float = TIMEOUT_S,
+        partition: tuple[int, int] | None = None,
+    ):
+        """`partition`: (number, count) that the service must say that it is."""
+        self.path = path
+        self.at = at
+        self.timeout_s = timeout_s
+        self._wanted = partition
+        headers = []
+        if token := os.environ.get("SEQVAULT_TOKEN"):
+            headers.append((b"authorization", f"Bearer {token}".encode()))
+        self._options = flight.FlightCallOptions(timeout=timeout_s, headers=headers)
+        # Merging and reading everything take as long as they take.
+        self._patient = flight.FlightCallOptions(headers=headers)
+        authority = os.environ.get("SEQVAULT_CA")
+        try:
+            roots = None
+            if authority:
+                with open(authority, "rb") as file:
+                    roots = file.read()
+            self._client = flight.FlightClient(path, tls_root_certs=roots, generic_options=_RECONNECT)
+        except (OSError, pa.ArrowException) as error:
+            raise VaultError(f"{path} cannot be used: {error}") from error
+        self._described: dict[str, Any] | None = None
+        self._schema: Schema | None = None
+        self._lock = threading.Lock()
+        self._dictionaries: dict[str, Dictionary] = {}
+        self._sizes: dict[str, int] = {}
+        self._origins: list[list[Any]] = []
+        self._pool: concurrent.futures.ThreadPoolExecutor | None = None
+        #: The newest sequence number that this handle has heard of.
+        self.known_sequence = 0
+
+    def __reduce__(self):
+        return VaultClient, (self.path, self.at, self.timeout_s, self._wanted)
+
+    def __enter__(self) -> "VaultClient":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return self._describe()["users"]
+
+    def __repr__(self) -> str:
+        return f"VaultClient({self.path!r})"
+
+    @property
+    def schema(self) -> Schema:
+        """As it was when this handle first asked or was refreshed."""
+        if self._schema is None:
+            self._describe()
+        return self._schema
+
+    @property
+    def partition(self) -> tuple[int, int] | None:
+        """(number, count) if the service serves a partition."""
+        found = (self._described or self._describe())["partition"]
+        return None if found is None else tuple(found)
+
+    @property
+    def num_events(self) -> int:
+        """As Vault.num_events."""
+        return self._describe()["events"]
+
+    @property
+    def next_sequence(self) -> int:
+        """As Vault.next_sequence."""
+        return self._describe()["next_sequence"]
+
+    def users(self) -> np.ndarray:
+        """As Vault.users."""
+        table = self._read(lambda: self._client.do_get(_ticket(list="users"), self._patient).read_all())
+        if self.schema.user == "int64":
+            return table["user"].to_numpy()
+        keys = np.empty(len(table), object)
+        keys[:] = table["user"].to_pylist()
+        return keys
+
+    def dictionary(self, field: str) -> np.ndarray:
+        """As Vault.dictionary, with at least the values of everything that was read through this handle."""
+        self._check_string(field)
+        known = self._dictionaries.setdefault(field, Dictionary())
+        if len(known) < self._sizes.get(field, 0):
+            with self._lock:
+                while len(known) < self._sizes.get(field, 0):
+                    known.extend(len(known), self._action("dictionary", field=field, start=len(known)))
+        return known.array
+
+    def encode(self, field: str, values: Sequence[str]) -> np.ndarray:
+        """As Vault.encode."""
+        self._describe()
+        self.dictionary(field)
+        known = self._dictionaries[field]
+        listed = values.tolist() if isinstance(values, np.ndarray) else values
+        return np.fromiter((known.code(value) for value in listed), np.int32, len(listed))
+
+    def get(
+        self,
+        user: Any,
+        n: int = 1000,
+        before: int | None = None,
+        as_of: int | None = None,
+        fields: Sequence[str] | None = None,
+        where: Mapping[str, Any] | None = None,
+        max_scan: int | None = None,
+    ) -> History:
+        """As Vault.get."""
+        key = checked_user(self.schema, user)
+        asked: dict[str, Any] = {"user": int(user) if key is None else key, "n": n, "before": before, "as_of": as_of}
+        asked |= {"fields": _listed(fields), "where": where, "max_scan": max_scan, "at": self.at}
+        ticket = _ticket(**{name: value for name, value in asked.items() if value is not None}, coded=True)
+        table = self._read(lambda: self._client.do_get(ticket, self._options).read_all())
+        said = {name.decode(): json.loads(value) for name, value in table.schema.metadata.items()}
+        self._heard(said)
+        batches = table.combine_chunks().to_batches()
+        columns = wire.columns_of(batches[0] if batches else _no_rows(table.schema))
+        return History(columns, self._values, said["as_of"], said["exhausted"], said["scanned"])
+
+    def gather(
+        self,
+        users: Any,
+        before: Any = None,
+        n: int = 1000,
+        as_of: Any = None,
+        fields: Sequence[str] | None = None,
+    ) -> Histories:
+        """As Vault.gather."""
+        keys, beyond = checked_users(self.schema, users)
+        size = len(keys)
+        bounds = np.full(size, NO_BOUND) if before is None else checked_bounds("before", before, size)
+        if beyond is not None:
+            bounds = np.where(beyond, np.iinfo(np.int64).min, bounds)
+        hidden = np.full(size, NO_BOUND) if as_of is None else checked_bounds("as_of", as_of, size)
+        command = {"n": n, "fields": _listed(fields), "at": self.at}
+        descriptor = flight.FlightDescriptor.for_command(_dumped({**command, "coded": True}))
+        most = (self._described or self._describe())["limits"]["users"]
+
+        def read() -> tuple[list[dict[str, np.ndarray]], list[np.ndarray], int]:
+            columns, lengths, seen = [], [], NO_BOUND
+            writer, reader = self._client.do_exchange(descriptor, self._options)
+            with contextlib.ExitStack() as stack:
+                stack.callback(writer.close)
+                for start in range(0, max(size, 1), most):
+                    rows = slice(start, start + most)
+                    # Appends go on meanwhile: all are read as of the first answer.
+                    batch = _asked(self.schema, keys[rows], bounds[rows], np.minimum(hidden[rows], seen))
+                    if not start:
+                        writer.begin(batch.schema)
+                    writer.write_batch(batch)
+                    chunk = reader.read_chunk()
+                    said = json.loads(chunk.app_metadata.to_pybytes())
+                    self._heard(said)
+                    found, offsets = wire.split_lists(chunk.data)
+                    columns.append(found)
+                    lengths.append(np.diff(offsets))
+                    seen = min(seen, said["as_of"])
+                writer.done_writing()
+            return columns, lengths, seen
+
+        columns, lengths, seen = self._read(read)
+        joined = columns[0]
+        if len(columns) > 1:
+            joined = {name: np.concatenate([part[name] for part in columns]) for name in joined}
+        offsets = np.concatenate(([0], np.cumsum(np.concatenate(lengths)))).astype(np.int64)
+        return Histories(joined, offsets, self._values, seen, n)
+
+    def append(self, events: Mapping[str, Any], origin: tuple[str, int] | None = None) -> int:
+        """As Vault.append.
+
+        Raises:
+          UnavailableError: the service did not answer in time. The events may have been written: who sends them again
+            must give the same `origin` both times.
+        """
+        batch = wire.events_batch(self.schema, check_columns(self.schema, events))
+        given = checked_origin(origin)
+        if given is not None:
+            return self._put(batch, given)
+        with self._own_origin() as origin:
+            return self._put(batch, origin)
+
+    def append_async(self, events: Mapping[str, Any], origin: tuple[str, int] | None = None) -> "Future[int]":
+        """As append, without waiting; appends of one handle may be written in another order than given."""
+        check_columns(self.schema, events)
+        with self._lock:
+            if self._pool is None:
+                self._pool = concurrent.futures.ThreadPoolExecutor(_APPENDS, "vault-append")
+        return self._pool.submit(self.append, events, origin)
+
+    def flush(self) -> None:
+        """As Vault.flush."""
+        self._action("flush")
+
+    def merge(self, progress: Callable[[str], None] | None = None) -> None:
+        """As Vault.merge, without progress."""
+        self._action("merge")
+
+    def snapshot(self, name: str | None = None) -> str:
+        """As Vault.snapshot."""
+        return self._action("snapshot", **({} if name is None else {"name": name}))
+
+    def snapshots(self) -> list[str]:
+        """As Vault.snapshots."""
+        return self._action("snapshots")
+
+    def drop_snapshot(self, name: str) -> None:
+        """As Vault.drop_snapshot."""
+        self._action("drop_snapshot", name=name)
+
+    def forget(self, users: Any) -> int:
+        """As Vault.forget."""
+        return self._action("forget", users=list(users))
+
+    def evolve(self, schema: Schema) -> None:
+        """As Vault.evolve."""
+        self._action("evolve", schema=schema.to_json())
+        self._describe()
+
+    def retain(self, events: int | None = None, age: int | None = None) -> None:
+        """As Vault.retain."""
+        self._action("retain", events=events, age=age)
+
+    def refresh(self) -> None:
+        """Learns the schema anew; reads see what was written in any case."""
+        self._describe()
+
+    def stats(self) -> dict[str, Any]:
+        """As Vault.stats."""
+        return self._action("stats")
+
+    def verify(self) -> list[str]:
+        """As Vault.verify."""
+        return self._action("verify")
+
+    def action(self, name: str, /, **arguments: Any) -> Any:
+        """What an action of the service answers; see laser_jax.vault.service."""
+        return self._action(name, **arguments)
+
+    def close(self) -> None:
+        """Waits for appends that are under way. Reading goes on."""
+        with self._lock:
+            pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.shutdown()
+
+    def _describe(self) -> dict[str, Any]:
+        found = self._action("describe", **({} if self.at is None else {"at": self.at}))
+        partition = None if found["partition"] is None else tuple(found["partition"])
+        if self._wanted is not None and partition != self._wanted:
+            serves = "no partition" if partition is None else f"partition {partition[0]} of {partition[1]}"
+            number, count = self._wanted
+            raise VaultError(f"{self.path} serves {serves}; by its place it must serve partition {number} of {count}")
+        self._schema = Schema.from_json(found["schema"])
+        self._described = found
+        self._heard({"sizes": found["sizes"], "as_of": found["next_sequence"]})
+        return found
+
+    def _heard(self, said: dict[str, Any]) -> None:
+        with self._lock:
+            self.known_sequence = max(self.known_sequence, said["as_of"])
+            for name, size in said.get("sizes", {}).items():
+                self._sizes[name] = max(size, self._sizes.get(name, 0))
+
+    def _check_string(self, field: str) -> None:
+        strings = string_fields(self.schema)
+        if field not in strings:
+            known = ", ".join(strings) or "none"
+            raise UnknownFieldError(f"{self.path}: {field!r} is not a string field; string fields: {known}")
+
+    def _values(self, field: str) -> np.ndarray | None:
+        return self.dictionary(field) if field in self._sizes else None
+
+    def _read(self, call: Callable[[], Any]) -> Any:
+        """What a call that changes nothing returns: tried twice, for a connection may be that of an earlier service."""
+        for last in (False, True):
+            try:
+                return call()
+            except (flight.FlightError, pa.ArrowException, StopIteration) as error:
+                received = wire.error_received(error, self.path)
+                if last or not isinstance(error, flight.FlightUnavailableError):
+                    raise received from error
+
+    def _action(self, name: str, /, **arguments: Any) -> Any:
+        action = flight.Action(name, _dumped(arguments))
+        long = name in ("merge", "flush", "verify", "forget", "snapshot", "stats")
+        options = self._patient if long else self._options
+        results = self._read(lambda: list(self._client.do_action(action, options)))
+        return json.loads(results[0].body.to_pybytes())
+
+    @contextlib.contextmanager
+    def _own_origin(self) -> Iterator[tuple[str, int]]:
+        """A client's name and its next number, which nobody else uses meanwhile: they go up one after the other."""
+        with self._lock:
+            origin = self._origins.pop() if self._origins else [uuid.uuid4().hex, 0]
+        try:
+            yield origin[0], origin[1]
+        finally:
+            origin[1] += 1
+            with self._lock:
+                self._origins.append(origin)
+
+    def _put(self, batch: pa.RecordBatch, origin: tuple[str, int]) -> int:
+        deadline = time.monotonic() + self.timeout_s
+        pause = 0.02
+        while True:
+            try:
+                return self._put_once(batch, origin)
+            except (flight.FlightError, pa.ArrowException, StopIteration) as error:
+                received = wire.error_received(error, self.path)
+                if not isinstance(received, UnavailableError) or time.monotonic() + pause > deadline:
+                    raise received from error
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _put_once(self, batch: pa.RecordBatch, origin: tuple[str, int]) -> int:
+        descriptor = flight.FlightDescriptor.for_command(_dumped({"origin": list(origin)}))
+        writer, reader = self._client.do_put(descriptor, batch.schema, self._options)
+        with contextlib.ExitStack() as stack:
+            stack.callback(writer.close)
+            writer.write_batch(batch)
+            writer.done_writing()
+            answer = reader.read()
+            if answer is None:
+                stack.pop_all().close()  # says what was wrong
+                raise UnavailableError(f"{self.path} took no notice of the events")
+        sequence = json.loads(answer.to_pybytes())["next_sequence"]
+        self._heard({"as_of": sequence})
+        return sequence
+
+
+class ServedPartitions(PartitionedVault):
+    """A partitioned vault behind one service a partition. While a service is lost, only its users are.
+
+    Attributes:
+      path: URLs of the services in the order of the partitions, with commas.
+    """
+
+    local = False
+
+    def __init__(self, path: str, at: str | None = None, timeout_s: float = TIMEOUT_S):
+        self.path = path
+        self.at = at
+        self.timeout_s = timeout_s
+        urls = path.split(",")
+        clients = [VaultClient(url, at, timeout_s, (number, len(urls))) for number, url in enumerate(urls)]
+        self._schema: Schema | None = None
+        lost = []
+        for client in clients:
+            try:
+                self._schema = self._schema or client.schema
+            except UnavailableError as error:
+                lost.append(error)
+        if self._schema is None:
+            raise UnavailableError(f"none of the services {path} answers: {lost[0]}") from lost[0]
+        self._hold(clients, _ServedCodes(clients[0], string_fields(self._schema)))
+
+    def __reduce__(self):
+        return ServedPartitions, (self.path, self.at, self.timeout_s)
+
+    def __repr__(self) -> str:
+        return f"ServedPartitions({self.path!r})"
+
+    @property
+    def schema(self) -> Schema:
+        """As it was when this handle was opened or refreshed."""
+        return self._schema
+
+    def refresh(self) -> None:
+        """Learns the schema and the strings anew; reads see what was written in any case."""
+        super().refresh()
+        self._schema = self.partitions[0].schema
+
+    def _known_sequence(self, number: int) -> int:
+        return self.partitions[number].known_sequence
+
+    def _write_lock(self) -> None:
+        """The services hold it."""
+
+
+class _ServedCodes:
+    """The face of a Codebook, which the first partition's service keeps."""
+
+    def __init__(self, client: VaultClient, fields: list[str]):
+        self.path = client.path
+        self.dictionaries = {field: Dictionary() for field in fields}
+        self._client = client
+        self._lock = threading.Lock()
+        with contextlib.suppress(UnavailableError):  # whoever needs the strings will ask again
+            self.follow()
+
+    def follow(self) -> None:
+        """As Codebook.follow."""
+        if not self.dictionaries:
+            return
+        with self._lock:
+            sizes = {name: len(known) for name, known in self.dictionaries.items()}
+            for name, values in self._client.action("codes", sizes=sizes).items():
+                self.dictionaries.setdefault(name, Dictionary()).extend(sizes.get(name, 0), values)
+
+    def add(self, values: dict[str, list[str]]) -> None:
+        """As Codebook.add."""
+        if self._new(values):
+            self.follow()
+            if new := self._new(values):
+                self._client.action("add_codes", values=new)
+                self.follow()
+
+    def _new(self, values: dict[str, list[str]]) -> dict[str, list[str]]:
+        new = {
+            name: [value for value in dict.fromkeys(listed) if self.dictionaries[name].code(value) < 0]
+            for name, listed in values.items()
+        }
+        return {name: listed for name, listed in new.items() if listed}
+
+
+def _asked(schema: Schema, users: Any, before: np.ndarray, as_of: np.ndarray) -> pa.RecordBatch:
+    kind = pa.int64() if schema.user == "int64" else pa.string()
+    columns = [pa.array(users, kind), *(pa.array(bound, pa.int64()) for bound in (before, as_of))]
+    return pa.record_batch(columns, ["user", "before", "as_of"])
+
+
+def _no_rows(schema: pa.Schema) -> pa.RecordBatch:
+    return pa.record_batch([pa.array([], kind) for kind in schema.types], schema.names)
+
+
+def _listed(fields: Sequence[str] | None) -> list[str] | None:
+    if isinstance(fields, str):
+        raise UnknownFieldError(f"fields={fields!r}: give a sequence of names")
+    return None if fields is None else list(fields)
+
+
+def _ticket(**asked: Any) -> flight.Ticket:
+    return flight.Ticket(_dumped(asked))
+
+
+def _dumped(value: Any) -> bytes:
+    return json.dumps(value, default=_plain).encode()
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no word for, as numpy's scalars and arrays."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.tolist()
+    if isinstance(value, (set, frozenset, tuple, range)):
+        return list(value)
+    raise SchemaError(f"{value!r} of type {type(value).__name__} cannot be sent to a service")

@@ -1,0 +1,470 @@
+"""A vault behind a service answers as the vault itself does; and any Flight client can use it."""
+
+import concurrent.futures
+import datetime
+import json
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import urllib.request
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyarrow import flight
+
+from laser_jax import vault as seqvault
+from laser_jax.schema import Field, Schema
+from laser_jax.vault.partitioning import partition_path
+from laser_jax.vault.service import Limits, VaultService
+from tests.vault.conftest import FIELDS, Model, assert_same, random_log, take
+
+WRITING = seqvault.WriterOptions(background=False)
+ITEMS = Schema(fields=(Field("item", "int64"), Field("brand", "string")))
+
+
+def url(service) -> str:
+    return f"grpc://127.0.0.1:{service.port}"
+
+
+@pytest.fixture(scope="module")
+def items(tmp_path_factory):
+    """A service of ten users with ten events each."""
+    path = tmp_path_factory.mktemp("items") / "vault"
+    with seqvault.create(path, ITEMS) as writer:
+        rows = np.arange(100)
+        writer.write({"user": rows % 10, "time": rows, "item": rows, "brand": [f"b{row % 3}" for row in rows.tolist()]})
+    with VaultService(str(path), writing=WRITING, limits=Limits(events=2000, users=20, put_bytes=20_000)) as service:
+        yield service
+
+
+@pytest.fixture(params=["int64", "string"])
+def served(request, tmp_path):
+    """(schema, users, path of the vault)."""
+    users = np.arange(20) if request.param == "int64" else np.array([f"u{i}" for i in range(20)], object)
+    return Schema(user=request.param, fields=FIELDS), users, tmp_path / "vault"
+
+
+@pytest.mark.parametrize("partitions", [None, 3])
+def test_answers_are_those_of_the_vault(served, partitions):
+    schema, users, path = served
+    log = random_log(schema, users, 6000, 0)
+    with seqvault.create(path, schema, partitions=partitions) as writer:
+        writer.write(take(log, slice(0, 4000)))
+    paths = [str(path)] if partitions is None else [partition_path(str(path), number) for number in range(partitions)]
+    services = [VaultService(path, writing=WRITING, limits=Limits(users=7)) for path in paths]
+    try:
+        vault = seqvault.open(",".join(url(service) for service in services))
+        assert vault.schema == schema and len(vault) == 20 and vault.num_events == 4000
+        assert sorted(vault.users().tolist()) == sorted(users.tolist())
+        seen = vault.next_sequence
+        for row in range(4000, 6000, 500):
+            after = vault.append(take(log, slice(row, row + 500)))
+        assert after == vault.next_sequence
+        again = pickle.loads(pickle.dumps(vault))
+        names = schema.names
+        for model, as_of in ((Model(log), None), (Model(take(log, slice(0, 4000))), seen)):
+            for n, before in ((1, None), (70, 5000), (5000, None)):
+                batch = again.gather(users, before, n, as_of=as_of, fields=names)
+                for position, user in enumerate(users):
+                    expected = model.read(user, n, before)
+                    assert_same(again, batch[position], expected, names)
+                    key = user if isinstance(user, str) else int(user)
+                    assert_same(again, again.get(key, n, before, as_of, fields=names), expected, names)
+        nobody = "nobody" if schema.user == "string" else 2**63
+        assert len(again.get(nobody)) == 0
+        two = [nobody, users[0]] if schema.user == "string" else np.array([nobody, 0], np.uint64)
+        assert again.gather(two, n=1).offsets.tolist() == [0, 0, 1]
+        assert len(again.gather(users[:0])) == 0
+        found = again.get(users[1].item() if schema.user == "int64" else users[1], 10, where={"brand": ["a", ""]})
+        assert set(found["brand"]) <= {"a", ""} and found.scanned >= len(found)
+        assert again.snapshot("then") == "then" and again.snapshots() == ["then"]
+        vault.append(take(log, slice(0, 100)))
+        then = seqvault.open(vault.path, at="then")
+        assert_same(then, then.gather(users, n=5000, fields=names)[0], Model(log).read(users[0], 5000, None), names)
+        vault.merge()
+        assert vault.verify() == [] and vault.stats()["events"] == 6100
+        gone = users[3].item() if schema.user == "int64" else users[3]
+        assert vault.forget([gone]) > 0 and len(vault.get(gone)) == 0
+        vault.close()
+    finally:
+        for service in services:
+            service.close()
+    with seqvault.open(path) as vault:
+        assert len(vault) == 19, "and it is in the files"
+
+
+def test_strings_of_partitions_have_one_code_for_all_clients(tmp_path):
+    with seqvault.create(tmp_path / "vault", ITEMS, partitions=2) as writer:
+        writer.write({"user": np.arange(20), "time": np.arange(20), "item": np.arange(20), "brand": ["a", "b"] * 10})
+    services = [VaultService(partition_path(str(tmp_path / "vault"), number), writing=WRITING) for number in range(2)]
+    try:
+        one, other = (seqvault.open(",".join(map(url, services))) for _ in range(2))
+        for number, vault in enumerate((one, other, one)):
+            brands = [f"new{number}-{i}" for i in range(20)]
+            vault.append(
+                {"user": np.arange(20), "time": np.full(20, 50 + number), "item": np.arange(20), "brand": brands}
+            )
+        newest = [vault.gather(np.arange(20), n=1).columns["brand"] for vault in (one, other)]
+        np.testing.assert_array_equal(*newest)
+        assert other.dictionary("brand")[newest[1]].tolist() == brands
+    finally:
+        for service in services:
+            service.close()
+    local = seqvault.open(tmp_path / "vault")
+    np.testing.assert_array_equal(local.encode("brand", brands), newest[0])
+
+
+def test_a_batch_sent_again_is_written_once(tmp_path):
+    with seqvault.create(tmp_path / "vault", ITEMS):
+        pass
+
+    def events(item):
+        return {"user": [1, 2], "time": [item, item], "item": [item, item], "brand": ["x", "y"]}
+
+    def read(vault):
+        return [vault.get(user)["item"].tolist() for user in (1, 2)]
+
+    with VaultService(str(tmp_path / "vault"), writing=WRITING) as service, seqvault.open(url(service)) as vault:
+        assert vault.append(events(1), origin=("a", 7)) == 2
+        assert vault.append(events(1), origin=("a", 7)) == 2
+        assert vault.append(events(2), origin=("b", 0)) == 4
+        assert vault.append(events(1), origin=("a", 7)) == 2
+        assert vault.append(events(3), origin=("a", 8)) == 6
+        assert read(vault) == [[1, 2, 3]] * 2
+    # Over a restart with events in the log, and over one with events in a part.
+    for flush in (False, True):
+        with seqvault.open(tmp_path / "vault", writing=WRITING) as vault:
+            for client, number in (("a", 7), ("a", 8), ("b", 0)):
+                assert vault.append(events(9), origin=(client, number)) <= 6
+            futures = [vault.append_async(events(9), origin=("a", 8)) for _ in range(3)]
+            assert [future.result() for future in futures] == [6, 6, 6]
+            assert read(vault) == [[1, 2, 3]] * 2
+            if flush:
+                vault.flush()
+    with seqvault.open(tmp_path / "vault", writing=WRITING) as vault:
+        assert vault.append(events(9), origin=("a", 8)) == 6
+        assert vault.append(events(4), origin=("a", 9)) == 8
+        assert read(vault) == [[1, 2, 3, 4]] * 2
+        for wrong in ("a", ("a",), ("a b", 1), ("a", -1), ("a", True), (1, 1), ("x" * 101, 1)):
+            with pytest.raises(seqvault.SchemaError, match="origin="):
+                vault.append(events(9), origin=wrong)
+
+
+def test_only_so_many_clients_are_remembered(tmp_path, monkeypatch):
+    from laser_jax.vault import appender, origins
+
+    monkeypatch.setattr(origins, "MOST", 3)
+    monkeypatch.setattr(appender, "MOST", 3)
+    with seqvault.create(tmp_path / "vault", Schema()):
+        pass
+    with seqvault.open(tmp_path / "vault", writing=WRITING) as vault:
+        for number in range(10):
+            vault.append({"user": [1], "time": [number]}, origin=(f"client{number}", 0))
+        vault.flush()
+        assert sorted(vault.manifest["origins"]) == ["client7", "client8", "client9"]
+        assert vault.append({"user": [1], "time": [9]}, origin=("client9", 0)) == 10
+
+
+def test_a_client_in_other_words(items):
+    """What the documentation of the protocol says, with pyarrow's client alone."""
+    client = flight.connect(url(items))
+    assert {"health", "describe", "merge"} <= {action.type for action in client.list_actions()}
+    (health,) = client.do_action(flight.Action("health", b""))
+    assert json.loads(health.body.to_pybytes()) == {"status": "ok", "writer": True}
+    descriptor = flight.FlightDescriptor.for_command(json.dumps({"user": 3, "n": 2}))
+    info = client.get_flight_info(descriptor)
+    table = client.do_get(info.endpoints[0].ticket).read_all()
+    assert table.schema.remove_metadata() == info.schema
+    assert table.to_pydict() == {"time": [83, 93], "item": [83, 93], "brand": ["b2", "b0"]}
+    assert table.schema.metadata[b"exhausted"] == b"false" and table.schema.metadata[b"as_of"] == b"100"
+    users = client.do_get(flight.Ticket(json.dumps({"list": "users"}))).read_all()
+    assert sorted(users["user"].to_pylist()) == list(range(10))
+
+    writer, reader = client.do_exchange(flight.FlightDescriptor.for_command(json.dumps({"n": 3, "fields": ["brand"]})))
+    batch = pa.record_batch({"user": pa.array([4, 77, 5]), "before": pa.array([90, None, None], pa.int64())})
+    with writer:
+        writer.begin(batch.schema)
+        for _ in range(2):
+            writer.write_batch(batch)
+            answer = reader.read_chunk()
+            found = answer.data.to_pydict()
+            assert found == {
+                "time": [[64, 74, 84], [], [75, 85, 95]],
+                "brand": [["b1", "b2", "b0"], [], ["b0", "b1", "b2"]],
+            }
+            assert json.loads(answer.app_metadata.to_pybytes())["as_of"] == 100
+        writer.done_writing()
+
+    moments = pa.array([datetime.datetime(2020, 1, 1)] * 2, pa.timestamp("ms"))
+    brands = pa.array(["b0", "new"]).dictionary_encode()
+    batch = pa.record_batch({"user": pa.array([90, 90]), "time": moments, "item": pa.array([1, 2]), "brand": brands})
+    command = flight.FlightDescriptor.for_command(json.dumps({"origin": ["me", 0]}))
+    for sequences in ((102, 104), (104, 104)):
+        writer, reader = client.do_put(command, batch.schema)
+        with writer:
+            for expected in sequences:
+                writer.write_batch(batch)
+                assert json.loads(reader.read().to_pybytes()) == {"next_sequence": expected}
+            writer.done_writing()
+    table = client.do_get(flight.Ticket(json.dumps({"user": 90}))).read_all()
+    assert table["item"].to_pylist() == [1, 2, 1, 2] and table["brand"].to_pylist() == ["b0", "new"] * 2
+    assert table["time"][0].as_py() == 1577836800
+
+
+@pytest.mark.parametrize(
+    ("ticket", "message"),
+    [
+        (b"\xff", "is not JSON"),
+        (b"[1]", "is not a JSON object"),
+        (b"{}", 'a ticket without "user"'),
+        (b'{"user": 1, "x": 2}', "'x' is not one of user"),
+        (b'{"user": "a"}', "user 'a': this vault's users are int64"),
+        (b'{"user": true}', "user True"),
+        (b'{"user": 1, "n": 2001}', "n=2001: need an integer from 0 to 2000"),
+        (b'{"user": 1, "n": 1.5}', "n=1.5"),
+        (b'{"user": 1, "before": "now"}', "before"),
+        (b'{"user": 1, "fields": "item"}', "fields='item'"),
+        (b'{"user": 1, "fields": ["price"]}', "UnknownFieldError: .* has no field 'price'"),
+        (b'{"user": 1, "where": 5}', "where=5"),
+        (b'{"user": 1, "where": {"item": "x"}}', "item"),
+        (b'{"user": 1, "at": "../x"}', "snapshot '../x'"),
+        (b'{"user": 1, "at": "gone"}', "no snapshot 'gone'"),
+        (b'{"user": 1, "max_scan": 5}', "max_scan"),
+        (b'{"list": "items"}', "list"),
+        (b'{"user": {"a": 1}}', "user"),
+        (b'{"user": 1, "coded": "yes"}', "coded"),
+        (b'{"user": 1, "at": 5}', "snapshot 5"),
+    ],
+)
+def test_a_wrong_ticket_is_told_what_is_wrong(items, ticket, message):
+    client = flight.connect(url(items))
+    with pytest.raises(flight.FlightServerError, match=message) as caught:
+        client.do_get(flight.Ticket(ticket)).read_all()
+    assert "Traceback" not in str(caught.value), "nothing of the service's insides"
+    assert client.do_get(flight.Ticket(b'{"user": 1}')).read_all().num_rows == 10
+
+
+def exchange(client, command, batch):
+    writer, reader = client.do_exchange(flight.FlightDescriptor.for_command(command))
+    with writer:
+        writer.begin(batch.schema)
+        writer.write_batch(batch)
+        writer.done_writing()
+        return reader.read_all()
+
+
+@pytest.mark.parametrize(
+    ("command", "columns", "message"),
+    [
+        (b"{", {"user": [1]}, "is not JSON"),
+        (b'{"n": 2001}', {"user": [1]}, "n=2001"),
+        (b'{"fields": ["x"]}', {"user": [1]}, "has no field 'x'"),
+        (b"{}", {"item": [1]}, "columns item: need user"),
+        (b"{}", {"user": [1], "then": [1]}, "columns user, then"),
+        (b"{}", {"user": ["1"]}, "users"),
+        (b"{}", {"user": [1, None]}, "null"),
+        (b"{}", {"user": [1.5]}, "users of type float64"),
+        (b"{}", {"user": [1], "before": ["x"]}, "before has Arrow type string"),
+        (b"{}", {"user": [1], "as_of": [1.5]}, "as_of has Arrow type double"),
+        (b'{"as_of": "x"}', {"user": [1]}, "as_of"),
+        (b"{}", {"user": list(range(21))}, "21 users in a batch; at most 20"),
+    ],
+)
+def test_a_wrong_exchange_is_told_what_is_wrong(items, command, columns, message):
+    client = flight.connect(url(items))
+    batch = pa.record_batch({name: pa.array(values) for name, values in columns.items()})
+    with pytest.raises(flight.FlightServerError, match=message) as caught:
+        exchange(client, command, batch)
+    assert "Traceback" not in str(caught.value)
+    assert exchange(client, b'{"n": 1}', pa.record_batch({"user": pa.array([1])})).num_rows == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "changes", "message"),
+    [
+        (b'{"origin": "me"}', {}, "origin 'me'"),
+        (b'{"origin": ["me", 1.5]}', {}, "origin"),
+        (b"{}", {"brand": None}, "column 'brand' is missing"),
+        (b"{}", {"price": [1]}, "column 'price' is not in the schema"),
+        (b"{}", {"item": ["a"]}, "column 'item'"),
+        (b"{}", {"item": [None]}, "column 'item'"),
+        (b"{}", {"time": [-1]}, "negative time -1"),
+        (b"{}", {"brand": [1]}, "column 'brand' has type int64"),
+        (b"{}", {"item": [[1, 2]]}, "column 'item' has Arrow type list"),
+        (b"{}", {"item": [{"a": 1}]}, "column 'item' has Arrow type struct"),
+    ],
+)
+def test_a_wrong_put_is_told_what_is_wrong_and_nothing_is_written(items, command, changes, message):
+    client = flight.connect(url(items))
+    before = items.vault.next_sequence
+    columns = {"user": [1], "time": [1], "item": [1], "brand": ["a"]} | changes
+    batch = pa.record_batch({name: pa.array(values) for name, values in columns.items() if values is not None})
+    writer, reader = client.do_put(flight.FlightDescriptor.for_command(command), batch.schema)
+    with pytest.raises(flight.FlightServerError, match=message) as caught:
+        writer.write_batch(batch)
+        writer.done_writing()
+        reader.read()
+        writer.close()
+    assert "Traceback" not in str(caught.value)
+    assert items.vault.next_sequence == before
+
+
+def test_too_much_at_once_is_refused(items):
+    with seqvault.open(url(items)) as vault:
+        rows = np.arange(1000)
+        before = items.vault.next_sequence
+        with pytest.raises(seqvault.SchemaError, match="at most 20000 bytes"):
+            vault.append({"user": rows, "time": rows, "item": rows, "brand": ["a"] * 1000})
+        assert items.vault.next_sequence == before
+
+
+def test_errors_of_actions(items):
+    client = flight.connect(url(items))
+    for name, body, message in (
+        ("nothing", b"", "action 'nothing' is not one of"),
+        ("snapshot", b'{"x": 1}', "snapshot"),
+        ("dictionary", b'{"field": "item"}', "'item' is not a string field"),
+        ("drop_snapshot", b'{"name": "x"}', "no snapshot 'x'"),
+        ("codes", b'{"sizes": {}}', "is not the first of some partitions"),
+        ("snapshot", b'{"name": 5}', "snapshot 5"),
+        ("forget", b'{"users": ["x"]}', "users"),
+    ):
+        with pytest.raises(flight.FlightServerError, match=message) as caught:
+            list(client.do_action(flight.Action(name, body)))
+        assert "Traceback" not in str(caught.value)
+
+
+def test_a_crowd_is_told_to_come_again(tmp_path, monkeypatch):
+    with seqvault.create(tmp_path / "vault", Schema()) as writer:
+        writer.write({"user": [1], "time": [1]})
+    with VaultService(str(tmp_path / "vault"), limits=Limits(in_flight=2)) as service:
+        hold, entered = threading.Event(), threading.Semaphore(0)
+        get = service.vault.get
+
+        def slow(*arguments):
+            entered.release()
+            assert hold.wait(60)
+            return get(*arguments)
+
+        monkeypatch.setattr(service.vault, "get", slow)
+        vault = seqvault.open(url(service))
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            waiting = [pool.submit(vault.get, 1) for _ in range(2) if vault.schema]
+            for _ in range(2):
+                assert entered.acquire(timeout=60)
+            with pytest.raises(seqvault.UnavailableError, match="2 calls are under way"):
+                vault.get(1)
+            hold.set()
+            assert [len(future.result()) for future in waiting] == [1, 1]
+
+
+def test_a_service_that_is_too_slow_or_gone_is_unavailable(tmp_path, monkeypatch):
+    with seqvault.create(tmp_path / "vault", Schema()) as writer:
+        writer.write({"user": [1], "time": [1]})
+    hold = threading.Event()
+    with VaultService(str(tmp_path / "vault")) as service:
+        vault = seqvault.open(url(service), timeout_s=0.5)
+        assert len(vault.get(1)) == 1
+        monkeypatch.setattr(service.vault, "get", lambda *_: hold.wait(60))
+        with pytest.raises(seqvault.UnavailableError, match="did not answer in time"):
+            vault.get(1)
+        hold.set()
+    for call in (lambda: vault.get(1), lambda: vault.gather([1]), lambda: vault.append({"user": [1], "time": [1]})):
+        with pytest.raises(seqvault.UnavailableError, match="does not answer"):
+            call()
+    with pytest.raises(seqvault.UnavailableError, match="does not answer"):
+        seqvault.open(url(service))
+
+
+def test_a_token_lets_in_who_has_it(tmp_path, monkeypatch):
+    with seqvault.create(tmp_path / "vault", Schema()):
+        pass
+    with VaultService(str(tmp_path / "vault"), token="secret") as service:
+        for wrong in (None, "Secret", "secre"):
+            monkeypatch.delenv("SEQVAULT_TOKEN", raising=False)
+            if wrong is not None:
+                monkeypatch.setenv("SEQVAULT_TOKEN", wrong)
+            with pytest.raises(seqvault.UnavailableError, match="the token is missing or wrong.*SEQVAULT_TOKEN"):
+                seqvault.open(url(service))
+        monkeypatch.setenv("SEQVAULT_TOKEN", "secret")
+        with seqvault.open(url(service)) as vault:
+            assert vault.append({"user": [1], "time": [1]}) == 1
+            assert len(vault.gather([1])[0]) == 1
+
+
+def test_what_cannot_be_opened(tmp_path, items):
+    with seqvault.create(tmp_path / "vault", Schema(), partitions=2):
+        pass
+    with pytest.raises(seqvault.VaultError, match="is in 2 partitions: serve each"):
+        VaultService(str(tmp_path / "vault"))
+    first = partition_path(str(tmp_path / "vault"), 0)
+    with VaultService(first) as service:
+        with pytest.raises(seqvault.LockedError):
+            VaultService(first)
+        with pytest.raises(seqvault.VaultError, match="serves partition 0 of 2: name all services"):
+            seqvault.open(url(service))
+        with pytest.raises(seqvault.VaultError, match="serves no partition; by its place .* partition 1 of 2"):
+            seqvault.open(f"{url(service)},{url(items)}").gather(np.arange(100))
+    with pytest.raises(seqvault.VaultError, match="when it is started"):
+        seqvault.open(url(items), writing=WRITING)
+    with pytest.raises(seqvault.NotAVaultError):
+        VaultService(str(tmp_path))
+
+
+def test_a_reading_service_follows_the_writer(tmp_path):
+    with seqvault.create(tmp_path / "vault", ITEMS):
+        pass
+    with (
+        seqvault.open(tmp_path / "vault", writing=WRITING) as writer,
+        VaultService(str(tmp_path / "vault"), read_only=True) as service,
+        seqvault.open(url(service)) as vault,
+    ):
+        with pytest.raises(seqvault.VaultError, match="read-only"):
+            vault.append({"user": [1], "time": [1], "item": [1], "brand": ["a"]})
+        with pytest.raises(seqvault.VaultError, match="read-only"):
+            vault.merge()
+        for number in range(3):
+            writer.append({"user": [1], "time": [number], "item": [number], "brand": [f"b{number}"]})
+            if number == 1:
+                writer.flush()
+            deadline = threading.Event()
+            for _ in range(200):
+                found = vault.get(1)
+                if len(found) == number + 1:
+                    break
+                deadline.wait(0.05)
+            assert found["brand"].tolist() == [f"b{i}" for i in range(number + 1)]
+
+
+def test_the_command_serves_until_it_is_told_to_stop(tmp_path):
+    with seqvault.create(tmp_path / "vault", ITEMS):
+        pass
+    command = [sys.executable, "-m", "laser_jax.vault"]
+    process = subprocess.Popen(
+        [*command, "serve", str(tmp_path / "vault"), "--port=0", "--metrics-port=0"], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        line = process.stdout.readline()
+        assert "serving" in line and "0 users" in line
+        where = line.split(" at ")[1].split(",")[0]
+        metrics = line.split("metrics at ")[1].strip()
+        event = '{"user": 1, "time": 1, "item": 5, "brand": "a"}\n'
+        options = {"capture_output": True, "text": True, "timeout": 120}
+        done = subprocess.run([*command, "append", where, "--json"], input=event, **options)
+        assert done.returncode == 0 and json.loads(done.stdout)["events"] == 1, done.stderr
+        done = subprocess.run([*command, "get", where, "1", "--json"], **options)
+        assert json.loads(done.stdout) == {"time": [1], "item": [5], "brand": ["a"]}, done.stderr
+        with urllib.request.urlopen(metrics, timeout=60) as answer:
+            text = answer.read().decode()
+        assert 'seqvault_events_total{call="append"} 1.0' in text and "seqvault_next_sequence 1.0" in text
+        assert 'seqvault_call_seconds_count{call="get"} 1.0' in text
+        process.send_signal(signal.SIGTERM)
+        rest, _ = process.communicate(timeout=60)
+        assert process.returncode == 0 and "everything acknowledged is in" in rest
+    finally:
+        process.kill()
+        process.wait()
+    assert seqvault.open(tmp_path / "vault").get(1)["item"].tolist() == [5]

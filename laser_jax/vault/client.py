@@ -245,9 +245,9 @@ class VaultClient:
         batch = wire.events_batch(self.schema, check_columns(self.schema, events))
         given = checked_origin(origin)
         if given is not None:
-            return self._put(batch, given)
+            return self.insist(lambda: self._put(batch, given))
         with self._own_origin() as origin:
-            return self._put(batch, origin)
+            return self.insist(lambda: self._put(batch, origin))
 
     def append_async(self, events: Mapping[str, Any], origin: tuple[str, int] | None = None) -> "Future[int]":
         """As append, without waiting; appends of one handle may be written in another order than given."""
@@ -369,20 +369,21 @@ class VaultClient:
             with self._lock:
                 self._origins.append(origin)
 
-    def _put(self, batch: pa.RecordBatch, origin: tuple[str, int]) -> int:
+    def insist(self, call: Callable[[], Any]) -> Any:
+        """What a call that may be repeated returns: tried again while the service does not answer and there is time."""
         deadline = time.monotonic() + self.timeout_s
         pause = 0.02
         while True:
             try:
-                return self._put_once(batch, origin)
-            except (flight.FlightError, pa.ArrowException, StopIteration) as error:
+                return call()
+            except (flight.FlightError, pa.ArrowException, StopIteration, UnavailableError) as error:
                 received = wire.error_received(error, self.path)
                 if not isinstance(received, UnavailableError) or time.monotonic() + pause > deadline:
                     raise received from error
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
 
-    def _put_once(self, batch: pa.RecordBatch, origin: tuple[str, int]) -> int:
+    def _put(self, batch: pa.RecordBatch, origin: tuple[str, int]) -> int:
         descriptor = flight.FlightDescriptor.for_command(_dumped({"origin": list(origin)}))
         writer, reader = self._client.do_put(descriptor, batch.schema, self._options)
         with contextlib.ExitStack() as stack:
@@ -400,6 +401,8 @@ class VaultClient:
 
 class ServedPartitions(PartitionedVault):
     """A partitioned vault behind one service a partition. While a service is lost, only its users are.
+
+    The first one also keeps the codes of strings: while it is lost, nobody learns or gives new ones.
 
     Attributes:
       path: URLs of the services in the order of the partitions, with commas.
@@ -470,10 +473,10 @@ class _ServedCodes:
     def add(self, values: dict[str, list[str]]) -> None:
         """As Codebook.add."""
         if self._new(values):
-            self.follow()
+            self._client.insist(self.follow)
             if new := self._new(values):
-                self._client.action("add_codes", values=new)
-                self.follow()
+                self._client.insist(lambda: self._client.action("add_codes", values=new))
+                self._client.insist(self.follow)
 
     def _new(self, values: dict[str, list[str]]) -> dict[str, list[str]]:
         new = {

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import struct
+import threading
 
 from laser_jax.vault.dictionary import Dictionary
 from laser_jax.vault.errors import CorruptionError, UnavailableError
@@ -18,12 +19,13 @@ _HEAD = struct.Struct("<II")
 
 
 class Codebook:
-    """Dictionaries of the string fields of a partitioned vault."""
+    """Dictionaries of the string fields of a partitioned vault. Safe to share among threads."""
 
     def __init__(self, path: str, fields: list[str]):
         self.path = path
         self.dictionaries = {field: Dictionary() for field in fields}
         self._offset = 0
+        self._lock = threading.RLock()
         self.follow()
 
     def follow(self) -> None:
@@ -32,6 +34,10 @@ class Codebook:
         Raises:
           CorruptionError: a record is damaged.
         """
+        with self._lock:
+            self._follow()
+
+    def _follow(self) -> None:
         try:
             with open(self.path, "rb") as file:
                 file.seek(self._offset)
@@ -46,7 +52,7 @@ class Codebook:
             body = data[at + _HEAD.size : at + _HEAD.size + size]
             if len(body) < size:
                 break
-            if crc32c(body) != checksum:
+            if not size or crc32c(body) != checksum:  # zeros would match
                 raise CorruptionError(f"{self.path}, byte {self._offset + at}: a record is damaged")
             field, code, values = json.loads(body)
             self.dictionaries.setdefault(field, Dictionary()).extend(code, values)
@@ -59,6 +65,10 @@ class Codebook:
         Raises:
           UnavailableError: the storage refused; no code was given.
         """
+        with self._lock:
+            self._add(values)
+
+    def _add(self, values: dict[str, list[str]]) -> None:
         records = []
         for field, listed in values.items():
             dictionary = self.dictionaries[field]
@@ -82,4 +92,4 @@ class Codebook:
             raise UnavailableError(f"{self.path} cannot be written: {error}") from error
         finally:
             os.close(descriptor)
-        self.follow()
+        self._follow()

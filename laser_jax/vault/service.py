@@ -296,12 +296,11 @@ class VaultService(flight.FlightServerBase):
     def _add_codes(self, values: dict[str, list[str]]) -> None:
         """Gives strings codes that hold for all partitions, durably."""
         self._must_write()
-        with self._lock:
-            codes = self._codebook()
-            for name in values:
-                if name not in codes.dictionaries:
-                    raise UnknownFieldError(f"{self.vault.path}: {name!r} is not a string field")
-            codes.add(values)
+        codes = self._codebook()
+        for name in values:
+            if name not in codes.dictionaries:
+                raise UnknownFieldError(f"{self.vault.path}: {name!r} is not a string field")
+        codes.add(values)
 
     def _evolve(self, schema: dict[str, Any]) -> None:
         """Changes the schema."""

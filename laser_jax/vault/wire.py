@@ -111,6 +111,8 @@ def error_to_send(error: VaultError) -> Exception:
 
 def error_received(error: Exception, where: str) -> Exception:
     """The vault's error that a service sent, or an UnavailableError that says why it did not answer."""
+    if isinstance(error, VaultError):
+        return error
     text = _CONTEXT.sub("", str(error))
     named = _NAMED.search(text)
     kind = getattr(errors, named[1], None) if named and named[1] in errors.__all__ else None

@@ -1,5 +1,6 @@
 """A vault in partitions answers as a single one does."""
 
+import concurrent.futures
 import pickle
 
 import numpy as np
@@ -61,6 +62,26 @@ def test_answers_are_those_of_one_vault(case):
         gone = users[3] if isinstance(users[3], str) else int(users[3])
         assert vault.forget([gone]) > 0 and len(vault.get(gone)) == 0 and len(vault) == 19
     assert pickle.loads(pickle.dumps(seqvault.open(path))).num_events == seqvault.open(path).num_events
+
+
+def test_many_threads_give_new_strings_their_codes(tmp_path):
+    with seqvault.create(tmp_path / "vault", Schema(fields=[Field("brand", "string")]), partitions=2):
+        pass
+    with seqvault.open(tmp_path / "vault", writing=WRITING) as vault:
+
+        def write(thread):
+            for number in range(30):
+                brands = [f"{thread}-{number}", f"all-{number}"]
+                vault.append({"user": [thread, thread + 1], "time": [number] * 2, "brand": brands})
+                vault.refresh()
+
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            list(pool.map(write, range(4)))
+        known = vault.dictionary("brand").tolist()
+        assert len(known) == len(set(known)) == 5 * 30
+    again = seqvault.open(tmp_path / "vault")
+    assert again.dictionary("brand").tolist() == known
+    assert again.get(0)["brand"].tolist() == [f"0-{number}" for number in range(30)]
 
 
 def test_strings_have_one_code_in_all_partitions(tmp_path):

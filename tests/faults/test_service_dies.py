@@ -1,0 +1,161 @@
+"""One of two services is killed and restarted under load: nothing acknowledged is lost, nothing wrong is answered."""
+
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from laser_jax import vault as seqvault
+from laser_jax.schema import Field, Schema
+from laser_jax.vault.partitioning import partition_of, partition_path
+
+SCHEMA = Schema(fields=(Field("item", "int64"), Field("brand", "string")))
+USERS = 8
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def start(path: str, port: int) -> subprocess.Popen:
+    """A service that listens."""
+    command = [sys.executable, "-m", "laser_jax.vault", "serve", path, f"--port={port}"]
+    with open(path + ".said", "w") as said:
+        process = subprocess.Popen(command, stdout=said)
+    deadline = time.monotonic() + 120
+    while "serving" not in pathlib.Path(path + ".said").read_text():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    return process
+
+
+class Load:
+    """Threads that append and read. User u gets the items u, u + USERS, ... in this order, at the same times."""
+
+    def __init__(self, vault):
+        self.vault = vault
+        self.sent = [0] * USERS
+        self.acknowledged = [0] * USERS
+        self.unavailable = [0] * USERS
+        self.reads = [0] * USERS
+        self.failures: list[BaseException] = []
+        self.done = threading.Event()
+        threads = [threading.Thread(target=self._run, args=(self._append, user), daemon=True) for user in range(USERS)]
+        threads += [
+            threading.Thread(target=self._run, args=(call,), daemon=True)
+            for call in (self._get, self._gather, self._get)
+        ]
+        self._threads = threads
+        for thread in threads:
+            thread.start()
+
+    def wait(self, number: int) -> None:
+        """Until so many appends of every user are acknowledged."""
+        deadline = time.monotonic() + 120
+        while min(self.acknowledged) < number:
+            assert time.monotonic() < deadline and not self.failures, self.failures
+            time.sleep(0.02)
+
+    def stop(self) -> None:
+        self.done.set()
+        for thread in self._threads:
+            thread.join(120)
+            assert not thread.is_alive()
+        if self.failures:
+            raise self.failures[0]
+
+    def _run(self, call, *arguments) -> None:
+        try:
+            while not self.done.is_set():
+                call(*arguments)
+        except BaseException as error:
+            self.failures.append(error)
+
+    def _append(self, user: int) -> None:
+        number = self.sent[user]
+        self.sent[user] += 1
+        item = number * USERS + user
+        self.vault.append({"user": [user], "time": [number], "item": [item], "brand": [f"b{number // 20}"]})
+        self.acknowledged[user] += 1
+        time.sleep(0.005)
+
+    def _get(self) -> None:
+        user = int(np.random.default_rng().integers(USERS))
+        before = self.acknowledged[user]
+        try:
+            found = self.vault.get(user, 10**5)
+            self.check(user, found["item"].tolist(), found["brand"].tolist(), before)
+            self.reads[user] += 1
+        except seqvault.UnavailableError:
+            self.unavailable[user] += 1
+            time.sleep(0.02)
+
+    def _gather(self) -> None:
+        before = list(self.acknowledged)
+        try:
+            found = self.vault.gather(np.arange(USERS), n=10**5)
+            for user in range(USERS):
+                self.check(user, found[user]["item"].tolist(), found[user]["brand"].tolist(), before[user])
+        except seqvault.UnavailableError:
+            time.sleep(0.02)
+
+    def check(self, user: int, items: list, brands: list, at_least: int) -> None:
+        """What a user's history must be."""
+        assert items == [number * USERS + user for number in range(len(items))]
+        assert brands == [f"b{number // 20}" for number in range(len(items))]
+        assert at_least <= len(items) <= self.sent[user]
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_one_of_two_services_is_killed_under_load(tmp_path, killed):
+    with seqvault.create(tmp_path / "vault", SCHEMA, partitions=2):
+        pass
+    paths = [partition_path(str(tmp_path / "vault"), number) for number in range(2)]
+    ports = [free_port() for _ in paths]
+    services = [start(path, port) for path, port in zip(paths, ports, strict=True)]
+    owner = partition_of(SCHEMA, np.arange(USERS), 2).tolist()
+    assert set(owner) == {0, 1}
+    try:
+        vault = seqvault.open(",".join(f"grpc://127.0.0.1:{port}" for port in ports), timeout_s=60)
+        load = Load(vault)
+        load.wait(10)
+        services[killed].send_signal(signal.SIGKILL)
+        services[killed].wait()
+        lost, kept = (next(user for user in range(USERS) if owner[user] == number) for number in (killed, 1 - killed))
+        started = time.monotonic()
+        with pytest.raises(seqvault.UnavailableError):
+            vault.get(lost)
+        assert time.monotonic() - started < 10, "at once, and not when the time is up"
+        assert len(vault.get(kept)) > 0
+        time.sleep(0.5)
+        services[killed] = start(paths[killed], ports[killed])
+        load.wait(load.acknowledged[lost] + 20)
+        load.stop()
+        for user in range(USERS):
+            # Whoever never lost its service never heard of it.
+            assert owner[user] == killed or load.unavailable[user] == 0
+            assert load.acknowledged[user] == load.sent[user] > 20
+            found = vault.get(user, 10**5)
+            load.check(user, found["item"].tolist(), found["brand"].tolist(), load.sent[user])
+        assert sum(load.unavailable) > 0 and min(load.reads) > 0
+        vault.close()
+        for service in services:
+            service.terminate()
+            assert service.wait(60) == 0
+    finally:
+        for service in services:
+            service.kill()
+            service.wait()
+    with seqvault.open(tmp_path / "vault") as local:
+        assert local.verify() == []
+        for user in range(USERS):
+            found = local.get(user, 10**5)
+            load.check(user, found["item"].tolist(), found["brand"].tolist(), load.sent[user])

@@ -103,6 +103,7 @@ FREE_TO_CHANGE = (
     "mesh.model",
     "mesh.split_from",
     "data.path",
+    "data.vault",
     "data.threads",
     "data.prefetch",
     "data.cache_bytes",

@@ -6,6 +6,7 @@ to go on exactly where a run stopped.
 
 import dataclasses
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -20,7 +21,9 @@ from laser_jax.features import NO_VALUE, FeatureConfig, FieldConfig, rows_of, so
 from laser_jax.id_dictionary import Assigned
 from laser_jax.requests import MANIFEST, Requests, read_vocabulary
 from laser_jax.row_placement import ALONE, DeviceShare, Wanted, bucket_size
+from laser_jax.vault.client import is_service
 from laser_jax.vault.partitioning import is_partitioned, partition_paths
+from laser_jax.vault.storage import is_url, must_read, storage_of
 
 SPLITS = ("train", "valid", "test")
 
@@ -48,6 +51,8 @@ class DataConfig:
       shuffle_block: requests that stay neighbours on disk are shuffled in blocks of this size, then inside a window of
         64 blocks. cache_bytes: of decoded vault pages. threads, prefetch: of the input pipeline.
       seed: of the shuffle.
+      vault: where the vault is, if not in DIR/vault: a directory, or what else laser_jax.vault.open opens, as
+        grpc://host:port of a service.
     """
 
     path: str = ""
@@ -64,6 +69,12 @@ class DataConfig:
     threads: int = 2
     prefetch: int = 4
     seed: int = 0
+    vault: str = ""
+
+    @property
+    def vault_path(self) -> str:
+        """Where the vault is."""
+        return self.vault or os.path.join(self.path, "vault")
 
 
 class Peers(Protocol):
@@ -126,7 +137,7 @@ class BatchSource:
         self.training = split == "train"
         self.batch_size = data.batch_size if self.training else data.eval_batch_size
         self.num_columns = data.candidates if self.training else data.eval_candidates
-        self.vault = seqvault.open(os.path.join(data.path, "vault"), data.cache_bytes, at=data.snapshot or None)
+        self.vault = seqvault.open(data.vault_path, data.cache_bytes, at=data.snapshot or None)
         self.requests = Requests.open(os.path.join(data.path, "requests", split))
         if not len(self.requests):
             raise ValueError(f"{self.requests.path} holds no request: there is nothing to run {split} on")
@@ -434,17 +445,26 @@ def prepare(data: DataConfig) -> None:
 
 def fingerprint(data: DataConfig) -> dict[str, str]:
     """Checksums of what says which data a data set holds, so that a run notices when it is continued on other data."""
-    vaults = ["vault"]
-    if is_partitioned(os.path.join(data.path, "vault")):
-        vaults = [os.path.relpath(inner, data.path) for inner in partition_paths(os.path.join(data.path, "vault"))]
-    manifest = f"snapshots/{data.snapshot}.json" if data.snapshot else "manifest.json"
-    files = [*(f"{vault}/{manifest}" for vault in vaults), *(f"requests/{split}/{MANIFEST}" for split in SPLITS)]
     sums = {}
-    for name in files:
-        with open(os.path.join(data.path, name), "rb") as file:
-            sums[name] = hashlib.sha256(file.read()).hexdigest()[:16]
+
+    def add(name: str, content: bytes) -> None:
+        sums[name] = hashlib.sha256(content).hexdigest()[:16]
+
+    root = data.vault_path
+    if is_service(root):
+        with seqvault.open(root, at=data.snapshot or None) as vault:
+            add("vault", json.dumps([vault.schema.to_json(), vault.num_events, vault.next_sequence]).encode())
+    else:
+        partitioned = not is_url(root) and is_partitioned(root)
+        manifest = f"snapshots/{data.snapshot}.json" if data.snapshot else "manifest.json"
+        for path in partition_paths(root) if partitioned else [root]:
+            inner = f"{os.path.basename(path)}/" if partitioned else ""
+            add(f"vault/{inner}{manifest}", must_read(storage_of(path), manifest))
+    for split in SPLITS:
+        with open(os.path.join(data.path, "requests", split, MANIFEST), "rb") as file:
+            add(f"requests/{split}/{MANIFEST}", file.read())
     vocabularies = os.path.join(data.path, "vocab")
     for field in sorted(os.listdir(vocabularies)) if os.path.isdir(vocabularies) else ():
         ids = read_vocabulary(os.path.join(vocabularies, field))
-        sums[f"vocab/{field}"] = hashlib.sha256(ids.tobytes()).hexdigest()[:16]
+        add(f"vocab/{field}", ids.tobytes())
     return sums

@@ -4,6 +4,7 @@ import dataclasses
 import pickle
 import threading
 
+import jax
 import numpy as np
 import pytest
 
@@ -14,6 +15,7 @@ from laser_jax.requests import RequestsWriter, read_vocabulary
 from laser_jax.row_placement import DeviceShare
 from laser_jax.schema import Field, Schema
 from laser_jax.vault import UnknownFieldError
+from laser_jax.vault.service import VaultService
 from tests.conftest import write_known_data
 
 FEATURES = FeatureConfig(
@@ -285,3 +287,18 @@ def test_what_the_server_had_not_seen_is_kept_out_and_a_snapshot_stands_still(tm
     assert BatchSource(data, features, "test").batch(0).lengths.tolist() == [3, 1, 4]
     live = dataclasses.replace(data, snapshot="")
     assert fingerprint(live) != before and BatchSource(live, features, "test").batch(0).lengths.tolist() == [3, 1, 4]
+
+
+def test_a_service_gives_the_batches_of_its_vault(known_data):
+    at_home = config(known_data)
+    with VaultService(at_home.vault_path, read_only=True) as service:
+        served = dataclasses.replace(at_home, vault=f"grpc://127.0.0.1:{service.port}")
+        for split in ("train", "test"):
+            ours, theirs = (BatchSource(data, FEATURES, split).batch(1).step for data in (at_home, served))
+            for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+                np.testing.assert_array_equal(one, other)
+        found = fingerprint(served)
+        assert found == fingerprint(served) and found.keys() >= {"vault"}
+        assert {name: value for name, value in found.items() if "vault" not in name} == {
+            name: value for name, value in fingerprint(at_home).items() if "vault" not in name
+        }

@@ -78,7 +78,7 @@ class VaultClient:
         headers = []
         if token := os.environ.get("SEQVAULT_TOKEN"):
             headers.append((b"authorization", f"Bearer {token}".encode()))
-        self._options = flight.FlightCallOptions(timeout=timeout_s, headers=headers)
+        self._options = flight.FlightCallOptions(timeout=timeout_s, headers=headers, read_options=wire.PLAIN_READ)
         # Merging and reading everything take as long as they take.
         self._patient = flight.FlightCallOptions(headers=headers)
         authority = os.environ.get("SEQVAULT_CA")

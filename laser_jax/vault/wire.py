@@ -17,8 +17,9 @@ from laser_jax.vault.columns import Coded
 from laser_jax.vault.errors import UnavailableError, VaultError
 from laser_jax.vault.history import Histories, History
 
-#: Half the time of higher levels, within 3 % of their size.
-ZSTD = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", 1))
+#: Level 1: half the time of higher ones, within 3 % of their size. Answers are too small for threads to pay.
+ZSTD = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", 1), use_threads=False)
+PLAIN_READ = pa.ipc.IpcReadOptions(use_threads=False)
 _NAMED = re.compile(r"\b([A-Z][A-Za-z]*Error): (.*)", re.DOTALL)
 #: What gRPC adds behind a message.
 _CONTEXT = re.compile(r"(\. Detail: \w+)?\.? gRPC client debug context: .*|\. Detail: \w+$", re.DOTALL)

@@ -395,6 +395,52 @@ def test_a_token_lets_in_who_has_it(tmp_path, monkeypatch):
             assert len(vault.gather([1])[0]) == 1
 
 
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    """Files of a certificate for localhost, signed by itself, and of its key."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    now = datetime.datetime.now(datetime.UTC)
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    folder = tmp_path_factory.mktemp("tls")
+    (folder / "certificate.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    plain = serialization.NoEncryption()
+    form = serialization.PrivateFormat.PKCS8
+    (folder / "key.pem").write_bytes(key.private_bytes(serialization.Encoding.PEM, form, plain))
+    return folder / "certificate.pem", folder / "key.pem"
+
+
+def test_what_goes_over_the_wire_can_be_encrypted(tmp_path, certificate, monkeypatch):
+    with seqvault.create(tmp_path / "vault", ITEMS):
+        pass
+    public, private = certificate
+    tls = public.read_bytes(), private.read_bytes()
+    with VaultService(str(tmp_path / "vault"), "grpc+tls://localhost:0", tls=tls) as service:
+        where = f"grpc+tls://localhost:{service.port}"
+        with pytest.raises(seqvault.UnavailableError):
+            seqvault.open(where, timeout_s=5)  # nobody vouches for the certificate
+        with pytest.raises(seqvault.UnavailableError):
+            seqvault.open(f"grpc://localhost:{service.port}", timeout_s=5)
+        monkeypatch.setenv("SEQVAULT_CA", str(public))
+        with seqvault.open(where) as vault:
+            assert vault.append({"user": [1], "time": [1], "item": [5], "brand": ["a"]}) == 1
+            assert vault.get(1)["brand"].tolist() == ["a"]
+        monkeypatch.setenv("SEQVAULT_CA", str(tmp_path / "none"))
+        with pytest.raises(seqvault.VaultError, match="cannot be used"):
+            seqvault.open(where)
+
+
 def test_what_cannot_be_opened(tmp_path, items):
     with seqvault.create(tmp_path / "vault", Schema(), partitions=2):
         pass

@@ -7,7 +7,8 @@ from typing import Any
 
 from flax import nnx
 
-from laser_jax.features import FeatureConfig, source_of
+from laser_jax.features import FeatureConfig, FieldConfig, source_of
+from laser_jax.models import ENCODERS
 from laser_jax.models.base import EncoderConfig, HeadConfig, Ranker, TokenLayout
 from laser_jax.optim import OptimConfig
 from laser_jax.pipeline import DataConfig
@@ -122,6 +123,29 @@ AT_LEAST_ONE = {
     ),
     "train": ("eval_every", "save_every", "log_every"),
 }
+
+
+def from_dict(value: Any) -> Any:
+    """The inverse of to_dict, but for the data's recipe, which is left out. A field that is absent has its default.
+
+    Raises:
+      ValueError: a class or a field that this version does not have.
+    """
+    if isinstance(value, list):
+        return tuple(from_dict(one) for one in value)
+    if not isinstance(value, dict) or "class" not in value:
+        return value
+    known = {kind.__name__: kind for kind in (Config, DataConfig, FeatureConfig, FieldConfig, HeadConfig)}
+    known |= {kind.__name__: kind for kind in (OptimConfig, MeshConfig, TrainConfig)}
+    known |= {type(make()).__name__: type(make()) for make in ENCODERS.values()}
+    if value["class"] not in known:
+        raise ValueError(f"this version has no config called {value['class']!r}")
+    kind = known[value["class"]]
+    names = {field.name for field in dataclasses.fields(kind)}
+    unknown = set(value) - names - {"class"}
+    if unknown:
+        raise ValueError(f"{value['class']} has no field {min(unknown)!r} in this version")
+    return kind(**{name: from_dict(one) for name, one in value.items() if name in names and name != "recipe"})
 
 
 def check_sizes(config: Config) -> None:

@@ -15,9 +15,10 @@ import grain
 import numpy as np
 
 from laser_jax import vault as seqvault
-from laser_jax.batch import Batch, Lines, Numbered, distinct, lay_out, number
+from laser_jax.assembly import Assembly, ages, pad_events
+from laser_jax.batch import Batch, Lines, Numbered, lay_out
 from laser_jax.columns import check_columns
-from laser_jax.features import NO_VALUE, FeatureConfig, FieldConfig, rows_of, source_of, table_of
+from laser_jax.features import FeatureConfig
 from laser_jax.id_dictionary import Assigned
 from laser_jax.requests import MANIFEST, Requests, read_vocabulary
 from laser_jax.row_placement import ALONE, DeviceShare, Wanted, bucket_size
@@ -142,32 +143,16 @@ class BatchSource:
         if not len(self.requests):
             raise ValueError(f"{self.requests.path} holds no request: there is nothing to run {split} on")
         self._seconds = 1000 if self.vault.schema.time_unit == "ms" else 1
-        self._tables = features.tables()
         self.dictionaries = features.dictionaries()
         check_columns(self.vault, self.requests, features)
-        self._vocabularies = {
-            field.name: read_vocabulary(os.path.join(data.path, "vocab", field.name))
-            for field in features.item + features.event + features.context
-            if field.ids == "vocab"
-        }
-        for field in (*features.item, *features.event, *features.context):
-            known = self._vocabularies.get(field.name)
-            if known is not None and len(known) >= field.rows:
-                raise ValueError(
-                    f"{data.path}: the vocabulary of {field.name!r} has {len(known)} ids, its table {field.rows} rows: "
-                    f"give it at least {len(known) + 1}"
-                )
+        self._assembly = Assembly(features, read_vocabularies(data, features))
+        self._tables = self._assembly.tables
         counts = self.requests.counts()
         pieces = np.maximum(-(-counts // self.num_columns), 1)
         self._row_request = np.repeat(np.arange(len(counts)), pieces)
         first = np.cumsum(pieces) - pieces
         self._row_start = (np.arange(len(self._row_request)) - first[self._row_request]) * self.num_columns
         self._row_count = np.minimum(counts[self._row_request] - self._row_start, self.num_columns)
-        fields = (*self.features.item, *self.features.event, *self.features.context)
-        self._table_of = {
-            field.name: (table_of(field), field.rows) for field in fields if source_of(field) == table_of(field)
-        }
-        self._lined = {source_of(field): field for field in fields if source_of(field) != table_of(field)}
         # What two batches need, and a bit more, fits nearly all: most runs compile one shape. A function of the data
         # alone, so that a resumed run pads as before.
         quantum = max(256 // share.num_devices, 8)
@@ -176,7 +161,7 @@ class BatchSource:
         for table in self._tables:
             fullest = max(self._fullest(table, part) for probe in probes for part in probe.numbered[table])
             self.least[table] = quantum * (1 + fullest * 5 // (4 * quantum))
-        for source in self._lined:
+        for source in self._assembly.lined:
             most = max(len(part.values) for probe in probes for part in probe.lines[source])
             self.least[source] = quantum * (1 + most * 5 // (4 * quantum))
 
@@ -252,29 +237,20 @@ class BatchSource:
             as_of=requests.sequence,
             fields=[f.name for f in (*features.item, *features.event)],
         )
-        looked_up = {
-            "history": self._look_up((*features.item, *features.event), histories.columns),
-            "candidates": self._look_up(features.item, requests.candidates),
-            "context": self._look_up(features.context, requests.context),
-        }
+        looked_up = self._assembly.look_up(histories.columns, requests.candidates, requests.context)
         # Rows of the flat columns at which each device's requests begin.
         cuts = np.minimum(each * np.arange(devices + 1), len(rows))
         starts = {"history": histories.offsets[cuts], "candidates": requests.offsets[cuts], "context": cuts}
-        numbered: dict[str, list[Numbered]] = {table: [] for table in self._tables}
-        lines: dict[str, list[Lines]] = {source: [] for source in self._lined}
+        parts = []
         for device in range(devices):
             columns = {
                 (side, name): values[starts[side][device] : starts[side][device + 1]]
                 for side, fields in looked_up.items()
                 for name, values in fields.items()
             }
-            for source, field in self._lined.items():
-                sides = {key: part for key, part in columns.items() if key[1] == field.name}
-                lines[source].append(distinct(field, sides))
-            for table, found in numbered.items():
-                mine = {key: part for key, part in columns.items() if self._table_of.get(key[1], ("",))[0] == table}
-                bags = {s: lines[s][device] for s, f in self._lined.items() if f.bagged and table_of(f) == table}
-                found.append(number(mine, bags))
+            parts.append(self._assembly.number(columns))
+        numbered = {table: [part[0][table] for part in parts] for table in self._tables}
+        lines = {source: [part[1][source] for part in parts] for source in self._assembly.lined}
         return _Read(k, rows, requests, histories, numbered, lines)
 
     def _lay_out(
@@ -293,13 +269,6 @@ class BatchSource:
         b, c = self.batch_size // self.share.num_devices * devices, self.num_columns
         length = self.data.history_length
         sizes = np.diff(histories.offsets)
-        owner = np.repeat(np.arange(len(rows)), sizes)
-        place = np.arange(len(owner)) + (length - histories.offsets[1:])[owner]  # newest at L-1
-
-        def pad_events(values, dtype=np.int32):
-            out = np.zeros((b, length), dtype)
-            out[owner, place] = values
-            return out
 
         # Candidates [rows, C] as positions in the requests' flat columns.
         start, count = self._row_start[rows], self._row_count[rows]
@@ -311,9 +280,9 @@ class BatchSource:
             out[: len(rows)] = np.where(real, values[flat], 0)
             return out
 
-        age = (requests.time[owner] - histories.columns["time"]) // self._seconds
+        age = ages(requests.time, histories.columns["time"], histories.offsets, self._seconds)
         step: dict[str, Any] = {
-            "age": pad_events(np.minimum(age, np.iinfo(np.int32).max)),
+            "age": pad_events(age, histories.offsets, b, length),
             "length": np.pad(sizes, (0, b - len(rows))).astype(np.int32),
             "label": pad_candidates(requests.label, np.float32),
             "mask": pad_candidates(np.ones(len(requests.label), np.bool_), np.bool_),
@@ -346,12 +315,14 @@ class BatchSource:
                     bag[bag >= 0] = slots[bag[bag >= 0]]
                 step["bags"][source] = self._pad_lines(source, bags, -1, asked.get(source))
         for source, parts in read.lines.items():
-            if not self._lined[source].bagged:
+            if not self._assembly.lined[source].bagged:
                 vectors = [part.values for part in parts]
                 step["vectors"][source] = self._pad_lines(source, vectors, 0, asked.get(source))
             for side, name in parts[0].positions:
                 columns[side][name] = np.concatenate([part.positions[side, name] for part in parts])
-        step["history"] = {name: pad_events(at) for name, at in columns["history"].items()}
+        step["history"] = {
+            name: pad_events(at, histories.offsets, b, length) for name, at in columns["history"].items()
+        }
         step["candidates"] = {name: pad_candidates(at) for name, at in columns["candidates"].items()}
         step["context"] = {name: np.pad(at, (0, b - len(rows))) for name, at in columns["context"].items()}
         return Batch(
@@ -360,16 +331,8 @@ class BatchSource:
             lengths=sizes,
             references={name: pad_candidates(v, np.float32) for name, v in requests.references.items()},
             num_unique=num_unique,
-            tables=self._table_of,
+            tables=self._assembly.table_of,
         )
-
-    def _look_up(self, fields: tuple[FieldConfig, ...], columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Field name -> embedding rows of its column (see rows_of); of several values, NO_VALUE where there is none."""
-        found = {}
-        for field in fields:
-            rows = rows_of(field, columns[field.name], self._vocabularies.get(field.name))
-            found[field.name] = np.where(columns[field.name] == NO_VALUE, NO_VALUE, rows) if field.pool else rows
-        return found
 
     def _pad_lines(self, source: str, parts: list[np.ndarray], fill: int, size: int | None) -> np.ndarray:
         """[G, m] of each device -> [devices, static size, m]."""
@@ -441,6 +404,15 @@ def prepare(data: DataConfig) -> None:
             f"{data.path} is no data set ({' and '.join(missing)} missing): ingest a vault and write requests there, "
             "or give the config a recipe"
         )
+
+
+def read_vocabularies(data: DataConfig, features: FeatureConfig) -> dict[str, np.ndarray]:
+    """Field -> sorted int64 ids, for fields with ids="vocab"."""
+    return {
+        field.name: read_vocabulary(os.path.join(data.path, "vocab", field.name))
+        for field in (*features.item, *features.event, *features.context)
+        if field.ids == "vocab"
+    }
 
 
 def fingerprint(data: DataConfig) -> dict[str, str]:

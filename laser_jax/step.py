@@ -59,7 +59,7 @@ def make_train_step(factory: StateFactory) -> Callable:
         samples = exchange.sum(jnp.sum(batch["mask"], dtype=jnp.float32))
 
         def loss_fn(dense, rows, requests):
-            logits, out = _apply(factory, dense, rows, batch, requests)
+            logits, out = apply_model(factory, dense, rows, batch, requests)
             total, _ = bce_sum(logits, requests["label"], requests["mask"])
             # Auxiliary losses are means over a device's requests; scaled so that the sum over devices, divided by
             # `samples` at the end, is their mean.
@@ -110,7 +110,7 @@ def make_eval_step(factory: StateFactory) -> Callable:
         wanted = batch["unique"]
         rows = {name: exchange.fetch(tables[name], exchange.requested(wanted[name][0])) for name in wanted}
         requests = {name: value for name, value in batch.items() if name not in BY_DEVICE}
-        logits, out = _apply(factory, _whole(params, factory.specs.params), rows, batch, requests)
+        logits, out = apply_model(factory, _whole(params, factory.specs.params), rows, batch, requests)
         return logits, out.diag
 
     mapped = _on_all_devices(
@@ -134,11 +134,14 @@ def _exchange(factory: StateFactory) -> RowExchange:
     return RowExchange(AXES, factory.mesh.size)
 
 
-def _apply(factory: StateFactory, dense: Any, rows: dict[str, jax.Array], batch: dict[str, Any], requests: dict):
-    """Logits, float32, and what the encoder says.
+def apply_model(factory: StateFactory, dense: Any, rows: dict[str, jax.Array], batch: dict[str, Any], requests: dict):
+    """Logits [B, C], float32, and what the encoder says (models.base.SeqOut).
 
     Args:
-      batch: what the device has beside requests; requests: all of them, or a part.
+      factory: of the state. dense: its parameters, whole.
+      rows: table -> rows [U, D] that the device wants.
+      batch: `bags` and `vectors` of the device, see batch.Batch.
+      requests: the rest of the batch, or a part of its requests.
     """
     bags = {
         source: pool_rows(rows[factory.bags[source].table], bag[0], factory.bags[source].mean)

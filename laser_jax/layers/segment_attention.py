@@ -58,7 +58,7 @@ def segment_attention_folded(q, x, mask, wq, wk, wv, bias, *, width: int, gate: 
       ValueError: a kernel of another name.
     """
     u = _flat_queries(q, wq, wk)
-    bias = jnp.tile(bias, q.shape[1])
+    bias = _flat_bias(bias, q.shape[1])
     segments = cut_segments(x, width), u, bias, cut_segments(mask, width), gate
     if kernel not in KERNELS:
         raise ValueError(f"kernel={kernel!r} is not one of {KERNELS}")
@@ -80,7 +80,7 @@ def segment_attention_chunked(
       chunk: users at a time, at most. compute: type of the events once they are gathered.
     """
     u = _flat_queries(q, wq, wk)
-    bias = jnp.tile(bias, q.shape[1])
+    bias = _flat_bias(bias, q.shape[1])
     chunk = chunk_size(len(mask), chunk)
     tokens, log_mass = chunked_segment_tokens(
         tuple(rows), tuple(indices), u, wv, bias, mask, width, gate, chunk, compute
@@ -115,7 +115,7 @@ def segment_attention_packed(
     u = _flat_queries(q, wq, wk)
     chunk = max(chunk * segments, 1)
     tokens, log_mass = packed_segment_tokens(
-        tuple(rows), tuple(indices), positions, u, wv, jnp.tile(bias, c), mask, width, gate, chunk, compute
+        tuple(rows), tuple(indices), positions, u, wv, _flat_bias(bias, c), mask, width, gate, chunk, compute
     )
     tokens = spread(tokens[:, 0], positions, b, segments, 0.0)
     log_mass = spread(log_mass[:, 0], positions, b, segments, NO_MASS)
@@ -125,7 +125,12 @@ def segment_attention_packed(
 def _flat_queries(q, wq, wk):
     """[B, C * H, f]."""
     u = fold_queries(q, wq, wk)
-    return u.reshape(len(u), -1, u.shape[-1])
+    return u.reshape(u.shape[0], -1, u.shape[-1])
+
+
+def _flat_bias(bias, c):
+    """[H] -> [C * H], for a C that may be symbolic."""
+    return jnp.broadcast_to(bias, (c, bias.shape[0])).reshape(-1)
 
 
 def _by_candidate(log_mass, c):
@@ -140,6 +145,7 @@ def use_fold(candidates: int, width: int, heads: int, key_width: int, value_widt
       candidates: C; width: f; key_width, value_width: of one head; segment: w, events that share one value projection.
     """
     # Measured on CPU: the folded sums run at memory speed, a multiply-accumulate there costs about 3 of a large GEMM's.
-    folded = 3 * candidates * heads * (2 * width + width * value_width / segment)
-    built = heads * (width + candidates) * (key_width + value_width)
+    # Times w, in integers: a symbolic C has no other order.
+    folded = 3 * candidates * heads * (2 * width * segment + width * value_width)
+    built = heads * (width + candidates) * (key_width + value_width) * segment
     return folded < built

@@ -65,7 +65,7 @@ def sum_by_tables(x: jax.Array, buckets: jax.Array, query_buckets: jax.Array, bi
         return total + pick(change(sums), query_ids), None
 
     tables = (jnp.moveaxis(buckets, 2, 0), jnp.moveaxis(query_buckets, 2, 0))
-    width = jax.eval_shape(change, jax.ShapeDtypeStruct((len(x), 2**bits, x.shape[2]), x.dtype)).shape[-1]
+    width = jax.eval_shape(change, jax.ShapeDtypeStruct((x.shape[0], 2**bits, x.shape[2]), x.dtype)).shape[-1]
     total, _ = jax.lax.scan(add, jnp.zeros((*query_buckets.shape[:2], width)), tables)
     return total / buckets.shape[-1]
 

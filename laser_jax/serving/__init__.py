@@ -1,0 +1,1 @@
+"""From a trained run to answers: export a model, rank with it."""

@@ -1,0 +1,318 @@
+"""Writes a trained model so that it runs without its code: python -m laser_jax.serving.export --workdir=W --out=DIR
+
+Two programs for each of some history lengths, one for a single candidate and one for many, as StableHLO for CPU, CUDA
+and TPU, with the number of requests, candidates and rows left open; tables, dictionaries and settings beside them. The
+best state of the run is taken, or the newest one of a run that was never evaluated.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax import export
+
+from laser_jax import metrics
+from laser_jax import vault as seqvault
+from laser_jax.checkpoint import Checkpoints
+from laser_jax.config import Config, from_dict, to_dict
+from laser_jax.features import line_source
+from laser_jax.id_dictionary import IdDictionary
+from laser_jax.pipeline import read_vocabularies
+from laser_jax.requests import Requests as StoredRequests
+from laser_jax.requests import split_type
+from laser_jax.row_placement import places
+from laser_jax.serving.exported import BATCHES, ExportedModel, Requests
+from laser_jax.serving.files import ModelError, begin, commit
+from laser_jax.sharding import MeshConfig, make_mesh
+from laser_jax.state import StateFactory, TrainState
+from laser_jax.step import apply_model
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+QUANTIZATIONS = ("none", "bf16", "int8")
+#: From so many candidates on the form for many is taken; every encoder chooses one order of its sums from here on.
+MANY = 32
+#: Of an int8 that is as far from 0 on both sides.
+_LARGEST = 127
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run has learned.
+
+    Attributes:
+      config: of the run. state: of its parameters and tables, which `factory` describes. step: of the state.
+      dictionaries: table -> its dictionary.
+    """
+
+    config: Config
+    state: TrainState
+    factory: StateFactory
+    step: int
+    dictionaries: dict[str, IdDictionary]
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+      path: of the model. version: of it. bytes: of all its files. programs: how many.
+    """
+
+    path: str
+    version: str
+    bytes: int
+    programs: int
+
+
+def export_model(
+    run: Run, out: str, lengths: tuple[int, ...] = (), quantize: str = "none", version: str = ""
+) -> Exported:
+    """Writes the model of a run into a new directory.
+
+    Args:
+      run: see load_run.
+      out: directory to make.
+      lengths: of histories that get programs of their own, for requests with short ones; the full length always does.
+      quantize: of tables, one of QUANTIZATIONS.
+      version: that the model is to bear; the step of the state if empty.
+
+    Raises:
+      ModelError: `out` is there already.
+      ValueError: another setting makes no sense.
+    """
+    if quantize not in QUANTIZATIONS:
+        raise ValueError(f"quantize={quantize!r} is not one of {QUANTIZATIONS}")
+    config, state, ids = run.config, run.state, run.dictionaries
+    full = config.data.history_length
+    if any(not 0 < length <= full for length in lengths):
+        raise ValueError(f"lengths={lengths}: give numbers from 1 to the history's {full}")
+    lengths = tuple(sorted({*lengths, full}))
+    vault = seqvault.open(config.data.vault_path, at=config.data.snapshot or None)
+    draft = begin(out)
+    content: dict[str, Any] = {
+        "name": config.name or type(config.encoder).__name__,
+        "model_version": version or str(run.step),
+        "config": to_dict(config),
+        "schema": vault.schema.to_json(),
+        "features": dataclasses.asdict(config.features),
+        "history_length": full,
+        "lengths": lengths,
+        "many": MANY,
+        "lines": _line_widths(config, vault),
+        **_write_ids(draft, config, vault, ids),
+        **_write_weights(draft, state),
+        "tables": _write_tables(draft, config, state, quantize),
+        "programs": {},
+    }
+    os.makedirs(os.path.join(draft, "programs"))
+    for form in ("one", "many"):
+        for length in lengths:
+            name = f"{form}-{length}"
+            program = _program(run, form, length, content["lines"])
+            with open(os.path.join(draft, "programs", f"{name}.bin"), "wb") as file:
+                file.write(program.serialize())
+            content["programs"][name] = {"form": form, "length": length}
+    commit(draft, out, content)
+    size = sum(os.path.getsize(os.path.join(f, n)) for f, _, names in os.walk(out) for n in names)
+    return Exported(out, content["model_version"], size, len(content["programs"]))
+
+
+def load_run(workdir: str) -> Run:
+    """The best state of a run, or its newest where none was evaluated.
+
+    Raises:
+      ModelError: there is no run, or it has no state.
+    """
+    name = os.path.join(workdir, "config.json")
+    if not os.path.exists(name):
+        raise ModelError(f"{workdir} holds no run: it has no config.json")
+    with open(name, encoding="utf-8") as file:
+        config = from_dict({key: value for key, value in json.load(file).items() if key != "fingerprint"})
+    if hasattr(config.encoder, "kernel"):
+        config.encoder.kernel = "xla"  # what is exported must run anywhere
+    if hasattr(config.encoder, "chunk"):
+        config.encoder.chunk = 0
+    factory = StateFactory(config.build_model, config.features, config.optim, make_mesh(MeshConfig()))
+    ids = config.features.dictionaries()
+    checkpoints = Checkpoints(workdir, ids, factory.largest_bytes)
+    try:
+        if checkpoints.newest() is None:
+            raise ModelError(f"{workdir} has no checkpoint: train first")
+        if checkpoints.best() is not None:
+            state, step = checkpoints.restore_best(factory.abstract())
+        else:
+            state, step = checkpoints.restore_newest(factory.abstract())
+    finally:
+        checkpoints.close()
+    return Run(config, state, factory, step, ids)
+
+
+def score_split(model: ExportedModel, config: Config, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Logits and labels of all candidates of a split, scored by an exported model from the vault."""
+    vault = seqvault.open(config.data.vault_path, config.data.cache_bytes, at=config.data.snapshot or None)
+    stored = StoredRequests.open(os.path.join(config.data.path, "requests", split))
+    translations = model.translations(vault)
+    logits, labels = [], []
+    for start in range(0, len(stored), BATCHES[-1]):
+        found = stored.read(np.arange(start, min(start + BATCHES[-1], len(stored))))
+        histories = vault.gather(
+            found.user, found.time, model.history_length, as_of=found.sequence, fields=model.event_fields
+        )
+        requests = Requests(found.time, found.offsets, found.candidates, found.context)
+        logits.append(model.score(histories, requests, translations))
+        labels.append(found.label)
+    return np.concatenate(logits), np.concatenate(labels)
+
+
+def _program(run: Run, form: str, length: int, lines: dict[str, int]) -> export.Exported:
+    factory, state, features = run.factory, run.state, run.config.features
+    tables = features.tables()
+    structure = jax.tree.structure(state.params)
+    bags = {source: width for source, width in lines.items() if source in factory.bags}
+    numbers = [f"u{i}" for i in range(len(tables))] + [f"g{i}" for i in range(len(lines))]
+    scope = export.SymbolicScope((f"c >= {MANY}",) if form == "many" else ())
+    candidates = "c" if form == "many" else "1"
+    b, c, *rest = export.symbolic_shape(", ".join(["b", candidates, *numbers]), scope=scope)
+    of_table = dict(zip(tables, rest, strict=False))
+    of_source = dict(zip(lines, rest[len(tables) :], strict=True))
+
+    def ints(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    def score(weights, rows, bags, vectors, requests):
+        dense = jax.tree.unflatten(structure, weights)
+        batch = {"bags": {s: x[None] for s, x in bags.items()}, "vectors": {s: x[None] for s, x in vectors.items()}}
+        return apply_model(factory, dense, rows, batch, requests)[0]
+
+    weights = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in jax.tree.leaves(state.params)]
+    rows = {name: jax.ShapeDtypeStruct((of_table[name], width), jnp.float32) for name, (_, width) in tables.items()}
+    vectors = {
+        source: jax.ShapeDtypeStruct((of_source[source], width), jnp.float32)
+        for source, width in lines.items()
+        if source not in bags
+    }
+    requests = {
+        "age": ints(b, length),
+        "length": ints(b),
+        "history": {field.name: ints(b, length) for field in (*features.item, *features.event)},
+        "candidates": {field.name: ints(b, c) for field in features.item},
+        "context": {field.name: ints(b) for field in features.context},
+    }
+    made = export.export(jax.jit(score), platforms=PLATFORMS)
+    return made(weights, rows, {s: ints(of_source[s], width) for s, width in bags.items()}, vectors, requests)
+
+
+def _line_widths(config: Config, vault: Any) -> dict[str, int]:
+    """Source of a field of several values -> how many they are."""
+    features = config.features
+    requests = StoredRequests.open(os.path.join(config.data.path, "requests", "train"))
+    found = {}
+    for field in (*features.item, *features.event, *features.context):
+        if field.ids == "vector":
+            found[line_source(field.name)] = field.width
+        elif field.hashes > 1:
+            found[line_source(field.name)] = field.hashes
+        elif field.pool:
+            known = field.name in vault.schema.names and vault.schema.field(field.name).size
+            asked = {**requests.columns, **requests.context_columns}
+            found[line_source(field.name)] = known or split_type(asked[field.name])[1]
+    return found
+
+
+def _write_ids(draft: str, config: Config, vault: Any, ids: dict[str, Any]) -> dict[str, Any]:
+    os.makedirs(os.path.join(draft, "ids"))
+    os.makedirs(os.path.join(draft, "strings"))
+    vocabularies, dictionaries, strings = {}, {}, {}
+    for name, known in read_vocabularies(config.data, config.features).items():
+        vocabularies[name] = f"ids/{name}.npy"
+        np.save(os.path.join(draft, vocabularies[name]), known)
+    for number, (name, dictionary) in enumerate(ids.items()):
+        dictionaries[name] = f"ids/table-{number}.npz"
+        np.savez(os.path.join(draft, dictionaries[name]), **dictionary.state())
+    used = {field.name for field in (*config.features.item, *config.features.event, *config.features.context)}
+    for field in vault.schema.fields:
+        if field.type == "string" and field.name in used:
+            strings[field.name] = f"strings/{field.name}.json"
+            with open(os.path.join(draft, strings[field.name]), "w", encoding="utf-8") as file:
+                json.dump(vault.dictionary(field.name).tolist(), file)
+    return {"vocabularies": vocabularies, "dictionaries": dictionaries, "strings": strings}
+
+
+def _write_weights(draft: str, state: TrainState) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(state.params)
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+    np.savez(
+        os.path.join(draft, "weights.npz"), **dict(zip(names, jax.device_get([x for _, x in leaves]), strict=True))
+    )
+    return {"weights": names}
+
+
+def _write_tables(draft: str, config: Config, state: TrainState, quantize: str) -> dict[str, Any]:
+    os.makedirs(os.path.join(draft, "tables"))
+    entries = {}
+    for number, (name, (rows, _)) in enumerate(config.features.tables().items()):
+        values = np.asarray(state.tables[name].rows)[places(np.arange(rows), rows)]
+        entry: dict[str, Any] = {"file": f"tables/{number}.npy", "dtype": "float32", "scale": None}
+        if quantize == "int8":
+            values = values.astype(np.float32)
+            scale = np.maximum(np.abs(values).max(axis=1), 1e-20) / _LARGEST
+            values = np.round(values / scale[:, None]).astype(np.int8)
+            entry |= {"dtype": "int8", "scale": f"tables/{number}.scale.npy"}
+            np.save(os.path.join(draft, entry["scale"]), scale.astype(np.float32))
+        elif quantize == "bf16" or values.dtype == ml_dtypes.bfloat16:
+            values = values.astype(ml_dtypes.bfloat16).view(np.uint16)
+            entry["dtype"] = "bfloat16"
+        np.save(os.path.join(draft, entry["file"]), values)
+        entries[name] = entry
+    return entries
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exports, scores the test split by what was written, and says what became of the AUC."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", required=True, help="of the run")
+    parser.add_argument("--out", required=True, help="directory to make")
+    parser.add_argument("--lengths", default="", help="history lengths with programs of their own, such as 64,256")
+    parser.add_argument("--quantize", default="none", choices=QUANTIZATIONS, help="of embedding tables")
+    parser.add_argument("--version", default="", help="of the model; the step of its state if left out")
+    parser.add_argument("--no-check", action="store_true", help="do not score the test requests")
+    args = parser.parse_args(arguments)
+    started = time.monotonic()
+    try:
+        lengths = tuple(int(length) for length in args.lengths.split(",") if length)
+        run = load_run(args.workdir)
+        made = export_model(run, args.out, lengths, args.quantize, args.version)
+        said = f"version {made.version}, {made.programs} programs, {made.bytes:,} bytes"
+        if not args.no_check:
+            said += f"; {check(made.path, run.config, args.workdir)}"
+    except (ModelError, ValueError, seqvault.VaultError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{said} in {time.monotonic() - started:.1f} s: {made.path}")
+    return 0
+
+
+def check(path: str, config: Config, workdir: str) -> str:
+    """The test AUC of what was exported, beside the run's own."""
+    model = ExportedModel(path)
+    logits, labels = score_split(model, config, "test")
+    auc = metrics.auc(labels, logits)
+    stored = os.path.join(workdir, "predictions.npz")
+    if not os.path.exists(stored):
+        return f"test AUC {auc:.4f}"
+    with np.load(stored) as run:
+        before, farthest = metrics.auc(run["labels"], run["logits"]), float(np.abs(run["logits"] - logits).max())
+    return f"test AUC {before:.4f} -> {auc:.4f}, logits differ by {farthest:.1e} at most"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""What is exported scores as the run did, without the model's code."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+
+from laser_jax import vault as seqvault
+from laser_jax.config import from_dict, to_dict
+from laser_jax.metrics import auc
+from laser_jax.models import ENCODERS
+from laser_jax.pipeline import BatchSource
+from laser_jax.requests import Requests as StoredRequests
+from laser_jax.serving.export import Run, export_model, load_run, score_split
+from laser_jax.serving.exported import ExportedModel, Requests
+from laser_jax.serving.files import ModelError
+from laser_jax.sharding import MeshConfig, make_mesh
+from laser_jax.state import StateFactory
+from laser_jax.step import make_eval_step
+from laser_jax.train import run
+from tests.small_config import get_config
+
+LENGTH = 16
+
+
+@pytest.fixture(scope="module")
+def workdir(known_data, tmp_path_factory):
+    """Of a run of one epoch."""
+    path = tmp_path_factory.mktemp("run") / "laser_plus"
+    config = get_config("laser_plus")
+    config.data.path, config.data.epochs = known_data.path, 1
+    run(config, str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(workdir):
+    return load_run(str(workdir))
+
+
+@pytest.fixture(scope="module")
+def model(trained, tmp_path_factory):
+    out = tmp_path_factory.mktemp("model") / "v1"
+    made = export_model(trained, str(out), lengths=(4,))
+    assert made.programs == 4 and made.bytes > 10_000
+    return ExportedModel(made.path)
+
+
+def untrained(config) -> Run:
+    """As a run would be at its first step."""
+    factory = StateFactory(config.build_model, config.features, config.optim, make_mesh(MeshConfig()))
+    return Run(config, factory.create(0), factory, 0, config.features.dictionaries())
+
+
+def scores_of(run: Run, split: str) -> np.ndarray:
+    """Of all candidates of a split, by the model itself."""
+    source = BatchSource(run.config.data, run.config.features, split)
+    eval_step, found = make_eval_step(run.factory), []
+    for batch in source.stream(0, source.num_batches):
+        found.append(np.asarray(eval_step(run.state, batch.step)[0])[batch.step["mask"]])
+    return np.concatenate(found)
+
+
+def test_a_config_comes_back_from_its_json():
+    for encoder in ENCODERS:
+        config = get_config(encoder)
+        again = from_dict(json.loads(json.dumps(to_dict(config))))
+        assert again == config
+    with pytest.raises(ValueError, match="no config called 'Foo'"):
+        from_dict({"class": "Foo"})
+    with pytest.raises(ValueError, match="MeshConfig has no field 'x'"):
+        from_dict({"class": "MeshConfig", "x": 1})
+
+
+def test_it_scores_as_the_run_did(workdir, trained, model):
+    logits, labels = score_split(model, trained.config, "test")
+    with np.load(workdir / "predictions.npz") as stored:
+        np.testing.assert_array_equal(labels, stored["labels"])
+        np.testing.assert_allclose(logits, stored["logits"], rtol=1e-5, atol=1e-5)
+    assert np.std(logits) > 1e-3
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_every_encoder_exports_and_short_histories_may_have_programs_of_their_own(known_data, tmp_path, encoder):
+    config = get_config(encoder)
+    config.data.path = known_data.path
+    fresh = untrained(config)
+    export_model(fresh, str(tmp_path / "model"), lengths=(8,))
+    model = ExportedModel(str(tmp_path / "model"))
+    wanted = scores_of(fresh, "test")
+    near = dict(rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
+    np.testing.assert_allclose(score_split(model, config, "test")[0], wanted, **near)
+    # One request at a time, and of every other one a single candidate: every form and length has its turn.
+    stored = StoredRequests.open(os.path.join(known_data.path, "requests", "test"))
+    vault, at, shapes = seqvault.open(config.data.vault_path), 0, set()
+    for number in range(24):
+        found = stored.read(np.array([number]))
+        count = len(found.label) if number % 2 else 1
+        histories = vault.gather(found.user, found.time, LENGTH, fields=model.event_fields)
+        candidates = {name: values[:count] for name, values in found.candidates.items()}
+        logits = model.score(histories, Requests(found.time, np.array([0, count]), candidates, found.context))
+        np.testing.assert_allclose(logits, wanted[at : at + count], **near)
+        at += len(found.label)
+        shapes.add((count > 1, histories.num_events > 8))
+    assert len(shapes) == 4
+
+
+def test_it_loads_without_the_models_code(model, tmp_path):
+    """Neither flax nor optax nor a model is imported by who only scores."""
+    code = """
+        import sys
+        import numpy as np
+        from laser_jax.serving.exported import ExportedModel, Requests
+        from laser_jax.vault import Histories
+        model = ExportedModel(sys.argv[1])
+        columns = {name: np.zeros(3, np.int64) for name in ("time", *model.event_fields)}
+        histories = Histories(columns, np.array([0, 3]), lambda name: None, 0, 3)
+        two = {"item": np.array([1, 2]), "category": np.array([0, 1])}
+        print(model.score(histories, Requests(np.array([9]), np.array([0, 2]), two, {"scene": np.array([1])})).shape)
+        unwanted = [name for name in sys.modules if name.startswith(("laser_jax.models", "flax", "optax", "orbax"))]
+        assert not unwanted, unwanted
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), model.path], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0 and done.stdout.strip() == "(2,)", done.stderr
+
+
+def test_what_training_never_met_is_told(model):
+    known = np.load(os.path.join(model.path, "ids", "item.npy"))
+    items = np.array([known[0], known[0] + 1, -5, known[-1]])
+    unseen = model.unseen({"item": items, "category": np.zeros(4, np.int32)})
+    np.testing.assert_array_equal(unseen, ~np.isin(items, known))
+    assert unseen.any() and not unseen.all()
+
+
+@pytest.mark.parametrize(("quantize", "tolerance"), [("bf16", 2e-2), ("int8", 3e-2)])
+def test_tables_may_be_smaller(trained, model, tmp_path, quantize, tolerance):
+    made = export_model(trained, str(tmp_path / "small"), quantize=quantize)
+    small = ExportedModel(made.path)
+    wanted, labels = score_split(model, trained.config, "test")
+    logits, _ = score_split(small, trained.config, "test")
+    assert 0 < np.abs(logits - wanted).max() < tolerance * np.abs(wanted).max()
+    assert abs(auc(labels, logits) - auc(labels, wanted)) < 0.01
+    sizes = [os.path.getsize(os.path.join(one.path, "tables", "0.npy")) for one in (model, small)]
+    assert sizes[1] < 0.6 * sizes[0]
+
+
+def test_every_damaged_file_is_named(model, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(model.path, copy)
+    files = [os.path.join(folder, name) for folder, _, names in os.walk(copy) for name in names]
+    assert len(files) > 8
+    for path in files:
+        with open(path, "rb") as file:
+            data = file.read()
+        for damaged in (
+            data[:-1],
+            data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 4]) + data[len(data) // 2 + 1 :],
+        ):
+            with open(path, "wb") as file:
+                file.write(damaged)
+            with pytest.raises(ModelError, match=os.path.basename(path)):
+                ExportedModel(str(copy))
+        os.remove(path)
+        with pytest.raises(ModelError, match=os.path.basename(path)):
+            ExportedModel(str(copy))
+        with open(path, "wb") as file:
+            file.write(data)
+    ExportedModel(str(copy))
+
+
+def test_wrong_settings_are_told(trained, model, tmp_path):
+    with pytest.raises(ModelError, match="is there already"):
+        export_model(trained, model.path)
+    with pytest.raises(ValueError, match="quantize='int4'"):
+        export_model(trained, str(tmp_path / "x"), quantize="int4")
+    with pytest.raises(ValueError, match=r"lengths=\(17,\): give numbers from 1 to the history's 16"):
+        export_model(trained, str(tmp_path / "x"), lengths=(17,))
+    with pytest.raises(ModelError, match="holds no run"):
+        load_run(str(tmp_path))
+    with pytest.raises(ModelError, match="holds no exported model"):
+        ExportedModel(str(tmp_path))
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_command_says_what_became_of_the_auc(workdir, tmp_path):
+    command = [sys.executable, "-m", "laser_jax.serving.export", f"--workdir={workdir}", f"--out={tmp_path}/model"]
+    done = subprocess.run([*command, "--quantize=int8", "--version=v7"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "version v7, 2 programs" in done.stdout and "test AUC 0." in done.stdout and "->" in done.stdout
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "is there already" in done.stderr

@@ -152,12 +152,19 @@ class ExportedModel:
             )
         batch = next(size for size in BATCHES if size >= requests)
         length = next(size for size in self.lengths if size >= length)
-        if candidates <= 1:
-            return _Shape("one", batch, 1, length)
-        padded = self.many
-        while padded < candidates:
-            padded *= 2
-        return _Shape("many", batch, padded, length)
+        padded = self.padded(candidates)
+        return _Shape("one" if padded == 1 else "many", batch, padded, length)
+
+    def padded(self, candidates: int) -> int:
+        """What a number of candidates is padded to."""
+        size = 1 if candidates <= 1 else self.many
+        while size < candidates:
+            size *= 2
+        return size
+
+    def width_of(self, field: FieldConfig) -> int | None:
+        """How many numbers a value of this field is; None for one."""
+        return self._lines.get(line_source(field.name)) if field.pool or field.ids == "vector" else None
 
     def _arrays(
         self, histories: Histories, requests: Requests, translations: dict[str, np.ndarray], shape: "_Shape"

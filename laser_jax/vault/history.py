@@ -1,6 +1,6 @@
 """What a read returns."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -89,6 +89,14 @@ class Histories:
         rows = slice(self.offsets[position], self.offsets[position + 1])
         columns = {name: column[rows] for name, column in self.columns.items()}
         return History(columns, self.dictionary, self.as_of, len(columns["time"]) < self._n)
+
+    def take(self, positions: Sequence[int]) -> "Histories":
+        """The histories of the users at these positions, in this order."""
+        starts, ends = self.offsets[:-1][positions], self.offsets[1:][positions]
+        offsets = np.concatenate(([0], np.cumsum(ends - starts)))
+        rows = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], ends - starts)
+        columns = {name: column[rows] for name, column in self.columns.items()}
+        return Histories(columns, offsets, self.dictionary, self.as_of, self._n)
 
     def __repr__(self) -> str:
         return f"Histories({len(self)} users, {self.num_events} events, columns: {', '.join(self.columns)})"

@@ -197,6 +197,10 @@ class PartitionedVault:
         listed = values.tolist() if isinstance(values, np.ndarray) else values
         return np.fromiter((dictionary.code(value) for value in listed), np.int32, len(listed))
 
+    def partition_of(self, users: Any) -> np.ndarray:
+        """Partition of each user, int64 [B]."""
+        return partition_of(self.schema, users, len(self.partitions))
+
     def get(self, user: Any, n: int = 1000, before: int | None = None, as_of: Any = None, **options: Any) -> History:
         """As Vault.get; `as_of` is a sequence number of the user's partition, or a Sequences."""
         keys = [user] if self.schema.user == "string" else np.array([_int64(user)], np.int64)

@@ -22,33 +22,9 @@ from laser_jax.serving.files import ModelError
 from laser_jax.sharding import MeshConfig, make_mesh
 from laser_jax.state import StateFactory
 from laser_jax.step import make_eval_step
-from laser_jax.train import run
 from tests.small_config import get_config
 
 LENGTH = 16
-
-
-@pytest.fixture(scope="module")
-def workdir(known_data, tmp_path_factory):
-    """Of a run of one epoch."""
-    path = tmp_path_factory.mktemp("run") / "laser_plus"
-    config = get_config("laser_plus")
-    config.data.path, config.data.epochs = known_data.path, 1
-    run(config, str(path))
-    return path
-
-
-@pytest.fixture(scope="module")
-def trained(workdir):
-    return load_run(str(workdir))
-
-
-@pytest.fixture(scope="module")
-def model(trained, tmp_path_factory):
-    out = tmp_path_factory.mktemp("model") / "v1"
-    made = export_model(trained, str(out), lengths=(4,))
-    assert made.programs == 4 and made.bytes > 10_000
-    return ExportedModel(made.path)
 
 
 def untrained(config) -> Run:

@@ -1,0 +1,235 @@
+"""Live requests to scores: the user's history from the vault, features as in training, the exported model."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from laser_jax.features import FieldConfig
+from laser_jax.serving.exported import BATCHES, ExportedModel, Requests
+from laser_jax.vault.partitions import Sequences
+
+#: Candidates of a request that are scored together; one with more is cut into pieces.
+MOST_CANDIDATES = 512
+
+
+class RequestError(ValueError):
+    """A request that makes no sense. The message names the field, and what is wrong with it.
+
+    Attributes:
+      position: of the request among those given.
+    """
+
+    def __init__(self, position: int, message: str):
+        super().__init__(message)
+        self.position = position
+
+
+@dataclasses.dataclass(frozen=True)
+class RankRequest:
+    """One user, and what to score for them.
+
+    Attributes:
+      user: an int64 or a string, as the vault has it.
+      candidates: every item field of the model -> C values; strings for a field that holds strings in the vault.
+      context: every context field of the model -> its value.
+      time: in the vault's unit; only events before it count. None: behind everything that has happened by now.
+    """
+
+    user: int | str
+    candidates: dict[str, Any]
+    context: dict[str, Any] = dataclasses.field(default_factory=dict)
+    time: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranking:
+    """The answer to one request.
+
+    Attributes:
+      logits: float32 [C]. unseen: bool [C], candidates that training never met: scored as unknown ones.
+      events: of the history that were read; 0 for an unknown user.
+      time, as_of: what was seen: events before that time, with a smaller sequence number. A training request with both
+        sees the same.
+    """
+
+    logits: Float[np.ndarray, "C"]
+    unseen: Bool[np.ndarray, "C"]
+    events: int
+    time: int
+    as_of: int
+
+
+class Ranker:
+    """Scores requests with one model from one vault. Safe to share among threads.
+
+    Attributes:
+      model: that scores. vault: with the histories.
+    """
+
+    def __init__(self, model: ExportedModel, vault: Any, clock: Callable[[], float] = time.time):
+        """`clock`: seconds since 1970, for requests without a time.
+
+        Raises:
+          ValueError: the vault is not of the kind that the model was trained on.
+        """
+        self.model, self.vault = model, vault
+        self._clock = clock
+        schema = vault.schema
+        for kind in ("user", "time_unit"):
+            ours, theirs = getattr(model.schema, kind), getattr(schema, kind)
+            if ours != theirs:
+                raise ValueError(f"{vault.path}: its {kind} is {theirs!r}, {model.path} was trained with {ours!r}")
+        for name in model.event_fields:
+            if name not in schema.names:
+                raise ValueError(f"{vault.path} has no field {name!r}, which {model.path} reads")
+            field, trained = schema.field(name), model.schema.field(name)
+            if (field.type, field.size) != (trained.type, trained.size):
+                raise ValueError(
+                    f"{vault.path}: field {name!r} is {field.type}, {model.path} was trained with {trained.type}"
+                )
+        self._translations = model.translations(vault)
+        self._units = 1000 if schema.time_unit == "ms" else 1
+
+    def compile(self, batches: tuple[int, ...] = BATCHES, candidates: tuple[int, ...] = (1, MOST_CANDIDATES)) -> int:
+        """Compiles every program for requests and candidates up to these, so that no request waits for it.
+
+        Returns:
+          How many shapes there are.
+        """
+        sizes, size = [1], self.model.many
+        while size < 2 * max(candidates):
+            sizes.append(size)
+            size *= 2
+        return self.model.compile(batches, tuple(sizes))
+
+    def now(self) -> int:
+        """The time of a request that has none: one unit on, since events of the running unit happened before it."""
+        return int(self._clock() * self._units) + 1
+
+    def rank(self, requests: Sequence[RankRequest]) -> list[Ranking]:
+        """Scores all candidates of some requests.
+
+        Raises:
+          RequestError: a request makes no sense; none is scored.
+          UnavailableError, CorruptionError: of the vault.
+        """
+        if not requests:
+            return []
+        checked = [self._checked(position, request) for position, request in enumerate(requests)]
+        users = [request.user for request in checked]
+        if self.vault.schema.user == "int64":
+            users = np.array(users, np.int64)
+        times = np.array([request.time for request in checked], np.int64)
+        histories = self.vault.gather(users, times, self.model.history_length, fields=self.model.event_fields)
+        if any(len(self.vault.dictionary(name)) > len(codes) for name, codes in self._translations.items()):
+            self._translations = self.model.translations(self.vault)  # strings have come since
+        answers: list[Ranking | None] = [None] * len(checked)
+        logits: list[list[np.ndarray]] = [[] for _ in checked]
+        for group in self._groups(checked):
+            positions = [position for position, _, _ in group]
+            pieces = [
+                {name: values[start:stop] for name, values in checked[position].candidates.items()}
+                for position, start, stop in group
+            ]
+            counts = [stop - start for _, start, stop in group]
+            asked = Requests(
+                times[positions],
+                np.concatenate(([0], np.cumsum(counts))),
+                {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]},
+                {name: np.concatenate([checked[p].context[name] for p in positions]) for name in checked[0].context},
+            )
+            scores = self.model.score(histories.take(positions), asked, self._translations)
+            for position, part in zip(positions, np.split(scores, np.cumsum(counts)[:-1]), strict=True):
+                logits[position].append(part)
+        owners = self.vault.partition_of(users) if isinstance(histories.as_of, Sequences) else None
+        for position, request in enumerate(checked):
+            answers[position] = Ranking(
+                logits=np.concatenate(logits[position]),
+                unseen=self.model.unseen(request.candidates),
+                events=int(histories.offsets[position + 1] - histories.offsets[position]),
+                time=request.time,
+                as_of=histories.as_of if owners is None else histories.as_of[owners[position]],
+            )
+        return answers
+
+    def _groups(self, requests: list[RankRequest]) -> list[list[tuple[int, int, int]]]:
+        """(request, first candidate, behind the last) of what is scored together: alike in number of candidates."""
+        by_size: dict[int, list[tuple[int, int, int]]] = {}
+        for position, request in enumerate(requests):
+            count = _count(request.candidates)
+            for start in range(0, count, MOST_CANDIDATES):
+                stop = min(start + MOST_CANDIDATES, count)
+                by_size.setdefault(self.model.padded(stop - start), []).append((position, start, stop))
+        most = BATCHES[-1]
+        return [part[at : at + most] for part in by_size.values() for at in range(0, len(part), most)]
+
+    def _checked(self, position: int, request: RankRequest) -> RankRequest:
+        """The request with arrays for columns."""
+        user, schema = request.user, self.vault.schema
+        wanted = str if schema.user == "string" else (int, np.integer)
+        if not isinstance(user, wanted) or isinstance(user, bool):
+            raise RequestError(position, f"user {user!r}: this vault's users are {schema.user}")
+        if schema.user == "int64" and not -(2**63) <= user < 2**63:
+            raise RequestError(position, f"user {user}: beyond int64")
+        moment = self.now() if request.time is None else request.time
+        whole = isinstance(moment, (int, np.integer)) and not isinstance(moment, bool)
+        if not whole or not 0 <= moment < schema.time_limit:
+            unit = schema.time_unit
+            raise RequestError(position, f"time {moment!r}: need an integer, 0 <= time < {schema.time_limit} in {unit}")
+        features = self.model.features
+        candidates = self._columns(position, "candidates", features.item, request.candidates)
+        lengths = {name: len(values) for name, values in candidates.items()}
+        if len(set(lengths.values())) > 1:
+            raise RequestError(position, f"candidates of unlike lengths: {lengths}")
+        if not _count(candidates):
+            raise RequestError(position, "no candidates")
+        given = {name: [value] for name, value in request.context.items()}
+        context = self._columns(position, "context", features.context, given)
+        return RankRequest(user, candidates, context, int(moment))
+
+    def _columns(self, position: int, side: str, fields: tuple[FieldConfig, ...], given: dict[str, Any]) -> dict:
+        names = [field.name for field in fields]
+        for name in given:
+            if name not in names:
+                raise RequestError(position, f"{side} {name!r} is none of the model's: {', '.join(names) or 'none'}")
+        found = {}
+        for field in fields:
+            if field.name not in given:
+                raise RequestError(position, f"{side} {field.name!r} is missing; need {', '.join(names)}")
+            found[field.name] = self._column(position, f"{side} {field.name!r}", field, given[field.name])
+        return found
+
+    def _column(self, position: int, what: str, field: FieldConfig, given: Any) -> np.ndarray:
+        if field.name in self.model.strings:
+            values = np.asarray(given, object)
+            if values.ndim != 1 or not all(isinstance(value, str) for value in values):
+                raise RequestError(position, f"{what}: need a list of strings")
+            if field.name in self._translations:
+                return self.model.codes(field.name, values)
+            return self.vault.encode(field.name, values).astype(np.int64)
+        try:
+            values = np.asarray(given)
+        except ValueError as error:
+            raise RequestError(position, f"{what}: {error}") from error
+        width = self.model.width_of(field)
+        shape = values.shape[:1] if width is None else (*values.shape[:1], width)
+        if values.ndim < 1 or values.shape != shape:
+            kind = "numbers" if width is None else f"lists of {width} numbers"
+            raise RequestError(position, f"{what} has shape {values.shape}: need a list of {kind}")
+        allowed = "iufb" if field.ids in ("log", "vector") else "iub"
+        if values.dtype.kind not in allowed and values.size:
+            wanted = "numbers" if "f" in allowed else "integers"
+            raise RequestError(position, f"{what} is of type {values.dtype}: need {wanted}")
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            raise RequestError(position, f"{what}: {values[~np.isfinite(values)][0]} is not finite")
+        if values.dtype.kind == "u" and values.size and values.max() > np.iinfo(np.int64).max:
+            raise RequestError(position, f"{what}: {values.max()} is beyond int64")
+        return values
+
+
+def _count(columns: dict[str, np.ndarray]) -> int:
+    return len(next(iter(columns.values())))

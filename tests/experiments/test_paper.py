@@ -111,13 +111,13 @@ def test_the_search_is_short_and_its_best_runs_at_full_length():
     def outcome(model, seed):
         ran.append(model)
         rate = model.settings.get("optim.learning_rate", 1e-3)
-        return types.SimpleNamespace(results={"valid_auc": 0.7 if rate == 3e-3 else 0.6})
+        return types.SimpleNamespace(results={"valid_auc": 0.7 if rate == 3e-4 else 0.6})
 
     fake = types.SimpleNamespace(run=lambda runs: ran.extend(model for model, _ in runs), outcome=outcome)
     chosen = table2.choose(fake, "tricks", ["ta", "gbdt"], trials=4, run=True)
     assert {model.settings["data.history_length"] for model in ran} == {table2.SEARCH_LENGTH}
     assert len({json.dumps(model.settings) for model in ran}) == 4 and {model.encoder for model in ran} == {"ta"}
-    assert chosen["ta"].settings["optim.learning_rate"] == 3e-3 and "data.history_length" not in chosen["ta"].settings
+    assert chosen["ta"].settings["optim.learning_rate"] == 3e-4 and "data.history_length" not in chosen["ta"].settings
     assert chosen["gbdt"].settings == {}
     ran.clear()
     assert "optim.learning_rate" not in table2.choose(fake, "plain", ["ta"], trials=1, run=True)["ta"].settings

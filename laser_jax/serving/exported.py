@@ -122,12 +122,20 @@ class ExportedModel:
           requests: at most BATCHES[-1] of them.
           translations: see `translations`, for the vault that the histories are from.
         """
+        return self.run(self.assemble(histories, requests, translations))
+
+    def assemble(
+        self, histories: Histories, requests: Requests, translations: dict[str, np.ndarray] | None = None
+    ) -> "Assembled":
+        """The first part of `score`: everything that is done on the host."""
         counts = np.diff(requests.offsets)
-        if not counts.any():
-            return np.zeros(0, np.float32)
         shape = self._shape(len(requests.time), int(counts.max()), int(np.diff(histories.offsets).max()))
-        arrays = self._arrays(histories, requests, translations or {}, shape)
-        logits = np.asarray(self._programs[shape.form, shape.length](self._weights, *arrays))
+        return Assembled(shape, counts, self._arrays(histories, requests, translations or {}, shape))
+
+    def run(self, assembled: "Assembled") -> Float[np.ndarray, "N"]:
+        """The second part of `score`."""
+        shape, counts = assembled.shape, assembled.counts
+        logits = np.asarray(self._programs[shape.form, shape.length](self._weights, *assembled.arrays))
         return logits[: len(counts)][np.arange(shape.candidates) < counts[:, None]]
 
     def compile(self, batches: tuple[int, ...], candidates: tuple[int, ...]) -> int:
@@ -244,6 +252,19 @@ class _Shape:
     batch: int
     candidates: int
     length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Assembled:
+    """Requests as a program takes them.
+
+    Attributes:
+      counts: int64 [B], candidates of each.
+    """
+
+    shape: _Shape
+    counts: np.ndarray
+    arrays: tuple[Any, ...]
 
 
 class _Rows:

@@ -45,6 +45,10 @@ class RankRequest:
     time: int | None = None
 
 
+class _Checked(RankRequest):
+    """One that was checked, which need not be done again."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Ranking:
     """The answer to one request.
@@ -70,14 +74,24 @@ class Ranker:
       model: that scores. vault: with the histories.
     """
 
-    def __init__(self, model: ExportedModel, vault: Any, clock: Callable[[], float] = time.time):
-        """`clock`: seconds since 1970, for requests without a time.
+    def __init__(
+        self,
+        model: ExportedModel,
+        vault: Any,
+        clock: Callable[[], float] = time.time,
+        observe: Callable[[str, float], None] = lambda stage, seconds: None,
+    ):
+        """
+        Args:
+          model, vault: as said.
+          clock: seconds since 1970, for requests without a time.
+          observe: is told how long a batch took in each stage: "lookup", "assembly", "scoring".
 
         Raises:
           ValueError: the vault is not of the kind that the model was trained on.
         """
         self.model, self.vault = model, vault
-        self._clock = clock
+        self._clock, self._observe = clock, observe
         schema = vault.schema
         for kind in ("user", "time_unit"):
             ours, theirs = getattr(model.schema, kind), getattr(schema, kind)
@@ -119,7 +133,8 @@ class Ranker:
         """
         if not requests:
             return []
-        checked = [self._checked(position, request) for position, request in enumerate(requests)]
+        checked = [self.check(request, position) for position, request in enumerate(requests)]
+        started = time.perf_counter()
         users = [request.user for request in checked]
         if self.vault.schema.user == "int64":
             users = np.array(users, np.int64)
@@ -127,6 +142,7 @@ class Ranker:
         histories = self.vault.gather(users, times, self.model.history_length, fields=self.model.event_fields)
         if any(len(self.vault.dictionary(name)) > len(codes) for name, codes in self._translations.items()):
             self._translations = self.model.translations(self.vault)  # strings have come since
+        self._observe("lookup", time.perf_counter() - started)
         answers: list[Ranking | None] = [None] * len(checked)
         logits: list[list[np.ndarray]] = [[] for _ in checked]
         for group in self._groups(checked):
@@ -142,7 +158,12 @@ class Ranker:
                 {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]},
                 {name: np.concatenate([checked[p].context[name] for p in positions]) for name in checked[0].context},
             )
-            scores = self.model.score(histories.take(positions), asked, self._translations)
+            started = time.perf_counter()
+            assembled = self.model.assemble(histories.take(positions), asked, self._translations)
+            middle = time.perf_counter()
+            scores = self.model.run(assembled)
+            self._observe("assembly", middle - started)
+            self._observe("scoring", time.perf_counter() - middle)
             for position, part in zip(positions, np.split(scores, np.cumsum(counts)[:-1]), strict=True):
                 logits[position].append(part)
         owners = self.vault.partition_of(users) if isinstance(histories.as_of, Sequences) else None
@@ -167,8 +188,14 @@ class Ranker:
         most = BATCHES[-1]
         return [part[at : at + most] for part in by_size.values() for at in range(0, len(part), most)]
 
-    def _checked(self, position: int, request: RankRequest) -> RankRequest:
-        """The request with arrays for columns."""
+    def check(self, request: RankRequest, position: int = 0) -> RankRequest:
+        """The request with arrays for columns, and a time.
+
+        Raises:
+          RequestError: it makes no sense.
+        """
+        if isinstance(request, _Checked):
+            return request
         user, schema = request.user, self.vault.schema
         wanted = str if schema.user == "string" else (int, np.integer)
         if not isinstance(user, wanted) or isinstance(user, bool):
@@ -189,7 +216,7 @@ class Ranker:
             raise RequestError(position, "no candidates")
         given = {name: [value] for name, value in request.context.items()}
         context = self._columns(position, "context", features.context, given)
-        return RankRequest(user, candidates, context, int(moment))
+        return _Checked(user, candidates, context, int(moment))
 
     def _columns(self, position: int, side: str, fields: tuple[FieldConfig, ...], given: dict[str, Any]) -> dict:
         names = [field.name for field in fields]

@@ -1,0 +1,121 @@
+"""Requests that wait are scored together: whatever has come while the last ones were scored."""
+
+import asyncio
+import dataclasses
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from laser_jax.vault.errors import VaultError
+
+
+class OverloadedError(Exception):
+    """The queue is full."""
+
+
+class DeadlineError(Exception):
+    """A request's time was up before it was scored."""
+
+
+@dataclasses.dataclass
+class _Item:
+    request: Any
+    deadline: float
+    since: float
+    loop: asyncio.AbstractEventLoop
+    future: asyncio.Future
+
+
+class Batcher:
+    """Hands what waits to one thread, in the order of coming.
+
+    Attributes:
+      waiting: requests that nobody scores yet.
+    """
+
+    def __init__(self, answer: Callable[[list[Any]], list[Any]], most: int, queue: int):
+        """
+        Args:
+          answer: a batch of requests -> an answer each. most: requests of a batch. queue: requests that may wait.
+        """
+        self._answer, self._most, self._queue_size = answer, most, queue
+        self._queue: deque[_Item] = deque()
+        self._condition = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="ranker", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        return len(self._queue)
+
+    async def answer(self, request: Any, deadline: float) -> Any:
+        """The answer to a request.
+
+        Args:
+          deadline: by time.monotonic().
+
+        Raises:
+          OverloadedError, DeadlineError, and what `answer` raises.
+        """
+        loop = asyncio.get_running_loop()
+        item = _Item(request, deadline, time.monotonic(), loop, loop.create_future())
+        with self._condition:
+            if self._closing or len(self._queue) >= self._queue_size:
+                raise OverloadedError(f"{len(self._queue)} requests wait, more are not taken: try again in a moment")
+            self._queue.append(item)
+            self._condition.notify()
+        try:
+            return await asyncio.wait_for(item.future, max(deadline - time.monotonic(), 0))
+        except TimeoutError as error:
+            raise DeadlineError("the time was up before the request was scored") from error
+
+    def close(self) -> None:
+        """Answers what waits, and takes no more."""
+        with self._condition:
+            self._closing = True
+            self._condition.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._condition:
+                while not self._queue and not self._closing:
+                    self._condition.wait()
+                if not self._queue:
+                    return
+                items = [self._queue.popleft() for _ in range(min(self._most, len(self._queue)))]
+            now = time.monotonic()
+            # Whoever gave up has been told.
+            items = [item for item in items if item.deadline > now]
+            if items:
+                self._finish(items)
+
+    def _finish(self, items: list[_Item]) -> None:
+        try:
+            answers = self._answer([item.request for item in items])
+        except VaultError as error:
+            if len(items) > 1:  # perhaps the history of one of them alone cannot be read
+                for item in items:
+                    self._finish([item])
+                return
+            _set(items[0], error=error)
+        except Exception as error:  # a mistake in this code: who waits must hear of it
+            for item in items:
+                _set(item, error=error)
+        else:
+            for item, answer in zip(items, answers, strict=True):
+                _set(item, answer)
+
+
+def _set(item: _Item, answer: Any = None, error: Exception | None = None) -> None:
+    def finish() -> None:
+        if not item.future.done():
+            if error is None:
+                item.future.set_result(answer)
+            else:
+                item.future.set_exception(error)
+
+    item.loop.call_soon_threadsafe(finish)

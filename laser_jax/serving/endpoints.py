@@ -1,0 +1,173 @@
+"""What the server can be asked, as models of the Open Inference Protocol: to rank, and to append events."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+
+from laser_jax.schema import Schema, SchemaError
+from laser_jax.serving.batching import Batcher, DeadlineError
+from laser_jax.serving.exported import BATCHES
+from laser_jax.serving.ranker import Ranker, RankRequest
+from laser_jax.serving.tensors import InferRequest, InputError, Tensor, datatype_of
+from laser_jax.vault.partitions import Sequences
+
+_SIDES = {"candidates": "item", "context": "context"}
+
+
+class Endpoint(Protocol):
+    """A model of the protocol.
+
+    Attributes:
+      name, version: by which it is called. inputs, outputs: what it takes and gives; -1 is any size.
+    """
+
+    name: str
+    version: str
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+
+    async def infer(self, request: InferRequest, deadline: float) -> dict[str, np.ndarray]: ...
+
+    def close(self) -> None: ...
+
+
+class RankEndpoint:
+    """One user and C candidates a call -> a logit a candidate.
+
+    Inputs are `user` [1], `candidates.FIELD` [C] for every item field, `context.FIELD` [1] and, if wanted, `time` [1].
+    Outputs are `logit` [C], `unseen` [C] (candidates that training never met, scored as unknown ones), `events` [1] (of
+    the history; 0 for an unknown user), and `time` and `as_of` [1], which say what was seen.
+    """
+
+    def __init__(self, ranker: Ranker, queue: int, most_candidates: int, most_calls: int = BATCHES[-1]):
+        """`queue`: calls that may wait. `most_candidates`: of one call. `most_calls`: that are scored together."""
+        model, schema = ranker.model, ranker.vault.schema
+        self.name, self.version = model.name, model.version
+        self.ranker, self._most = ranker, most_candidates
+        self._batcher = Batcher(ranker.rank, most_calls, queue)
+        self._fields = {side: getattr(model.features, name) for side, name in _SIDES.items()}
+        self.inputs = [Tensor("user", _user_type(schema), (1,)), Tensor("time", "INT64", (1,))]
+        for side, fields in self._fields.items():
+            for field in fields:
+                width = model.width_of(field)
+                datatype = "INT64"
+                if field.name in model.strings:
+                    datatype = "BYTES"
+                elif field.ids in ("log", "vector"):
+                    datatype = "FP32"
+                shape = (-1 if side == "candidates" else 1, *(() if width is None else (width,)))
+                self.inputs.append(Tensor(f"{side}.{field.name}", datatype, shape))
+        self.outputs = [
+            Tensor("logit", "FP32", (-1,)),
+            Tensor("unseen", "BOOL", (-1,)),
+            Tensor("events", "INT64", (1,)),
+            Tensor("time", "INT64", (1,)),
+            Tensor("as_of", "INT64", (1,)),
+        ]
+
+    @property
+    def waiting(self) -> int:
+        """Calls in the queue."""
+        return self._batcher.waiting
+
+    async def infer(self, request: InferRequest, deadline: float) -> dict[str, np.ndarray]:
+        """See the class.
+
+        Raises:
+          InputError, RequestError: what is wrong with the call.
+          OverloadedError, DeadlineError, VaultError: why it has no answer.
+        """
+        inputs = dict(request.inputs)
+        user = _one(inputs, "user")
+        moment = _one(inputs, "time") if "time" in inputs else None
+        sides: dict[str, dict[str, Any]] = {side: {} for side in self._fields}
+        for name, values in inputs.items():
+            side, _, field = name.partition(".")
+            if side not in sides or field not in [known.name for known in self._fields[side]]:
+                raise InputError(f"input {name!r} is none of {', '.join(tensor.name for tensor in self.inputs)}")
+            if side == "candidates" and len(np.atleast_1d(values)) > self._most:
+                raise InputError(f"input {name!r} has {len(values)} candidates; at most {self._most} are taken")
+            sides[side][field] = values if side == "candidates" else _single(name, values)
+        asked = self.ranker.check(RankRequest(user, sides["candidates"], sides["context"], moment))
+        answer = await self._batcher.answer(asked, deadline)
+        return {
+            "logit": answer.logits,
+            "unseen": answer.unseen,
+            "events": np.array([answer.events]),
+            "time": np.array([answer.time]),
+            "as_of": np.array([answer.as_of]),
+        }
+
+    def close(self) -> None:
+        """Answers what waits."""
+        self._batcher.close()
+
+
+class AppendEndpoint:
+    """N events a call -> the sequence number (of a vault in partitions, all of them) behind them: they are durable.
+
+    Inputs are `user`, `time` and every field of the vault [N] (vectors [N, size]) and, for who may send a batch again,
+    `client` and `number` [1]: see laser_jax.vault.Vault.append.
+    """
+
+    name, version = "append", "1"
+
+    def __init__(self, vault: Any, counted: Callable[[int], None] = lambda events: None):
+        """`counted` is told how many events came in."""
+        self._vault, self._counted = vault, counted
+        schema = vault.schema
+        self.inputs = [Tensor("user", _user_type(schema), (-1,)), Tensor("time", "INT64", (-1,))]
+        for field in schema.fields:
+            datatype = "BYTES" if field.type == "string" else datatype_of(field.dtype)
+            self.inputs.append(Tensor(field.name, datatype, (-1,) if field.size is None else (-1, field.size)))
+        self.inputs += [Tensor("client", "BYTES", (1,)), Tensor("number", "INT64", (1,))]
+        self.outputs = [Tensor("next_sequence", "INT64", (-1,))]
+
+    async def infer(self, request: InferRequest, deadline: float) -> dict[str, np.ndarray]:
+        """See the class.
+
+        Raises:
+          InputError, SchemaError: what is wrong with the events; none is taken.
+          DeadlineError: the time was up; the events may be written all the same.
+          VaultError: why they are not taken.
+        """
+        events = dict(request.inputs)
+        origin = None
+        if "client" in events or "number" in events:
+            origin = (_one(events, "client"), _one(events, "number"))
+        count = len(events.get("time", ()))
+        if not count:
+            raise SchemaError("no events: input 'time' is missing or empty")
+        loop = asyncio.get_running_loop()
+        # Checking columns and waiting for room take time: not in the loop that hears everybody.
+        future = await loop.run_in_executor(None, lambda: self._vault.append_async(events, origin))
+        try:
+            sequence = await asyncio.wait_for(asyncio.wrap_future(future), max(deadline - time.monotonic(), 0))
+        except TimeoutError as error:
+            raise DeadlineError("the time was up before the events were durable; they may be written") from error
+        self._counted(count)
+        return {"next_sequence": np.array(sequence if isinstance(sequence, Sequences) else [sequence], np.int64)}
+
+    def close(self) -> None:
+        """Nothing waits here."""
+
+
+def _user_type(schema: Schema) -> str:
+    return "BYTES" if schema.user == "string" else "INT64"
+
+
+def _one(inputs: dict[str, np.ndarray], name: str) -> Any:
+    """The only value of an input, which is taken out."""
+    if name not in inputs:
+        raise InputError(f"input {name!r} is missing")
+    return _single(name, inputs.pop(name))
+
+
+def _single(name: str, values: np.ndarray) -> Any:
+    if values.ndim < 1 or len(values) != 1:
+        raise InputError(f"input {name!r} has shape {list(values.shape)}: need one value")
+    found = values[0]
+    return found.item() if isinstance(found, np.generic) else found

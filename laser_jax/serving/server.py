@@ -1,0 +1,304 @@
+"""Serves a model: python -m laser_jax.serving.server --model=DIR --vault=DIR --port=8000 --grpc-port=8001
+
+Speaks the Open Inference Protocol v2 over HTTP and gRPC, so that any of its clients calls it as it is: the exported
+model ranks, the model `append` takes events, which the next ranking sees. --model names what `export` wrote, or a
+directory of such: its newest one serves, and one that comes later takes over when its programs are compiled, without
+a call being lost.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from typing import Any
+
+import grpc
+import uvicorn
+
+from laser_jax import vault as seqvault
+from laser_jax.serving import rest, rpc
+from laser_jax.serving.catalog import Catalog, Metrics
+from laser_jax.serving.endpoints import AppendEndpoint, RankEndpoint
+from laser_jax.serving.exported import BATCHES, ExportedModel
+from laser_jax.serving.files import MANIFEST, ModelError
+from laser_jax.serving.ranker import MOST_CANDIDATES, Ranker
+
+logger = logging.getLogger("laser_jax.serving")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How a server serves.
+
+    Attributes:
+      model: directory of an exported model, or of several. vault: directory, or grpc://host:port of a service.
+      host: to listen on. port, grpc_port: of HTTP and gRPC, 0 for a free one.
+      certificate, key: PEM files for TLS, both or none. token: that callers must send; None lets everybody in.
+      deadline_s: seconds that a call may take. queue: calls that may wait. max_bytes: of a call. max_candidates: of it.
+      max_batch: calls that are scored together, at most: 1, 2, 4 ... 32. read_only: no events are taken.
+      poll_s: seconds after which it is looked for a newer model.
+    """
+
+    model: str
+    vault: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    grpc_port: int = 8001
+    certificate: str | None = None
+    key: str | None = None
+    token: str | None = None
+    deadline_s: float = 1.0
+    queue: int = 256
+    max_bytes: int = 16 << 20
+    max_candidates: int = 10_000
+    max_batch: int = BATCHES[-1]
+    read_only: bool = False
+    poll_s: float = 2.0
+
+
+class Server:
+    """The life of a server, in one event loop.
+
+    Attributes:
+      catalog: of its models. addresses: "http" and "grpc" -> where it listens, once it does.
+    """
+
+    def __init__(self, settings: Settings):
+        """Raises ValueError for settings that make no sense."""
+        if not 1 <= settings.max_batch <= BATCHES[-1]:
+            raise ValueError(f"max_batch={settings.max_batch}: need 1 to {BATCHES[-1]}")
+        if (settings.certificate is None) != (settings.key is None):
+            raise ValueError("TLS needs both a certificate and a key")
+        self.settings = settings
+        self.metrics = Metrics()
+        self.catalog = Catalog(self.metrics, settings.deadline_s)
+        self.addresses: dict[str, str] = {}
+        self._path = ""
+        self._stop = asyncio.Event()
+        self._vault: Any = None
+
+    async def run(self) -> None:
+        """Listens, loads the model, and serves until `stop`; then answers what is under way.
+
+        Raises:
+          ModelError, ValueError, VaultError: there is nothing to serve.
+        """
+        settings, loop = self.settings, asyncio.get_running_loop()
+        # Live from the first moment on, ready when programs are compiled.
+        app = rest.application(self.catalog, settings.token, settings.max_bytes)
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            lifespan="off",
+            server_header=False,
+            ssl_certfile=settings.certificate,
+            ssl_keyfile=settings.key,
+        )
+        web = _Web(config)
+        listening = _listen(settings.host, settings.port)
+        serving = asyncio.create_task(web.serve([listening]))
+        remote = rpc.server(self.catalog, settings.token, settings.max_bytes)
+        port = _add_port(remote, settings)
+        await remote.start()
+        secure = "s" if settings.certificate else ""
+        self.addresses = {
+            "http": f"http{secure}://{settings.host}:{listening.getsockname()[1]}",
+            "grpc": f"{settings.host}:{port}",
+        }
+        watching = None
+        try:
+            await loop.run_in_executor(None, self._open)
+            logger.info("ready", extra={"data": {"model": self._path, **self.addresses}})
+            watching = asyncio.create_task(self._watch())
+            await self._stop.wait()
+        finally:
+            self.catalog.stopping = True
+            if watching is not None:
+                watching.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await watching
+            web.should_exit = True
+            await remote.stop(settings.deadline_s)
+            await serving
+            await loop.run_in_executor(None, self._close)
+
+    def stop(self) -> None:
+        """Ends `run`. To be called in its loop."""
+        self._stop.set()
+
+    def _open(self) -> None:
+        settings = self.settings
+        self._vault = seqvault.open(settings.vault, timeout_s=settings.deadline_s)
+        if not settings.read_only:
+            if isinstance(self._vault, seqvault.Vault):
+                self._vault.begin_writing()
+        self._load(newest_model(settings.model))
+        if not settings.read_only:
+            self.catalog.put(AppendEndpoint(self._vault, self.metrics.appended))
+
+    def _load(self, path: str) -> None:
+        """Makes a model ready, and then lets it take over."""
+        started = time.monotonic()
+        ranker = Ranker(ExportedModel(path), self._vault, observe=self.metrics.stage)
+        batches = tuple(size for size in BATCHES if size <= self.settings.max_batch)
+        shapes = ranker.compile(batches, (1, min(MOST_CANDIDATES, self.settings.max_candidates)))
+        endpoint = RankEndpoint(ranker, self.settings.queue, self.settings.max_candidates, batches[-1])
+        self.metrics.waiting.set_function(lambda: endpoint.waiting)
+        self.metrics.events.set_function(lambda: self._vault.num_events)
+        old = self.catalog.put(endpoint)
+        for name in self.catalog.names():  # a model of another name than the old one's
+            if name not in (endpoint.name, AppendEndpoint.name):
+                old = self.catalog.remove(name)
+        self._path = path
+        told = {"model": path, "version": endpoint.version, "shapes": shapes, "seconds": time.monotonic() - started}
+        logger.info("loaded", extra={"data": told})
+        if old is not None:
+            old.close()
+
+    async def _watch(self) -> None:
+        """Loads what is newer than what serves."""
+        loop, failed = asyncio.get_running_loop(), ""
+        while True:
+            await asyncio.sleep(self.settings.poll_s)
+            try:
+                path = newest_model(self.settings.model)
+                if path not in (self._path, failed):
+                    await loop.run_in_executor(None, self._load, path)
+            except (ModelError, ValueError, seqvault.VaultError) as error:
+                failed = path
+                logger.error("a newer model cannot be loaded: %s", error, extra={"data": {"model": path}})
+
+    def _close(self) -> None:
+        self.catalog.close()
+        if self._vault is not None:
+            self._vault.close()
+
+
+def newest_model(path: str) -> str:
+    """The exported model at `path`, or the newest one in it.
+
+    Raises:
+      ModelError: there is none.
+    """
+    if os.path.exists(os.path.join(path, MANIFEST)):
+        return path
+    inner = [os.path.join(path, name, MANIFEST) for name in os.listdir(path)] if os.path.isdir(path) else []
+    found = [(os.stat(name).st_mtime_ns, os.path.dirname(name)) for name in inner if os.path.exists(name)]
+    found = [entry for entry in found if not entry[1].endswith(".draft")]
+    if not found:
+        raise ModelError(f"{path} holds no exported model")
+    return max(found)[1]
+
+
+class _Web(uvicorn.Server):
+    """Signals are the server's business, not the web part's."""
+
+    @contextlib.contextmanager
+    def capture_signals(self):
+        yield
+
+
+class JsonLines(logging.Formatter):
+    """A record as one line of JSON."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        entry = {"time": self.formatTime(record), "level": record.levelname, "message": record.getMessage()}
+        entry |= getattr(record, "data", {})
+        if record.exc_info:
+            entry["trace"] = self.formatException(record.exc_info)
+        return json.dumps(entry, default=str)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    made = socket.socket(family)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        made.bind((host, port))
+    except OSError as error:
+        made.close()
+        raise ValueError(f"{host}:{port} cannot be listened on: {error}") from error
+    return made
+
+
+def _add_port(remote: grpc.aio.Server, settings: Settings) -> int:
+    where = f"{settings.host}:{settings.grpc_port}"
+    try:
+        if settings.certificate is None:
+            return remote.add_insecure_port(where)
+        with open(settings.key, "rb") as key, open(settings.certificate, "rb") as certificate:
+            credentials = grpc.ssl_server_credentials([(key.read(), certificate.read())])
+        return remote.add_secure_port(where, credentials)
+    except RuntimeError as error:
+        raise ValueError(f"{where} cannot be listened on: {error}") from error
+
+
+async def serve(settings: Settings) -> None:
+    """Serves until SIGTERM or SIGINT."""
+    server = Server(settings)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, server.stop)
+    await server.run()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a server; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, default = parser.add_argument, Settings("", "")
+    add("--model", required=True, help="what export wrote, or a directory of such")
+    add("--vault", required=True, help="directory, or grpc://host:port of its service")
+    add("--host", default=default.host, help="address to listen on")
+    add("--port", type=int, default=default.port, help="of HTTP; 0 for a free one")
+    add("--grpc-port", type=int, default=default.grpc_port, help="of gRPC; 0 for a free one")
+    add("--tls-certificate", help="PEM file; with --tls-key")
+    add("--tls-key", help="PEM file")
+    add("--deadline-ms", type=float, default=1000 * default.deadline_s, help="time that a call may take")
+    add("--queue", type=int, default=default.queue, help="calls that may wait")
+    add("--max-bytes", type=int, default=default.max_bytes, help="of a call")
+    add("--max-candidates", type=int, default=default.max_candidates, help="of a call")
+    add("--max-batch", type=int, default=default.max_batch, help="calls that are scored together")
+    add("--read-only", action="store_true", help="take no events")
+    args = parser.parse_args(arguments)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    settings = Settings(
+        args.model,
+        args.vault,
+        args.host,
+        args.port,
+        args.grpc_port,
+        args.tls_certificate,
+        args.tls_key,
+        os.environ.get("LASER_TOKEN"),
+        args.deadline_ms / 1000,
+        args.queue,
+        args.max_bytes,
+        args.max_candidates,
+        args.max_batch,
+        args.read_only,
+    )
+    if settings.token is None and settings.host not in ("127.0.0.1", "localhost", "::1"):
+        logger.warning("anybody who reaches %s may rank and append: set LASER_TOKEN", settings.host)
+    started = time.monotonic()
+    try:
+        asyncio.run(serve(settings))
+    except (ModelError, ValueError, OSError, seqvault.VaultError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    seconds = time.monotonic() - started
+    print(f"stopped after {seconds:,.0f} s; every call that was taken has its answer", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,413 @@
+"""The server as a process: over HTTP and gRPC, right answers, and a reason for everything that has none."""
+
+import http.client
+import json
+import os
+import queue
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import grpc
+import numpy as np
+import pytest
+
+from laser_jax import vault as seqvault
+from laser_jax.serving.export import export_model
+from laser_jax.serving.messages import MESSAGES, METHODS, SERVICE
+from tests.serving.test_ranker import events_of
+
+NEAR = dict(rtol=1e-5, atol=1e-5)
+FEW = ("--port=0", "--grpc-port=0", "--max-batch=2", "--max-candidates=40")
+
+
+class Process:
+    """A server; its log is read as it comes.
+
+    Attributes:
+      log: its lines so far. http, grpc: where it listens.
+    """
+
+    def __init__(self, *arguments: str, **environment: str):
+        command = [sys.executable, "-m", "laser_jax.serving.server", *arguments]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment})
+        self.log: list[str] = []
+        self._lines: queue.Queue = queue.Queue()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        with self.process.stderr:
+            for line in self.process.stderr:
+                self.log.append(line)
+                self._lines.put(line)
+        self._lines.put(None)
+
+    def wait_for(self, message: str) -> dict:
+        deadline = time.monotonic() + 300
+        while (line := self._lines.get(timeout=deadline - time.monotonic())) is not None:
+            if line.startswith("{") and json.loads(line)["message"] == message:
+                return json.loads(line)
+        raise AssertionError(f"no {message!r} in {''.join(self.log)}")
+
+    def start(self) -> "Process":
+        ready = self.wait_for("ready")
+        self.http, self.grpc = ready["http"].removeprefix("http://"), ready["grpc"]
+        return self
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        status = self.process.wait(60)
+        self._reader.join(10)
+        return status
+
+
+def call(server: Process, path: str, body: bytes | dict | None = None, **headers: str):
+    """(status, headers, body) of one request."""
+    connection = http.client.HTTPConnection(server.http, timeout=60)
+    data = json.dumps(body).encode() if isinstance(body, dict) else body
+    names = {name.replace("_", "-"): value for name, value in headers.items()}
+    connection.request("GET" if data is None else "POST", path, data, names)
+    answer = connection.getresponse()
+    found = answer.status, answer.headers, answer.read()
+    connection.close()
+    return found
+
+
+def tensor(name: str, datatype: str, data) -> dict:
+    return {"name": name, "datatype": datatype, "shape": list(np.shape(data)), "data": data}
+
+
+def asked(row: dict, **changes) -> dict:
+    """The JSON of a request of known_data."""
+    inputs = {
+        "user": tensor("user", "INT64", [int(row["user"])]),
+        "time": tensor("time", "INT64", [row["time"]]),
+        "candidates.item": tensor("candidates.item", "INT64", row["item"].tolist()),
+        "candidates.category": tensor("candidates.category", "INT64", row["category"].tolist()),
+        "context.scene": tensor("context.scene", "INT64", [row["scene"]]),
+    }
+    inputs |= {name.replace("__", "."): value for name, value in changes.items()}
+    return {"inputs": [value for value in inputs.values() if value is not None]}
+
+
+def outputs(body: bytes) -> dict[str, list]:
+    return {output["name"]: output["data"] for output in json.loads(body)["outputs"]}
+
+
+@pytest.fixture(scope="module")
+def vault_path(known_data, tmp_path_factory):
+    path = tmp_path_factory.mktemp("served") / "vault"
+    shutil.copytree(os.path.join(known_data.path, "vault"), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(model, vault_path):
+    process = Process(
+        f"--model={model.path}", f"--vault={vault_path}", *FEW, "--deadline-ms=60000", "--max-bytes=20000"
+    )
+    try:
+        yield process.start()
+    finally:
+        assert process.stop() == 0, process.log
+        assert "every call that was taken has its answer" in process.log[-1]
+
+
+@pytest.fixture(scope="module")
+def wanted(workdir):
+    with np.load(workdir / "predictions.npz") as stored:
+        return stored["logits"]
+
+
+@pytest.fixture(scope="module")
+def channel(server):
+    with grpc.insecure_channel(server.grpc) as made:
+        yield made
+
+
+def rpc(channel, method: str, request=None, timeout: float = 60, metadata=()):
+    """One call over gRPC; `request` may be bytes."""
+    data = request if isinstance(request, bytes) else (request or MESSAGES[f"{method}Request"]()).SerializeToString()
+    answer = channel.unary_unary(f"/{SERVICE}/{method}")(data, timeout=timeout, metadata=metadata)
+    return MESSAGES[f"{method}Response"].FromString(answer)
+
+
+def test_health_and_metadata(server, channel, model):
+    assert call(server, "/v2/health/live")[0] == call(server, "/v2/health/ready")[0] == 200
+    assert call(server, f"/v2/models/{model.name}/ready")[0] == 200
+    assert json.loads(call(server, "/v2")[2])["extensions"] == ["binary_tensor_data"]
+    told = json.loads(call(server, f"/v2/models/{model.name}/versions/{model.version}")[2])
+    assert {"name": "candidates.item", "datatype": "INT64", "shape": [-1]} in told["inputs"]
+    assert {"name": "logit", "datatype": "FP32", "shape": [-1]} in told["outputs"]
+    assert json.loads(call(server, "/v2/models/append")[2])["versions"] == ["1"]
+    assert rpc(channel, "ServerLive").live and rpc(channel, "ServerReady").ready
+    assert rpc(channel, "ServerMetadata").name == "laser_jax"
+    assert rpc(channel, "ModelReady", MESSAGES["ModelReadyRequest"](name="append")).ready
+    same = rpc(channel, "ModelMetadata", MESSAGES["ModelMetadataRequest"](name=model.name))
+    assert [(one.name, one.datatype, list(one.shape)) for one in same.inputs] == [
+        (one["name"], one["datatype"], one["shape"]) for one in told["inputs"]
+    ]
+
+
+def test_scores_over_http_are_those_of_the_run(server, model, known_data, wanted):
+    at = 0
+    for row in known_data.requests["test"][:20]:
+        status, _, body = call(server, f"/v2/models/{model.name}/infer", asked(row) | {"id": "me"})
+        assert status == 200, body
+        found, count = outputs(body), len(row["item"])
+        np.testing.assert_allclose(found["logit"], wanted[at : at + count], **NEAR)
+        assert json.loads(body)["id"] == "me" and len(found["unseen"]) == count
+        at += count
+
+
+def test_scores_over_grpc_are_those_of_the_run(channel, model, known_data, wanted):
+    at = 0
+    for number, row in enumerate(known_data.requests["test"][:20]):
+        request = MESSAGES["ModelInferRequest"](model_name=model.name, id="me")
+        for entry in asked(row)["inputs"]:
+            made = request.inputs.add(name=entry["name"], datatype="INT64", shape=entry["shape"])
+            if number % 2:
+                request.raw_input_contents.append(np.array(entry["data"], np.int64).tobytes())
+            else:
+                made.contents.int64_contents.extend(entry["data"])
+        if number % 3 == 0:
+            request.outputs.add(name="logit")
+        answer = rpc(channel, "ModelInfer", request)
+        names = [output.name for output in answer.outputs]
+        assert names == (["logit"] if number % 3 == 0 else ["logit", "unseen", "events", "time", "as_of"])
+        logits = np.frombuffer(answer.raw_output_contents[0], np.float32)
+        np.testing.assert_allclose(logits, wanted[at : at + len(row["item"])], **NEAR)
+        assert answer.id == "me" and answer.model_version == model.version
+        at += len(row["item"])
+
+
+def test_binary_data_over_http(server, model, known_data, wanted):
+    row = known_data.requests["test"][0]
+    body = asked(row) | {"outputs": [{"name": "logit", "parameters": {"binary_data": True}}, {"name": "events"}]}
+    rest = b""
+    for entry in body["inputs"]:
+        data = np.array(entry.pop("data"), np.int64).tobytes()
+        entry["parameters"] = {"binary_data_size": len(data)}
+        rest += data
+    text = json.dumps(body).encode()
+    header = {"Inference_Header_Content_Length": str(len(text))}
+    status, headers, answer = call(server, f"/v2/models/{model.name}/infer", text + rest, **header)
+    assert status == 200, answer
+    length = int(headers["Inference-Header-Content-Length"])
+    told = json.loads(answer[:length])["outputs"]
+    assert told[0]["parameters"] == {"binary_data_size": 4 * len(row["item"])} and len(told[1]["data"]) == 1
+    np.testing.assert_allclose(np.frombuffer(answer[length:], np.float32), wanted[: len(row["item"])], **NEAR)
+
+
+def test_a_click_is_seen_by_the_next_ranking(server, channel, model, known_data):
+    row = known_data.requests["test"][3]
+    request = asked(row, user=tensor("user", "INT64", [77_000]), time=None)
+    before = outputs(call(server, f"/v2/models/{model.name}/infer", request)[2])
+    assert before["events"] == [0]
+    event = events_of(77_000, [500], row["item"][:1], row["category"][:1])
+    types = {
+        "time": "INT64",
+        "user": "INT64",
+        "item": "INT64",
+        "category": "INT32",
+        "action": "UINT8",
+        "dwell": "UINT16",
+    }
+    inputs = [tensor(name, kind, np.asarray(event[name]).tolist()) for name, kind in types.items()]
+    embedding = MESSAGES["ModelInferRequest"](model_name="append")
+    for entry in inputs:
+        embedding.inputs.add(name=entry["name"], datatype=entry["datatype"], shape=entry["shape"])
+        dtype = {"INT64": "<i8", "INT32": "<i4", "UINT8": "u1", "UINT16": "<u2"}[entry["datatype"]]
+        embedding.raw_input_contents.append(np.array(entry["data"], dtype).tobytes())
+    embedding.inputs.add(name="embedding", datatype="FP16", shape=[1, 2])
+    embedding.raw_input_contents.append(np.zeros(2, "<f2").tobytes())
+    embedding.inputs.add(name="client", datatype="BYTES", shape=[1])
+    embedding.raw_input_contents.append(b"\2\0\0\0me")
+    embedding.inputs.add(name="number", datatype="INT64", shape=[1])
+    embedding.raw_input_contents.append(np.array([1]).tobytes())
+    sequences = {rpc(channel, "ModelInfer", embedding).raw_output_contents[0] for _ in range(3)}
+    assert len(sequences) == 1, "sent again, written once"
+    after = outputs(call(server, f"/v2/models/{model.name}/infer", request)[2])
+    assert after["events"] == [1] and after["as_of"] == [before["as_of"][0] + 1]
+    assert np.abs(np.subtract(after["logit"], before["logit"])).max() > 1e-4
+
+
+def test_unknown_users_and_items_are_scored_and_told(server, model, known_data):
+    row = known_data.requests["test"][3]
+    items = tensor("candidates.item", "INT64", [-9] * len(row["item"]))
+    request = asked(row, user=tensor("user", "INT64", [987_654_321]), candidates__item=items)
+    status, _, body = call(server, f"/v2/models/{model.name}/infer", request)
+    found = outputs(body)
+    assert status == 200 and found["events"] == [0] and all(found["unseen"]) and np.isfinite(found["logit"]).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"user": None}, "input 'user' is missing"),
+        ({"user": tensor("user", "BYTES", ["a"])}, "user 'a'"),
+        ({"user": tensor("user", "INT64", [1, 2])}, "input 'user' has shape \\[2\\]"),
+        ({"user": tensor("user", "INT65", [1])}, "datatype 'INT65'"),
+        ({"user": tensor("user", "INT64", [1.5])}, "1.5 is not a value of type INT64"),
+        ({"user": tensor("user", "INT8", [300])}, "300 does not fit INT8"),
+        ({"user": {"name": "user", "datatype": "INT64", "shape": [1]}}, 'neither "data" nor'),
+        ({"user": {"name": "user", "datatype": "INT64", "shape": [2], "data": [1]}}, "1 values for shape \\[2\\]"),
+        ({"user": {"name": "user", "datatype": "INT64", "shape": [-1], "data": [1]}}, "shape"),
+        ({"user": {"name": "user", "datatype": "INT64", "shape": "x", "data": [1]}}, "shape"),
+        ({"x": tensor("x", "INT64", [1])}, "input 'x' is none of user, time"),
+        ({"candidates__item": None}, "candidates 'item' is missing"),
+        ({"candidates__item": tensor("candidates.item", "FP32", [1.0])}, "of type float32: need integers"),
+        ({"candidates__item": tensor("candidates.item", "INT64", [1] * 41)}, "has 41 candidates; at most 40"),
+        ({"context__scene": tensor("context.scene", "FP32", [float("nan")])}, "of type float|not finite"),
+        ({"time": tensor("time", "INT64", [-5])}, "time -5"),
+    ],
+)
+def test_a_wrong_call_is_told_what_is_wrong(server, channel, model, known_data, changes, message):
+    status, _, body = call(server, f"/v2/models/{model.name}/infer", asked(known_data.requests["test"][0], **changes))
+    assert status == 400
+    assert re.search(message, json.loads(body)["error"]), body
+
+
+def test_other_wrong_calls(server, channel, model, known_data):
+    right = asked(known_data.requests["test"][0])
+    infer = f"/v2/models/{model.name}/infer"
+    wrong = [
+        (404, call(server, "/v2/models/none/infer", right), "there is no model 'none'"),
+        (404, call(server, f"/v2/models/{model.name}/versions/9x/infer", right), "not '9x'"),
+        (404, call(server, "/v3"), ""),
+        (405, call(server, infer), ""),
+        (400, call(server, infer, b"{"), "not JSON"),
+        (400, call(server, infer, b"[" * 15000), "not JSON"),
+        (400, call(server, infer, b"[]"), "inputs"),
+        (400, call(server, infer, right | {"outputs": [{"name": "x"}]}), "output 'x' is none of logit"),
+        (400, call(server, infer, right | {"id": 5}), "must be a string"),
+        (400, call(server, infer, right, Inference_Header_Content_Length="99999"), "Inference-Header"),
+        (400, call(server, infer, right, Timeout_Ms="soon"), "Timeout-Ms"),
+        (413, call(server, infer, b" " * 20001), "at most 20000"),
+        (504, call(server, infer, right, Timeout_Ms="0.0001"), "time was up"),
+        (400, call(server, "/v2/models/append/infer", {"inputs": [tensor("time", "INT64", [1])]}), "missing"),
+        (400, call(server, "/v2/models/append/infer", {"inputs": []}), "no events"),
+    ]
+    for status, (found, _, body), message in wrong:
+        assert found == status and message in body.decode(), (status, found, body)
+    codes = grpc.StatusCode
+    infer_request = MESSAGES["ModelInferRequest"]
+    for code, request, timeout in (
+        (codes.INVALID_ARGUMENT, b"\xff\xff\xff", 60),
+        (codes.INVALID_ARGUMENT, infer_request(model_name=model.name), 60),
+        (codes.INVALID_ARGUMENT, infer_request(model_name=model.name, raw_input_contents=[b"x"]), 60),
+        (codes.NOT_FOUND, infer_request(model_name="none"), 60),
+        (codes.RESOURCE_EXHAUSTED, infer_request(model_name=model.name, id="x" * 20_001), 60),
+    ):
+        with pytest.raises(grpc.RpcError) as caught:
+            rpc(channel, "ModelInfer", request, timeout)
+        assert caught.value.code() == code, caught.value
+    assert set(METHODS) == {"ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata", "ModelInfer"}
+
+
+def test_no_body_whatever_brings_it_down(server, channel, model, known_data):
+    rng = np.random.default_rng(0)
+    right = json.dumps(asked(known_data.requests["test"][0])).encode()
+    request = MESSAGES["ModelInferRequest"](model_name=model.name)
+    for entry in asked(known_data.requests["test"][0])["inputs"]:
+        request.inputs.add(name=entry["name"], datatype="INT64", shape=entry["shape"])
+        request.raw_input_contents.append(np.array(entry["data"], np.int64).tobytes())
+    message = request.SerializeToString()
+    connection = http.client.HTTPConnection(server.http, timeout=60)
+    for _ in range(300):
+        for data, send in ((right, True), (message, False)):
+            broken = bytearray(data)
+            for _ in range(rng.integers(1, 6)):
+                broken[rng.integers(len(broken))] = rng.integers(256)
+            broken = bytes(broken[: rng.integers(1, len(broken) + 1)])
+            if send:
+                connection.request("POST", f"/v2/models/{model.name}/infer", broken)
+                answer = connection.getresponse()
+                body = answer.read()
+                assert answer.status == 200 or 400 <= answer.status < 500 and json.loads(body)["error"], (broken, body)
+                continue
+            try:
+                rpc(channel, "ModelInfer", broken)
+            except grpc.RpcError as error:
+                assert error.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND), (broken, error)
+    connection.close()
+    assert call(server, "/v2/health/ready")[0] == 200 and not [line for line in server.log if "a mistake" in line]
+
+
+def test_metrics(server, model):
+    text = call(server, "/metrics")[2].decode()
+    for name in (
+        "laser_call_seconds_count",
+        'laser_stage_seconds_count{stage="lookup"}',
+        'stage="scoring"',
+        "laser_events ",
+    ):
+        assert name in text
+    assert f'laser_answers_total{{model="{model.name}",status="200"}}' in text
+
+
+def test_a_newer_model_takes_over_and_no_call_is_lost(trained, known_data, tmp_path):
+    models = tmp_path / "models"
+    models.mkdir()
+    export_model(trained, str(models / "a"), version="1")
+    shutil.copytree(os.path.join(known_data.path, "vault"), tmp_path / "vault")
+    process = Process(
+        f"--model={models}", f"--vault={tmp_path}/vault", *FEW, "--deadline-ms=60000", LASER_TOKEN="secret"
+    )
+    statuses, versions, done = [], [], threading.Event()
+    token = {"Authorization": "Bearer secret"}
+    request = asked(known_data.requests["test"][0])
+
+    def ask() -> None:
+        while not done.is_set():
+            status, _, body = call(process, f"/v2/models/{trained.config.name}/infer", request, **token)
+            statuses.append(status)
+            versions.append(json.loads(body).get("model_version"))
+
+    try:
+        process.start()
+        assert call(process, f"/v2/models/{trained.config.name}/infer", request)[0] == 401
+        with grpc.insecure_channel(process.grpc) as channel, pytest.raises(grpc.RpcError) as caught:
+            rpc(channel, "ServerMetadata", metadata=(("authorization", "Bearer Secret"),))
+        assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
+        threads = [threading.Thread(target=ask) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        export_model(trained, str(models / "b"), version="2")
+        process.wait_for("loaded")
+        deadline = time.monotonic() + 60
+        while "2" not in versions:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        done.set()
+        for thread in threads:
+            thread.join()
+        assert set(statuses) == {200} and versions[0] == "1" and set(versions) == {"1", "2"}
+    finally:
+        done.set()
+        status = process.stop()
+    assert status == 0
+    # What was appended is durable, and the lock is free.
+    with seqvault.open(tmp_path / "vault") as vault:
+        vault.append(events_of(1, [1], [1], [1]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model=/none", "--vault=/none"], "/none"),
+        (["--model={model}", "--vault=/none"], "/none is not a vault"),
+        (["--model={model}", "--vault={vault}", "--max-batch=64"], "max_batch=64"),
+        (["--model={model}", "--vault={vault}", "--tls-key=x"], "TLS needs both"),
+    ],
+)
+def test_what_cannot_be_served_is_told(model, vault_path, known_data, arguments, message):
+    filled = [text.format(model=model.path, vault=os.path.join(known_data.path, "vault")) for text in arguments]
+    command = [sys.executable, "-m", "laser_jax.serving.server", *filled, "--port=0", "--grpc-port=0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and message in done.stderr

@@ -204,6 +204,29 @@ def test_binary_data_over_http(server, model, known_data, wanted):
     np.testing.assert_allclose(np.frombuffer(answer[length:], np.float32), wanted[: len(row["item"])], **NEAR)
 
 
+def test_a_client_that_knows_nothing_of_us(server, model, known_data, wanted, tmp_path):
+    """NVIDIA's tritonclient, beside its own protobuf and not ours."""
+    library = tmp_path / "library"
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--target", str(library), "tritonclient[http,grpc]>=2.50"]
+    installed = subprocess.run(pip, capture_output=True, text=True, timeout=300)
+    if "No matching distribution" in installed.stderr or "Connection" in installed.stderr:
+        pytest.skip(f"tritonclient cannot be installed here: {installed.stderr[-200:]}")
+    assert installed.returncode == 0, installed.stderr
+    row = known_data.requests["test"][0]
+    (tmp_path / "request.json").write_text(json.dumps(asked(row)))
+    script = os.path.join(os.path.dirname(__file__), "triton_client.py")
+    command = [sys.executable, script, server.http, server.grpc, model.name, str(tmp_path / "request.json")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(library)}
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert set(told) == {"http", "grpc"}
+    for found in told.values():
+        np.testing.assert_allclose(found["logit"], wanted[: len(row["item"])], **NEAR)
+        assert found["name"] == model.name and "there is no model 'none'" in found["refused"]
+
+
 def test_a_click_is_seen_by_the_next_ranking(server, channel, model, known_data):
     row = known_data.requests["test"][3]
     request = asked(row, user=tensor("user", "INT64", [77_000]), time=None)

@@ -12,7 +12,7 @@ Knows nothing of jax.
 import os
 
 from laser_jax.schema import Field, Schema
-from laser_jax.vault.client import TIMEOUT_S, ServedPartitions, VaultClient, connect, is_service
+from laser_jax.vault.client import TIMEOUT_S, VaultClient, is_service
 from laser_jax.vault.errors import (
     CorruptionError,
     LockedError,
@@ -33,6 +33,7 @@ from laser_jax.vault.partitions import PartitionedVault, PartitionedWriter, Sequ
 from laser_jax.vault.reader import CACHE_BYTES, Vault
 from laser_jax.vault.remote import RemoteWriter, publish
 from laser_jax.vault.repair import RepairReport, repair
+from laser_jax.vault.served_partitions import ServedPartitions, connect
 from laser_jax.vault.storage import is_url
 from laser_jax.vault.writer import BUFFER_EVENTS, VaultWriter
 

@@ -22,7 +22,6 @@ import dataclasses
 import hmac
 import json
 import os
-import tempfile
 import threading
 import time
 import traceback
@@ -44,13 +43,12 @@ from laser_jax.vault.merging import NO_BOUND
 from laser_jax.vault.partitioning import is_partitioned, partition_path, read_count
 from laser_jax.vault.partitions import CODES
 from laser_jax.vault.reader import Vault
-from laser_jax.vault.writer import VaultWriter
+from laser_jax.vault.tickets import GATHER, GET, field_names, parse
+from laser_jax.vault.warm_up import warm_up
 
 #: Seconds after which a service that only reads looks for what was written.
 _FOLLOW_S = 0.1
 _SECONDS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5)
-_GET = ("user", "n", "before", "as_of", "fields", "where", "max_scan", "at", "coded")
-_GATHER = ("n", "as_of", "fields", "at", "coded")
 #: Snapshots that stay open.
 _SNAPSHOTS = 8
 
@@ -134,7 +132,7 @@ class VaultService(flight.FlightServerBase):
             stack.callback(self.vault.close)
             if not read_only:
                 self.vault.begin_writing()
-            _compile(self.vault.schema)
+            warm_up(self.vault.schema)
             if self._partition is not None and self._partition[0] == 0:
                 parent = os.path.dirname(self.vault.path)
                 if not read_only:
@@ -163,7 +161,7 @@ class VaultService(flight.FlightServerBase):
     def get_flight_info(self, context: Any, descriptor: flight.FlightDescriptor) -> flight.FlightInfo:
         """Where to read what a descriptor's command, a ticket, asks for: here."""
         with self._answering("info"):
-            asked = _json(descriptor.command, (*_GET, "list"))
+            asked = parse(descriptor.command, (*GET, "list"))
             if "list" in asked:
                 kind = pa.schema([("user", pa.int64() if self.vault.schema.user == "int64" else pa.string())])
             else:
@@ -174,7 +172,7 @@ class VaultService(flight.FlightServerBase):
     def do_get(self, context: Any, ticket: flight.Ticket) -> flight.RecordBatchStream:
         """One user's history, see above."""
         with self._answering("get"):
-            asked = _json(ticket.ticket, (*_GET, "list"))
+            asked = parse(ticket.ticket, (*GET, "list"))
             if "list" in asked:
                 users = pa.array(self.vault.users(), pa.int64() if self.vault.schema.user == "int64" else pa.string())
                 return flight.RecordBatchStream(pa.table({"user": users}), options=wire.ZSTD)
@@ -185,10 +183,11 @@ class VaultService(flight.FlightServerBase):
     def do_exchange(self, context: Any, descriptor: flight.FlightDescriptor, reader: Any, writer: Any) -> None:
         """Batches of histories, see above."""
         with self._answering("gather"):
-            asked = _json(descriptor.command, _GATHER)
+            asked = parse(descriptor.command, GATHER)
             vault, coded = self._at(asked.get("at")), asked.get("coded", False)
-            n, fields = self._count(asked.get("n", 1000)), _names(asked.get("fields"))
-            vault.gather(_no_users(vault.schema), None, 0, None, fields)  # a wrong field is an error before the first
+            n, fields = self._count(asked.get("n", 1000)), field_names(asked.get("fields"))
+            nobody = [] if vault.schema.user == "string" else np.zeros(0, np.int64)
+            vault.gather(nobody, None, 0, None, fields)  # a wrong field is an error before the first answer
             writer.begin(wire.history_type(vault.schema, fields, coded), options=wire.ZSTD)
         while True:
             try:
@@ -207,7 +206,7 @@ class VaultService(flight.FlightServerBase):
         """Appends events, see above."""
         with self._answering("append"):
             self._must_write()
-            origin = _json(descriptor.command, ("origin",)).get("origin")
+            origin = parse(descriptor.command, ("origin",)).get("origin")
             if origin is not None and (not isinstance(origin, list) or len(origin) != 2 or type(origin[1]) is not int):
                 raise SchemaError(f"origin {origin!r}: need [client, number]")
         while True:
@@ -238,7 +237,7 @@ class VaultService(flight.FlightServerBase):
             calls = self._actions()
             if action.type not in calls:
                 raise SchemaError(f"action {action.type!r} is not one of {', '.join(calls)}")
-            arguments = _json(action.body.to_pybytes() or b"{}", None)
+            arguments = parse(action.body.to_pybytes() or b"{}", None)
             try:
                 result = calls[action.type](**arguments)
             except TypeError as error:
@@ -321,7 +320,7 @@ class VaultService(flight.FlightServerBase):
             self._count(asked.get("n", 1000)),
             asked.get("before"),
             asked.get("as_of"),
-            _names(asked.get("fields")),
+            field_names(asked.get("fields")),
             where,
             asked.get("max_scan"),
         )
@@ -440,25 +439,6 @@ class _TokenCheck(flight.ServerMiddlewareFactory):
             raise flight.FlightUnauthenticatedError("the token is missing or wrong")
 
 
-def _compile(schema: Schema) -> None:
-    """Reads and writes a few events of a vault of its own, so that no caller waits for loops to be compiled."""
-    user = 1 if schema.user == "int64" else "1"
-    events: dict[str, Any] = {"user": [user] * 3, "time": [1, 2, 3]}
-    for field in schema.fields:
-        shape = (3,) if field.size is None else (3, field.size)
-        events[field.name] = ["1"] * 3 if field.type == "string" else np.ones(shape, field.dtype)
-    with tempfile.TemporaryDirectory(prefix="seqvault-") as folder:
-        path = os.path.join(folder, "vault")
-        with VaultWriter(path, dataclasses.replace(schema, duplicates="keep"), 1024) as writer:
-            writer.write(events)
-        with Vault(path, writing=WriterOptions(background=False)) as vault:
-            for _ in range(2):
-                vault.get(user)
-                vault.get(user, before=3)
-                vault.gather([user] * 2, before=[2, 3])
-                vault.append(events)
-
-
 def _partition_of(path: str) -> tuple[int, int] | None:
     """(number, count) if a vault is a partition."""
     parent = os.path.dirname(path)
@@ -466,32 +446,3 @@ def _partition_of(path: str) -> tuple[int, int] | None:
         return None
     count = read_count(parent)
     return next(((number, count) for number in range(count) if partition_path(parent, number) == path), None)
-
-
-def _json(data: bytes, known: tuple[str, ...] | None) -> dict[str, Any]:
-    """An object from a client; SchemaError says what is wrong with it."""
-    try:
-        value = json.loads(data)
-    except ValueError as error:
-        raise SchemaError(f"{data[:100]!r} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise SchemaError(f"{data[:100]!r} is not a JSON object")
-    if known is not None and set(value) - set(known):
-        raise SchemaError(f"{sorted(set(value) - set(known))[0]!r} is not one of {', '.join(known)}")
-    if value.get("list", "users") != "users":
-        raise SchemaError(f"list={value['list']!r}: only users can be listed")
-    if type(value.get("coded", False)) is not bool:
-        raise SchemaError(f"coded={value['coded']!r}: need true or false")
-    return value
-
-
-def _names(fields: Any) -> tuple[str, ...] | None:
-    if fields is None:
-        return None
-    if not isinstance(fields, list) or not all(isinstance(name, str) for name in fields):
-        raise SchemaError(f"fields={fields!r}: need a list of names")
-    return tuple(fields)
-
-
-def _no_users(schema: Schema) -> Any:
-    return [] if schema.user == "string" else np.zeros(0, np.int64)

@@ -61,6 +61,13 @@ class ServedPartitions(PartitionedVault):
         """As it was when this handle was opened or refreshed."""
         return self._schema
 
+    def evolve(self, schema: Schema) -> None:
+        """As Vault.evolve, in each partition in turn: if it fails halfway, call it again."""
+        for vault in self.partitions:
+            if vault.schema != schema:
+                vault.evolve(schema)
+        self.refresh()
+
     def refresh(self) -> None:
         """Learns the schema and the strings anew; reads see what was written in any case."""
         super().refresh()

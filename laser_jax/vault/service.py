@@ -304,7 +304,15 @@ class VaultService(flight.FlightServerBase):
     def _evolve(self, schema: dict[str, Any]) -> None:
         """Changes the schema."""
         self._must_write()
-        self.vault.evolve(Schema.from_json(schema))
+        wanted = Schema.from_json(schema)
+        if self._codes is not None:
+            new = [field for field in wanted.fields if field.type == "string" and field.default is not None]
+            new = [field for field in new if field.name not in self._codes.dictionaries]
+            if new:
+                names = [*self._codes.dictionaries, *(field.name for field in new)]
+                self._codes = Codebook(self._codes.path, names)
+                self._codes.add({field.name: [field.default] for field in new})
+        self.vault.evolve(wanted)
 
     # Parts of the above.
 

@@ -1,6 +1,7 @@
 """A vault behind a service answers as the vault itself does; and any Flight client can use it."""
 
 import concurrent.futures
+import dataclasses
 import datetime
 import json
 import pickle
@@ -86,6 +87,16 @@ def test_answers_are_those_of_the_vault(served, partitions):
         assert_same(then, then.gather(users, n=5000, fields=names)[0], Model(log).read(users[0], 5000, None), names)
         vault.merge()
         assert vault.verify() == [] and vault.stats()["events"] == 6100
+        more = (Field("weight2", "float32", default=1.5), Field("place", "string", default="home"))
+        wider = dataclasses.replace(schema, fields=(*schema.fields, *more))
+        vault.evolve(wider)
+        assert vault.schema == wider
+        key = users[1].item() if schema.user == "int64" else users[1]
+        event = take(log, slice(0, 1)) | {"user": [key], "time": [10_001], "weight2": [2.5], "place": ["shop"]}
+        vault.append(event)
+        for handle in (vault, seqvault.open(vault.path)):
+            newest = handle.get(key, 2)
+            assert newest["weight2"].tolist() == [1.5, 2.5] and newest["place"].tolist() == ["home", "shop"]
         gone = users[3].item() if schema.user == "int64" else users[3]
         assert vault.forget([gone]) > 0 and len(vault.get(gone)) == 0
         vault.close()

@@ -66,6 +66,7 @@ class Metrics:
         self._answers = Counter("laser_answers", "by HTTP status", ["model", "status"], registry=registry)
         self._events = Counter("laser_events_appended", "through this server", registry=registry)
         self.waiting = Gauge("laser_calls_waiting", "in the queue", registry=registry)
+        self.lost = Gauge("laser_log_lines_lost", "requests that could not be logged", registry=registry)
         self.events = Gauge("laser_events", "in the vault, as this server sees it", registry=registry)
 
     def stage(self, name: str, seconds: float) -> None:

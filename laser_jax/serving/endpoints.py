@@ -11,6 +11,7 @@ from laser_jax.schema import Schema, SchemaError
 from laser_jax.serving.batching import Batcher, DeadlineError
 from laser_jax.serving.exported import BATCHES
 from laser_jax.serving.ranker import Ranker, RankRequest
+from laser_jax.serving.request_log import RequestLog
 from laser_jax.serving.tensors import InferRequest, InputError, Tensor, datatype_of
 from laser_jax.vault.partitions import Sequences
 
@@ -42,11 +43,23 @@ class RankEndpoint:
     the history; 0 for an unknown user), and `time` and `as_of` [1], which say what was seen.
     """
 
-    def __init__(self, ranker: Ranker, queue: int, most_candidates: int, most_calls: int = BATCHES[-1]):
-        """`queue`: calls that may wait. `most_candidates`: of one call. `most_calls`: that are scored together."""
+    def __init__(
+        self,
+        ranker: Ranker,
+        queue: int,
+        most_candidates: int,
+        most_calls: int = BATCHES[-1],
+        log: RequestLog | None = None,
+    ):
+        """
+        Args:
+          ranker: that answers.
+          queue: calls that may wait. most_candidates: of one call. most_calls: that are scored together.
+          log: what is asked and answered goes there.
+        """
         model, schema = ranker.model, ranker.vault.schema
         self.name, self.version = model.name, model.version
-        self.ranker, self._most = ranker, most_candidates
+        self.ranker, self._most, self._log = ranker, most_candidates, log
         self._batcher = Batcher(ranker.rank, most_calls, queue)
         self._fields = {side: getattr(model.features, name) for side, name in _SIDES.items()}
         self.inputs = [Tensor("user", _user_type(schema), (1,)), Tensor("time", "INT64", (1,))]
@@ -93,6 +106,8 @@ class RankEndpoint:
             sides[side][field] = values if side == "candidates" else _single(name, values)
         asked = self.ranker.check(RankRequest(user, sides["candidates"], sides["context"], moment))
         answer = await self._batcher.answer(asked, deadline)
+        if self._log is not None:
+            self._log.add(asked, answer)
         return {
             "logit": answer.logits,
             "unseen": answer.unseen,
@@ -104,6 +119,8 @@ class RankEndpoint:
     def close(self) -> None:
         """Answers what waits."""
         self._batcher.close()
+        if self._log is not None:
+            self._log.close()
 
 
 class AppendEndpoint:

@@ -29,6 +29,7 @@ from laser_jax.serving.endpoints import AppendEndpoint, RankEndpoint
 from laser_jax.serving.exported import BATCHES, ExportedModel
 from laser_jax.serving.files import MANIFEST, ModelError
 from laser_jax.serving.ranker import MOST_CANDIDATES, Ranker
+from laser_jax.serving.request_log import RequestLog
 
 logger = logging.getLogger("laser_jax.serving")
 
@@ -43,6 +44,7 @@ class Settings:
       certificate, key: PEM files for TLS, both or none. token: that callers must send; None lets everybody in.
       deadline_s: seconds that a call may take. queue: calls that may wait. max_bytes: of a call. max_candidates: of it.
       max_batch: calls that are scored together, at most: 1, 2, 4 ... 32. read_only: no events are taken.
+      request_log: directory for what is asked and answered; None for none.
       poll_s: seconds after which it is looked for a newer model.
     """
 
@@ -60,6 +62,7 @@ class Settings:
     max_candidates: int = 10_000
     max_batch: int = BATCHES[-1]
     read_only: bool = False
+    request_log: str | None = None
     poll_s: float = 2.0
 
 
@@ -149,7 +152,11 @@ class Server:
         ranker = Ranker(ExportedModel(path), self._vault, observe=self.metrics.stage)
         batches = tuple(size for size in BATCHES if size <= self.settings.max_batch)
         shapes = ranker.compile(batches, (1, min(MOST_CANDIDATES, self.settings.max_candidates)))
-        endpoint = RankEndpoint(ranker, self.settings.queue, self.settings.max_candidates, batches[-1])
+        log = None
+        if self.settings.request_log is not None:
+            log = RequestLog(self.settings.request_log, ranker.model.name, ranker.model.version)
+            self.metrics.lost.set_function(lambda: log.lost)
+        endpoint = RankEndpoint(ranker, self.settings.queue, self.settings.max_candidates, batches[-1], log)
         self.metrics.waiting.set_function(lambda: endpoint.waiting)
         self.metrics.events.set_function(lambda: self._vault.num_events)
         old = self.catalog.put(endpoint)
@@ -266,6 +273,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--max-candidates", type=int, default=default.max_candidates, help="of a call")
     add("--max-batch", type=int, default=default.max_batch, help="calls that are scored together")
     add("--read-only", action="store_true", help="take no events")
+    add("--request-log", help="directory for what is asked and answered, see laser_jax.serving.replay")
     args = parser.parse_args(arguments)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
@@ -286,6 +294,7 @@ def main(arguments: list[str] | None = None) -> int:
         args.max_candidates,
         args.max_batch,
         args.read_only,
+        args.request_log,
     )
     if settings.token is None and settings.host not in ("127.0.0.1", "localhost", "::1"):
         logger.warning("anybody who reaches %s may rank and append: set LASER_TOKEN", settings.host)

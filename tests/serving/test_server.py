@@ -19,6 +19,7 @@ import pytest
 from laser_jax import vault as seqvault
 from laser_jax.serving.export import export_model
 from laser_jax.serving.messages import MESSAGES, METHODS, SERVICE
+from laser_jax.serving.request_log import read_log
 from tests.serving.test_ranker import events_of
 
 NEAR = dict(rtol=1e-5, atol=1e-5)
@@ -379,9 +380,8 @@ def test_a_newer_model_takes_over_and_no_call_is_lost(trained, known_data, tmp_p
     models.mkdir()
     export_model(trained, str(models / "a"), version="1")
     shutil.copytree(os.path.join(known_data.path, "vault"), tmp_path / "vault")
-    process = Process(
-        f"--model={models}", f"--vault={tmp_path}/vault", *FEW, "--deadline-ms=60000", LASER_TOKEN="secret"
-    )
+    options = (*FEW, "--deadline-ms=60000", f"--request-log={tmp_path}/log")
+    process = Process(f"--model={models}", f"--vault={tmp_path}/vault", *options, LASER_TOKEN="secret")
     statuses, versions, done = [], [], threading.Event()
     token = {"Authorization": "Bearer secret"}
     request = asked(known_data.requests["test"][0])
@@ -415,6 +415,15 @@ def test_a_newer_model_takes_over_and_no_call_is_lost(trained, known_data, tmp_p
         done.set()
         status = process.stop()
     assert status == 0
+    # Everything that was answered is in the log, and scored anew it is the same.
+    assert len(list(read_log(f"{tmp_path}/log"))) == len(statuses)
+    command = [sys.executable, "-m", "laser_jax.serving.replay", f"--log={tmp_path}/log", f"--vault={tmp_path}/vault"]
+    command += [f"--model={models}/b", f"--out={tmp_path}/requests", "--compare=1"]
+    replayed = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert replayed.returncode == 0, replayed.stderr
+    report = json.loads(replayed.stdout)
+    assert report["requests"] == len(statuses) and report["compared"] == versions.count("2")
+    assert report["others"] == versions.count("1") and report["difference"] < 1e-5
     # What was appended is durable, and the lock is free.
     with seqvault.open(tmp_path / "vault") as vault:
         vault.append(events_of(1, [1], [1], [1]))

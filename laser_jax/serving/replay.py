@@ -1,0 +1,213 @@
+"""Logged requests become training data: python -m laser_jax.serving.replay --log=DIR --vault=DIR --model=DIR --out=DIR
+
+What was asked is written as requests (user, time, sequence number, candidates, context), so that training and
+evaluation see exactly the events that the server saw. A candidate's label is 1 if the user has an event with it after
+the request, within --window; --where says which events count. The logged scores are kept as the reference `live`. A
+share of the requests is scored anew from the vault, and the largest difference to what was answered live is told.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from laser_jax import vault as seqvault
+from laser_jax.column_files import RequestsError
+from laser_jax.requests import RequestsWriter
+from laser_jax.serving.exported import ExportedModel, Requests
+from laser_jax.serving.files import ModelError
+from laser_jax.serving.request_log import read_log
+from laser_jax.vault.conditions import allowed_values
+
+_BATCH = 256
+#: Events after a request that are looked through for what became of its candidates.
+_EVENTS = 10_000
+LIVE = "live"
+
+
+@dataclasses.dataclass
+class Report:
+    """What was replayed.
+
+    Attributes:
+      requests, candidates, positives: counts. compared: requests that were scored anew. difference: between a logit
+        then and now, the largest; None if nothing was compared. others: requests of other models, not compared.
+    """
+
+    requests: int = 0
+    candidates: int = 0
+    positives: int = 0
+    compared: int = 0
+    difference: float | None = None
+    others: int = 0
+
+
+def replay(
+    log: str,
+    vault: Any,
+    model: ExportedModel,
+    out: str,
+    item: str,
+    window: int,
+    where: dict[str, Any] | None = None,
+    compare: float = 0.1,
+) -> Report:
+    """Writes logged requests as a directory of requests.
+
+    Args:
+      log: directory of the server's request log.
+      vault: that the server ranked from. model: that ranked.
+      out: directory to make, such as DATA/requests/train.
+      item: the field by which an event is one of a candidate.
+      window: time after a request, in the vault's unit, in which an event counts for it.
+      where: field -> the value, or the values, that an event must have to count.
+      compare: share of the requests that are scored anew.
+
+    Raises:
+      ValueError, RequestsError, VaultError: what is wrong with the log, `out`, or the vault.
+    """
+    fields = {field.name: field for field in model.features.item}
+    if item not in fields:
+        raise ValueError(f"item {item!r} is none of the candidates' fields {', '.join(fields)}")
+    types = {
+        side: {field.name: _type(model, field) for field in found}
+        for side, found in (("candidates", model.features.item), ("context", model.features.context))
+    }
+    report, every = Report(), max(round(1 / compare), 1) if compare > 0 else 0
+    translations = model.translations(vault)
+    with RequestsWriter(out, vault.schema.user, references=(LIVE,), sequence=True, **types) as writer:
+        for entries in _batches(read_log(log)):
+            users, times = [entry["user"] for entry in entries], np.array([entry["time"] for entry in entries])
+            if vault.schema.user == "int64":
+                users = np.array(users, np.int64)
+            label = _labels(entries, vault, users, times, item, window, where or {})
+            columns = {
+                name: np.concatenate([_column(entry["candidates"][name], kind) for entry in entries])
+                for name, kind in types["candidates"].items()
+            }
+            context = {
+                name: _column([entry["context"][name] for entry in entries], kind)
+                for name, kind in types["context"].items()
+            }
+            counts = np.array([len(entry["logits"]) for entry in entries])
+            sequence = np.array([entry["as_of"] for entry in entries], np.int64)
+            live = np.concatenate([entry["logits"] for entry in entries]).astype(np.float32)
+            writer.write(
+                user=users,
+                time=times,
+                counts=counts,
+                label=label,
+                candidates=columns,
+                context=context,
+                sequence=sequence,
+                references={LIVE: live},
+            )
+            for place, entry in enumerate(entries):
+                if every and (report.requests + place) % every == 0:
+                    _compare(report, entry, model, vault, translations, types)
+            report.requests += len(entries)
+            report.candidates += len(label)
+            report.positives += int(label.sum())
+    return report
+
+
+def _labels(
+    entries: list[dict], vault: Any, users: Any, times: np.ndarray, item: str, window: int, where: dict[str, Any]
+) -> np.ndarray:
+    """1 for candidates of which an event came within the window, else 0; float32 [N]."""
+    found = vault.gather(users, times + window, _EVENTS, fields=list(dict.fromkeys([item, *where])))
+    labels = []
+    allowed = {
+        name: allowed_values(name, vault.schema.field(name), value, vault.encode) for name, value in where.items()
+    }
+    for place, entry in enumerate(entries):
+        events = found[place].columns
+        counts = events["time"] >= entry["time"]
+        for name, values in allowed.items():
+            counts &= np.isin(events[name], values)
+        labels.append(np.isin(np.asarray(entry["candidates"][item]), events[item][counts]))
+    return np.concatenate(labels).astype(np.float32)
+
+
+def _compare(report: Report, entry: dict, model: ExportedModel, vault: Any, translations: dict, types: dict) -> None:
+    """Scores a request again, from the events that were seen then."""
+    if (entry["model"], entry["version"]) != (model.name, model.version):
+        report.others += 1
+        return
+    count = len(entry["logits"])
+    users = np.array([entry["user"]]) if vault.schema.user == "int64" else [entry["user"]]
+    moment, seen = np.array([entry["time"]]), np.array([entry["as_of"]])
+    histories = vault.gather(users, moment, model.history_length, as_of=seen, fields=model.event_fields)
+    columns = {name: _column(entry["candidates"][name], kind) for name, kind in types["candidates"].items()}
+    context = {name: _column([entry["context"][name]], kind) for name, kind in types["context"].items()}
+    logits = model.score(histories, Requests(moment, np.array([0, count]), columns, context), translations)
+    farthest = float(np.abs(logits - np.array(entry["logits"], np.float32)).max())
+    report.compared += 1
+    report.difference = farthest if report.difference is None else max(report.difference, farthest)
+
+
+def _batches(entries: Iterator[dict]) -> Iterator[list[dict]]:
+    waiting: list[dict] = []
+    for entry in entries:
+        waiting.append(entry)
+        if len(waiting) == _BATCH:
+            yield waiting
+            waiting = []
+    if waiting:
+        yield waiting
+
+
+def _type(model: ExportedModel, field: Any) -> str:
+    width = model.width_of(field)
+    name = "float32" if field.ids in ("log", "vector") else "int64"
+    return name if width is None else f"{name}[{width}]"
+
+
+def _column(values: list[Any], kind: str) -> np.ndarray:
+    return np.array(values, kind.partition("[")[0])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a replay; returns the exit status: 1 also where scores differ by more than 1e-4."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--log", required=True, help="the server's --request-log")
+    add("--vault", required=True, help="directory, or grpc://host:port of its service")
+    add("--model", required=True, help="what export wrote")
+    add("--out", required=True, help="directory to make, such as DATA/requests/train")
+    add("--item", default="item", help="field by which an event is one of a candidate")
+    add("--window", type=int, default=3600, help="time after a request in which an event counts, in the vault's unit")
+    add("--where", action="append", default=[], metavar="FIELD=VALUE,...", help="only such events count")
+    add("--compare", type=float, default=0.1, help="share of the requests that are scored anew")
+    args = parser.parse_args(arguments)
+    started = time.monotonic()
+    try:
+        where = {}
+        for text in args.where:
+            name, sign, values = text.partition("=")
+            if not sign:
+                raise ValueError(f"--where={text}: need FIELD=VALUE,...")
+            where[name] = [int(value) if value.lstrip("-").isdigit() else value for value in values.split(",")]
+        vault, model = seqvault.open(args.vault), ExportedModel(args.model)
+        report = replay(args.log, vault, model, args.out, args.item, args.window, where, args.compare)
+    except (ModelError, RequestsError, ValueError, seqvault.VaultError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(dataclasses.asdict(report)))
+    seconds = time.monotonic() - started
+    print(
+        f"{report.requests:,} requests with {report.candidates:,} candidates, {report.positives:,} positive; "
+        f"{report.compared:,} scored anew, logits differ by {report.difference or 0:.1e} at most; {seconds:.1f} s: "
+        f"{args.out}",
+        file=sys.stderr,
+    )
+    return 1 if report.difference is not None and report.difference > 1e-4 else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""What was asked and answered, line by line: all that it takes to ask again, and to train on it.
+
+    DIR/20261125T204210-000000.jsonl    {"user": 4711, "time": ..., "as_of": ..., "candidates": {field: [...]},
+                                         "context": {field: value}, "logits": [...], "model": ..., "version": ...}
+
+No history is kept: (user, time, as_of) says which events were seen.
+"""
+
+import glob
+import json
+import os
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from laser_jax.serving.ranker import Ranking, RankRequest
+
+_FILE_BYTES = 64 << 20
+_WAITING = 10_000
+
+
+class RequestLog:
+    """Writes lines in a thread of its own, so that nobody who ranks waits for a disk.
+
+    Attributes:
+      written, lost: lines so far; lost are those for which there was no room in the queue, or on the disk.
+    """
+
+    def __init__(self, folder: str, model: str, version: str):
+        """Raises OSError: nothing can be written into `folder`."""
+        os.makedirs(folder, exist_ok=True)
+        self.folder, self.written, self.lost = folder, 0, 0
+        self._said = {"model": model, "version": version}
+        self._queue: queue.Queue = queue.Queue(_WAITING)
+        self._number = 0
+        self._file = self._next_file()
+        self._thread = threading.Thread(target=self._run, name="request-log", daemon=True)
+        self._thread.start()
+
+    def add(self, request: RankRequest, answer: Ranking) -> None:
+        """One request and its answer. Never waits."""
+        try:
+            self._queue.put_nowait((request, answer))
+        except queue.Full:
+            self.lost += 1
+
+    def close(self) -> None:
+        """Writes what waits."""
+        self._queue.put(None)
+        self._thread.join()
+        self._file.close()
+
+    def _next_file(self) -> Any:
+        name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{os.getpid()}-{self._number:06d}.jsonl"
+        self._number += 1
+        return open(os.path.join(self.folder, name), "x", encoding="utf-8")
+
+    def _run(self) -> None:
+        while (entry := self._queue.get()) is not None:
+            try:
+                self._file.write(self._line(*entry))
+                if self._queue.empty():
+                    self._file.flush()
+                self.written += 1
+                if self._file.tell() > _FILE_BYTES:
+                    self._file.close()
+                    self._file = self._next_file()
+            except OSError:
+                self.lost += 1
+
+    def _line(self, request: RankRequest, answer: Ranking) -> str:
+        entry = {
+            "user": _plain(request.user),
+            "time": answer.time,
+            "as_of": answer.as_of,
+            "candidates": {name: _plain(values) for name, values in request.candidates.items()},
+            "context": {name: _plain(values)[0] for name, values in request.context.items()},
+            "logits": [float(f"{logit:.9g}") for logit in answer.logits.tolist()],
+        }
+        return json.dumps(entry | self._said, default=int) + "\n"
+
+
+def read_log(folder: str) -> Iterator[dict[str, Any]]:
+    """The lines of all files, oldest first. A line that a crash cut at the end of a file is left out.
+
+    Raises:
+      ValueError: a line is damaged; it names the file and the line.
+    """
+    names = sorted(glob.glob(os.path.join(folder, "*.jsonl")))
+    if not names:
+        raise ValueError(f"{folder} holds no request log (*.jsonl)")
+    for name in names:
+        with open(name, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith("\n"):
+                    break
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"{name}, line {number} is damaged: {error}") from error
+
+
+def _plain(values: Any) -> Any:
+    return values.tolist() if isinstance(values, (np.ndarray, np.generic)) else values

@@ -1,0 +1,114 @@
+"""What was asked live becomes requests to train on; scored anew they have the scores that were answered."""
+
+import glob
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+from laser_jax import vault as seqvault
+from laser_jax.requests import Requests as StoredRequests
+from laser_jax.requests import RequestsError
+from laser_jax.serving.ranker import Ranker
+from laser_jax.serving.replay import replay
+from laser_jax.serving.request_log import RequestLog, read_log
+from tests.serving.test_ranker import WRITING, events_of, request_of
+
+
+@pytest.fixture(scope="module")
+def logged(model, known_data, tmp_path_factory):
+    """(log, vault, requests, answers) of forty requests, after each of which some candidates are clicked or seen."""
+    folder = tmp_path_factory.mktemp("logged")
+    shutil.copytree(os.path.join(known_data.path, "vault"), folder / "vault")
+    rng, rows, answers = np.random.default_rng(0), known_data.requests["test"][:40], []
+    log = RequestLog(str(folder / "log"), model.name, model.version)
+    with seqvault.open(folder / "vault", writing=WRITING) as vault:
+        ranker = Ranker(model, vault)
+        for row in rows:
+            request = ranker.check(request_of(row))
+            answers.append(ranker.rank([request])[0])
+            log.add(request, answers[-1])
+            chosen = rng.permutation(len(row["item"]))[:3]
+            times = row["time"] + rng.integers(0, 100, len(chosen))
+            vault.append(events_of(row["user"], times, row["item"][chosen], row["category"][chosen]))
+        vault.merge()
+        log.close()
+        assert (log.written, log.lost) == (40, 0)
+        yield str(folder / "log"), vault, rows, answers
+
+
+def test_it_is_what_was_asked_and_what_became_of_it(logged, model, tmp_path):
+    log, vault, rows, answers = logged
+    report = replay(log, vault, model, str(tmp_path / "requests"), "item", 50, {"action": [1, 2]}, compare=1.0)
+    assert report.requests == report.compared == 40 and report.others == 0 and report.difference < 1e-5
+    stored = StoredRequests.open(str(tmp_path / "requests")).read(np.arange(40))
+    np.testing.assert_array_equal(stored.user, [row["user"] for row in rows])
+    np.testing.assert_array_equal(stored.time, [row["time"] for row in rows])
+    np.testing.assert_array_equal(stored.sequence, [answer.as_of for answer in answers])
+    np.testing.assert_array_equal(stored.candidates["item"], np.concatenate([row["item"] for row in rows]))
+    np.testing.assert_array_equal(stored.context["scene"], [row["scene"] for row in rows])
+    live = np.concatenate([answer.logits for answer in answers])
+    np.testing.assert_array_equal(stored.references["live"], live)
+    labels = []
+    for row in rows:
+        history = vault.get(row["user"], 10**6)
+        after = (history["time"] >= row["time"]) & (history["time"] < row["time"] + 50) & (history["action"] > 0)
+        labels.append(np.isin(row["item"], history["item"][after]))
+    np.testing.assert_array_equal(stored.label, np.concatenate(labels))
+    assert 0 < report.positives == stored.label.sum() < report.candidates == len(live)
+
+
+def test_a_score_that_is_not_what_was_answered_is_noticed(logged, model, tmp_path):
+    log, vault, _, _ = logged
+    lines = list(read_log(log))
+    lines[7]["logits"][0] += 0.25
+    lines[8]["version"] = "another"
+    os.mkdir(tmp_path / "log")
+    (tmp_path / "log" / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report = replay(str(tmp_path / "log"), vault, model, str(tmp_path / "requests"), "item", 50, compare=1.0)
+    assert (report.compared, report.others) == (39, 1) and report.difference == pytest.approx(0.25, abs=1e-4)
+    half = replay(log, vault, model, str(tmp_path / "half"), "item", 50, compare=0.5)
+    assert half.compared == 20 and half.difference < 1e-5
+    none = replay(log, vault, model, str(tmp_path / "none"), "item", 50, compare=0.0)
+    assert none.compared == 0 and none.difference is None
+
+
+def test_what_a_crash_left_is_read_and_damage_is_named(logged, model, tmp_path):
+    log, vault, _, _ = logged
+    (name,) = glob.glob(f"{log}/*.jsonl")
+    with open(name, encoding="utf-8") as file:
+        text = file.read()
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    (cut / "a.jsonl").write_text(text[:-5])
+    assert len(list(read_log(str(cut)))) == 39
+    (cut / "a.jsonl").write_text("x" + text[1:])
+    with pytest.raises(ValueError, match="a.jsonl, line 1 is damaged"):
+        list(read_log(str(cut)))
+    with pytest.raises(ValueError, match="holds no request log"):
+        list(read_log(str(tmp_path)))
+    with pytest.raises(ValueError, match="item 'x' is none of the candidates' fields item, category"):
+        replay(log, vault, model, str(tmp_path / "out"), "x", 5)
+    (tmp_path / "there").mkdir()
+    with pytest.raises(RequestsError, match="exists"):
+        replay(log, vault, model, str(tmp_path / "there"), "item", 5)
+
+
+def test_a_log_that_cannot_keep_up_loses_lines_and_says_so(logged, model, tmp_path, monkeypatch):
+    _, _, rows, answers = logged
+    from laser_jax.serving import request_log
+
+    monkeypatch.setattr(request_log, "_FILE_BYTES", 500)
+    log = RequestLog(str(tmp_path / "log"), model.name, model.version)
+    request = request_of(rows[0])
+    for _ in range(50):
+        log.add(request.__class__(**{**vars(request), "context": {"scene": np.array([1])}}), answers[0])
+    log.close()
+    assert log.written == 50 and len(os.listdir(tmp_path / "log")) > 5, "files are changed when they are full"
+    assert len(list(read_log(str(tmp_path / "log")))) == 50
+    log.add(request, answers[0])  # nobody writes any more
+    monkeypatch.setattr(log._queue, "maxsize", 1)
+    log.add(request, answers[0])
+    assert log.lost == 1

@@ -363,6 +363,15 @@ def test_no_body_whatever_brings_it_down(server, channel, model, known_data):
     assert call(server, "/v2/health/ready")[0] == 200 and not [line for line in server.log if "a mistake" in line]
 
 
+def test_the_example_shows_a_ranking_that_follows_the_clicks(server, model, vault_path):
+    command = [sys.executable, "-m", "experiments.live", f"--server=http://{server.http}", f"--vault={vault_path}"]
+    done = subprocess.run([*command, f"--model={model.name}"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if "(#" in line]
+    assert len(rows) == 8 and all(len(row) == 5 for row in rows)
+    assert "after 3 clicks" in done.stdout and any(row[1] != row[4] for row in rows)
+
+
 def test_metrics(server, model):
     text = call(server, "/metrics")[2].decode()
     for name in (

@@ -11,6 +11,7 @@ import concurrent.futures
 import contextlib
 import os
 import shutil
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -147,6 +148,7 @@ class PartitionedVault:
             min(len(partitions), os.cpu_count() or 1), "vault-partitions"
         )
         self._lock: contextlib.ExitStack | None = None
+        self._locking = threading.Lock()
 
     def __reduce__(self):
         return PartitionedVault, (self.path, self.cache_bytes, self.at, self._writing)
@@ -342,11 +344,12 @@ class PartitionedVault:
 
     def _write_lock(self) -> None:
         """Becomes the one writer of all partitions."""
-        if self._lock is None:
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(writer_lock(self.path))
-                self._lock = stack.pop_all()
-            self._codes.follow()
+        with self._locking:  # threads may write for the first time at once
+            if self._lock is None:
+                with contextlib.ExitStack() as stack:
+                    stack.enter_context(writer_lock(self.path))
+                    self._codes.follow()
+                    self._lock = stack.pop_all()
 
     def _appended(self, events: Mapping[str, Any], origin: tuple[str, int] | None) -> "list[tuple[int, Future[int]]]":
         """(partition, what its append will give) of those that the events belong to."""

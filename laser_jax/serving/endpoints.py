@@ -107,7 +107,7 @@ class RankEndpoint:
         asked = self.ranker.check(RankRequest(user, sides["candidates"], sides["context"], moment))
         answer = await self._batcher.answer(asked, deadline)
         if self._log is not None:
-            self._log.add(asked, answer)
+            self._log.add(asked, answer, self.name, self.version)
         return {
             "logit": answer.logits,
             "unseen": answer.unseen,
@@ -119,8 +119,6 @@ class RankEndpoint:
     def close(self) -> None:
         """Answers what waits."""
         self._batcher.close()
-        if self._log is not None:
-            self._log.close()
 
 
 class AppendEndpoint:

@@ -30,21 +30,20 @@ class RequestLog:
       written, lost: lines so far; lost are those for which there was no room in the queue, or on the disk.
     """
 
-    def __init__(self, folder: str, model: str, version: str):
+    def __init__(self, folder: str):
         """Raises OSError: nothing can be written into `folder`."""
         os.makedirs(folder, exist_ok=True)
         self.folder, self.written, self.lost = folder, 0, 0
-        self._said = {"model": model, "version": version}
         self._queue: queue.Queue = queue.Queue(_WAITING)
         self._number = 0
         self._file = self._next_file()
         self._thread = threading.Thread(target=self._run, name="request-log", daemon=True)
         self._thread.start()
 
-    def add(self, request: RankRequest, answer: Ranking) -> None:
-        """One request and its answer. Never waits."""
+    def add(self, request: RankRequest, answer: Ranking, model: str, version: str) -> None:
+        """One request, its answer, and whose it is. Never waits."""
         try:
-            self._queue.put_nowait((request, answer))
+            self._queue.put_nowait((request, answer, {"model": model, "version": version}))
         except queue.Full:
             self.lost += 1
 
@@ -72,7 +71,7 @@ class RequestLog:
             except OSError:
                 self.lost += 1
 
-    def _line(self, request: RankRequest, answer: Ranking) -> str:
+    def _line(self, request: RankRequest, answer: Ranking, said: dict[str, str]) -> str:
         entry = {
             "user": _plain(request.user),
             "time": answer.time,
@@ -81,7 +80,7 @@ class RequestLog:
             "context": {name: _plain(values)[0] for name, values in request.context.items()},
             "logits": [float(f"{logit:.9g}") for logit in answer.logits.tolist()],
         }
-        return json.dumps(entry | self._said, default=int) + "\n"
+        return json.dumps(entry | said, default=int) + "\n"
 
 
 def read_log(folder: str) -> Iterator[dict[str, Any]]:

@@ -86,6 +86,7 @@ class Server:
         self._path = ""
         self._stop = asyncio.Event()
         self._vault: Any = None
+        self._log: RequestLog | None = None
 
     async def run(self) -> None:
         """Listens, loads the model, and serves until `stop`; then answers what is under way.
@@ -117,7 +118,9 @@ class Server:
         }
         watching = None
         try:
-            await loop.run_in_executor(None, self._open)
+            await self._take_over(await loop.run_in_executor(None, self._open))
+            if not settings.read_only:
+                self.catalog.put(AppendEndpoint(self._vault, self.metrics.appended))
             logger.info("ready", extra={"data": {"model": self._path, **self.addresses}})
             watching = asyncio.create_task(self._watch())
             await self._stop.wait()
@@ -136,54 +139,61 @@ class Server:
         """Ends `run`. To be called in its loop."""
         self._stop.set()
 
-    def _open(self) -> None:
+    def _open(self) -> RankEndpoint:
+        """Opens the vault and makes the first model ready."""
         settings = self.settings
         self._vault = seqvault.open(settings.vault, timeout_s=settings.deadline_s)
-        if not settings.read_only:
-            if isinstance(self._vault, seqvault.Vault):
-                self._vault.begin_writing()
-        self._load(newest_model(settings.model))
-        if not settings.read_only:
-            self.catalog.put(AppendEndpoint(self._vault, self.metrics.appended))
-
-    def _load(self, path: str) -> None:
-        """Makes a model ready, and then lets it take over."""
-        started = time.monotonic()
-        ranker = Ranker(ExportedModel(path), self._vault, observe=self.metrics.stage)
-        batches = tuple(size for size in BATCHES if size <= self.settings.max_batch)
-        shapes = ranker.compile(batches, (1, min(MOST_CANDIDATES, self.settings.max_candidates)))
-        log = None
-        if self.settings.request_log is not None:
-            log = RequestLog(self.settings.request_log, ranker.model.name, ranker.model.version)
-            self.metrics.lost.set_function(lambda: log.lost)
-        endpoint = RankEndpoint(ranker, self.settings.queue, self.settings.max_candidates, batches[-1], log)
-        self.metrics.waiting.set_function(lambda: endpoint.waiting)
+        if not settings.read_only and isinstance(self._vault, seqvault.Vault):
+            self._vault.begin_writing()
         self.metrics.events.set_function(lambda: self._vault.num_events)
-        old = self.catalog.put(endpoint)
-        for name in self.catalog.names():  # a model of another name than the old one's
-            if name not in (endpoint.name, AppendEndpoint.name):
-                old = self.catalog.remove(name)
-        self._path = path
+        if settings.request_log is not None:
+            log = self._log = RequestLog(settings.request_log)
+            self.metrics.lost.set_function(lambda: log.lost)
+        return self._load(newest_model(settings.model))
+
+    def _load(self, path: str) -> RankEndpoint:
+        """A model whose programs are compiled."""
+        started, settings = time.monotonic(), self.settings
+        ranker = Ranker(ExportedModel(path), self._vault, observe=self.metrics.stage)
+        batches = tuple(size for size in BATCHES if size <= settings.max_batch)
+        shapes = ranker.compile(batches, (1, min(MOST_CANDIDATES, settings.max_candidates)))
+        endpoint = RankEndpoint(ranker, settings.queue, settings.max_candidates, batches[-1], self._log)
         told = {"model": path, "version": endpoint.version, "shapes": shapes, "seconds": time.monotonic() - started}
         logger.info("loaded", extra={"data": told})
-        if old is not None:
-            old.close()
+        self._path = path
+        return endpoint
+
+    async def _take_over(self, endpoint: RankEndpoint) -> None:
+        """Lets a model serve, and then answers what the one before has taken.
+
+        In the loop that takes the calls: whoever found the old model there has put its call into the old queue.
+        """
+        olds = [self.catalog.put(endpoint)]
+        self.metrics.waiting.set_function(lambda: endpoint.waiting)
+        for name in self.catalog.names():  # models of other names than the new one's
+            if name not in (endpoint.name, AppendEndpoint.name):
+                olds.append(self.catalog.remove(name))
+        for old in olds:
+            if old is not None:
+                await asyncio.get_running_loop().run_in_executor(None, old.close)
 
     async def _watch(self) -> None:
         """Loads what is newer than what serves."""
-        loop, failed = asyncio.get_running_loop(), ""
+        loop, path, failed = asyncio.get_running_loop(), "", ""
         while True:
             await asyncio.sleep(self.settings.poll_s)
             try:
                 path = newest_model(self.settings.model)
                 if path not in (self._path, failed):
-                    await loop.run_in_executor(None, self._load, path)
+                    await self._take_over(await loop.run_in_executor(None, self._load, path))
             except (ModelError, ValueError, seqvault.VaultError) as error:
                 failed = path
                 logger.error("a newer model cannot be loaded: %s", error, extra={"data": {"model": path}})
 
     def _close(self) -> None:
         self.catalog.close()
+        if self._log is not None:
+            self._log.close()
         if self._vault is not None:
             self._vault.close()
 

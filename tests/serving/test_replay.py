@@ -23,13 +23,13 @@ def logged(model, known_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("logged")
     shutil.copytree(os.path.join(known_data.path, "vault"), folder / "vault")
     rng, rows, answers = np.random.default_rng(0), known_data.requests["test"][:40], []
-    log = RequestLog(str(folder / "log"), model.name, model.version)
+    log = RequestLog(str(folder / "log"))
     with seqvault.open(folder / "vault", writing=WRITING) as vault:
         ranker = Ranker(model, vault)
         for row in rows:
             request = ranker.check(request_of(row))
             answers.append(ranker.rank([request])[0])
-            log.add(request, answers[-1])
+            log.add(request, answers[-1], model.name, model.version)
             chosen = rng.permutation(len(row["item"]))[:3]
             times = row["time"] + rng.integers(0, 100, len(chosen))
             vault.append(events_of(row["user"], times, row["item"][chosen], row["category"][chosen]))
@@ -101,14 +101,14 @@ def test_a_log_that_cannot_keep_up_loses_lines_and_says_so(logged, model, tmp_pa
     from laser_jax.serving import request_log
 
     monkeypatch.setattr(request_log, "_FILE_BYTES", 500)
-    log = RequestLog(str(tmp_path / "log"), model.name, model.version)
+    log = RequestLog(str(tmp_path / "log"))
     request = request_of(rows[0])
     for _ in range(50):
-        log.add(request.__class__(**{**vars(request), "context": {"scene": np.array([1])}}), answers[0])
+        log.add(request.__class__(**{**vars(request), "context": {"scene": np.array([1])}}), answers[0], "m", "1")
     log.close()
     assert log.written == 50 and len(os.listdir(tmp_path / "log")) > 5, "files are changed when they are full"
     assert len(list(read_log(str(tmp_path / "log")))) == 50
-    log.add(request, answers[0])  # nobody writes any more
+    log.add(request, answers[0], "m", "1")  # nobody writes any more
     monkeypatch.setattr(log._queue, "maxsize", 1)
-    log.add(request, answers[0])
+    log.add(request, answers[0], "m", "1")
     assert log.lost == 1

@@ -156,12 +156,13 @@ class Appender:
 
     def close(self) -> None:
         """Ends everything that is under way and gives the lock back."""
-        self._commit()
+        with self._queue_lock:
+            self._closed = True  # from here on nothing comes into the queue
         with self._wake:
-            self._closed = True
             self._wake.notify_all()
         if self._thread is not None:
             self._thread.join()
+        self._commit()
         self.maintenance.close()
         with self._commit_lock:
             self._log.close()
@@ -187,7 +188,12 @@ class Appender:
         item = _Item(events, schema, columns, size, origin, Future())
         item.future.set_running_or_notify_cancel()  # from here on it cannot be cancelled
         with self._queue_lock:
-            self._queue.append(item)
+            if not self._closed:
+                self._queue.append(item)
+                return item
+        item.future.set_exception(
+            UnavailableError(f"{self._root} was closed meanwhile: none of these events is written")
+        )
         return item
 
     def _commit_forever(self) -> None:

@@ -476,6 +476,18 @@ def test_appends_that_race_with_close_are_written_or_refused(make):
         assert len(items(vault, 1)) == written
 
 
+@pytest.mark.parametrize("wait", [True, False])
+def test_an_append_that_a_close_overtakes_is_refused_and_not_forgotten(make, monkeypatch, wait):
+    vault = make(ITEMS)
+    vault.append(events([1]))
+    maintenance = vault._appender.maintenance  # between the check of the events and the queue
+    monkeypatch.setattr(maintenance, "wait_for_room", lambda: closing.start() or closing.join(60))
+    closing = threading.Thread(target=vault.close)
+    with pytest.raises(seqvault.UnavailableError, match="was closed meanwhile"):
+        vault.append(events([1])) if wait else vault.append_async(events([1])).result(60)
+    assert len(items(vault, 1)) == 1
+
+
 def test_appends_that_race_with_evolve_are_written_or_refused(make):
     for _ in range(5):
         vault = make(ITEMS)

@@ -85,8 +85,9 @@ class ExportedModel:
         for name, entry in content["programs"].items():
             with open(self._file(f"programs/{name}.bin"), "rb") as file:
                 program = export.deserialize(bytearray(file.read()))
-            if jax.default_backend() not in program.platforms:
-                raise ModelError(f"{path} was exported for {program.platforms}, this is {jax.default_backend()}")
+            here = export.default_export_platform()  # "cuda", where the backend is called "gpu"
+            if here not in program.platforms:
+                raise ModelError(f"{path} was exported for {', '.join(program.platforms)}, this is {here}")
             self._programs[entry["form"], entry["length"]] = jax.jit(program.call)
         self._lines = content["lines"]
 

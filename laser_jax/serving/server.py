@@ -186,7 +186,7 @@ class Server:
                 path = newest_model(self.settings.model)
                 if path not in (self._path, failed):
                     await self._take_over(await loop.run_in_executor(None, self._load, path))
-            except (ModelError, ValueError, seqvault.VaultError) as error:
+            except (ModelError, ValueError, OSError, seqvault.VaultError) as error:
                 failed = path
                 logger.error("a newer model cannot be loaded: %s", error, extra={"data": {"model": path}})
 

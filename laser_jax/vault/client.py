@@ -142,7 +142,7 @@ class VaultClient:
         if len(known) < self._sizes.get(field, 0):
             with self._lock:
                 while len(known) < self._sizes.get(field, 0):
-                    known.extend(len(known), self._action("dictionary", field=field, start=len(known)))
+                    known.extend(len(known), self.action("dictionary", field=field, start=len(known)))
         return known.array
 
     def encode(self, field: str, values: Sequence[str]) -> np.ndarray:
@@ -247,36 +247,36 @@ class VaultClient:
 
     def flush(self) -> None:
         """As Vault.flush."""
-        self._action("flush")
+        self.action("flush")
 
     def merge(self, progress: Callable[[str], None] | None = None) -> None:
         """As Vault.merge, without progress."""
-        self._action("merge")
+        self.action("merge")
 
     def snapshot(self, name: str | None = None) -> str:
         """As Vault.snapshot."""
-        return self._action("snapshot", **({} if name is None else {"name": name}))
+        return self.action("snapshot", **({} if name is None else {"name": name}))
 
     def snapshots(self) -> list[str]:
         """As Vault.snapshots."""
-        return self._action("snapshots")
+        return self.action("snapshots")
 
     def drop_snapshot(self, name: str) -> None:
         """As Vault.drop_snapshot."""
-        self._action("drop_snapshot", name=name)
+        self.action("drop_snapshot", name=name)
 
     def forget(self, users: Any) -> int:
         """As Vault.forget."""
-        return self._action("forget", users=list(users))
+        return self.action("forget", users=list(users))
 
     def evolve(self, schema: Schema) -> None:
         """As Vault.evolve."""
-        self._action("evolve", schema=schema.to_json())
+        self.action("evolve", schema=schema.to_json())
         self._describe()
 
     def retain(self, events: int | None = None, age: int | None = None) -> None:
         """As Vault.retain."""
-        self._action("retain", events=events, age=age)
+        self.action("retain", events=events, age=age)
 
     def refresh(self) -> None:
         """Learns the schema anew; reads see what was written in any case."""
@@ -284,15 +284,11 @@ class VaultClient:
 
     def stats(self) -> dict[str, Any]:
         """As Vault.stats."""
-        return self._action("stats")
+        return self.action("stats")
 
     def verify(self) -> list[str]:
         """As Vault.verify."""
-        return self._action("verify")
-
-    def action(self, name: str, /, **arguments: Any) -> Any:
-        """What an action of the service answers; see laser_jax.vault.service."""
-        return self._action(name, **arguments)
+        return self.action("verify")
 
     def close(self) -> None:
         """Waits for appends that are under way. Reading goes on."""
@@ -302,7 +298,7 @@ class VaultClient:
             pool.shutdown()
 
     def _describe(self) -> dict[str, Any]:
-        found = self._action("describe", **({} if self.at is None else {"at": self.at}))
+        found = self.action("describe", **({} if self.at is None else {"at": self.at}))
         partition = None if found["partition"] is None else tuple(found["partition"])
         if self._wanted is not None and partition != self._wanted:
             serves = "no partition" if partition is None else f"partition {partition[0]} of {partition[1]}"
@@ -338,7 +334,8 @@ class VaultClient:
                 if last or not isinstance(error, flight.FlightUnavailableError):
                     raise received from error
 
-    def _action(self, name: str, /, **arguments: Any) -> Any:
+    def action(self, name: str, /, **arguments: Any) -> Any:
+        """What an action of the service answers; see laser_jax.vault.service."""
         action = flight.Action(name, _dumped(arguments))
         long = name in ("merge", "flush", "verify", "forget", "snapshot", "stats")
         options = self._patient if long else self._options

@@ -10,6 +10,8 @@ from flax import nnx
 
 from laser_jax.layers.mlp import weight
 
+_SILENT = -1e30
+
 
 def newest_segments(horizons: tuple[int, ...], segment: int, num_segments: int) -> tuple[int, ...]:
     """How many segments hold the newest so many events, for each horizon and for the whole history.
@@ -35,17 +37,38 @@ def read_horizons(s, log_mass, alive, newest: tuple[int, ...], gate: str):
     """
     b, c, segments, width = s.shape
     heads = log_mass.shape[2]
-    within = (jnp.arange(segments) >= segments - jnp.asarray(newest)[:, None]) & alive[:, None]
-    within = within[:, None, :, None]  # [B, 1, K, 1, S]
-    scores = jnp.where(within, log_mass[:, :, None].astype(jnp.float32), -1e30)  # [B, C, K, H, S]
-    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-    share = jnp.where(within, jnp.exp(scores - top), 0.0)
-    total = jnp.maximum(jnp.sum(share, axis=-1), 1e-20)
-    mass = jnp.where(within.any(axis=-1), jnp.log(total) + top[..., 0], 0.0)
-    # A softmax segment holds a mean, to be weighted by its mass; a sigmoid segment a sum, which has its weight.
-    weights = share / total[..., None] if gate == "softmax" else jnp.where(within, jnp.exp(-mass)[..., None], 0.0)
-    means = jnp.einsum("bckhs,bcshv->bckhv", weights, s.reshape(b, c, segments, heads, width // heads))
-    return means.reshape(b, c, len(newest), width), mass
+    means, masses, behind = [], [], segments
+    top = jnp.full((b, c, heads), _SILENT)  # so far, as is all that follows
+    total, sums = jnp.zeros((b, c, heads)), jnp.zeros((b, c, heads, width // heads))
+    # A horizon is what the one before holds and some older segments: every segment is read once.
+    for count in newest:
+        begin = max(segments - count, 0)
+        if begin < behind:
+            real = alive[:, None, None, begin:behind]
+            scores = jnp.where(real, log_mass[..., begin:behind].astype(jnp.float32), _SILENT)
+            higher = jax.lax.stop_gradient(jnp.maximum(top, jnp.max(scores, axis=-1)))
+            share = jnp.where(real, jnp.exp(scores - higher[..., None]), 0.0)
+            # A softmax segment holds a mean, to be weighted by its mass; a sigmoid segment a sum, which has its weight.
+            before = jnp.exp(top - higher) if gate == "softmax" else jnp.ones_like(top)
+            weights = share if gate == "softmax" else jnp.broadcast_to(real, share.shape).astype(s.dtype)
+            total = total * jnp.exp(top - higher) + jnp.sum(share, axis=-1)
+            sums = sums * before[..., None] + _of_heads(weights, s[:, :, begin:behind])
+            top, behind = higher, begin
+        some = total > 0
+        mass = jnp.where(some, jnp.log(jnp.maximum(total, 1e-20)) + top, 0.0)
+        scale = 1 / jnp.maximum(total, 1e-20) if gate == "softmax" else jnp.where(some, jnp.exp(-mass), 0.0)
+        means.append((sums * scale[..., None]).reshape(b, c, width))
+        masses.append(mass)
+    return jnp.stack(means, axis=2), jnp.stack(masses, axis=2)
+
+
+def _of_heads(weights, s):
+    """[B, C, H, S], [B, C, S, H * dv] -> each head's weighted sum of its own share of the width, [B, C, H, dv]."""
+    b, c, heads, segments = weights.shape
+    # Over all of the width at first: more products, but s is read as it lies.
+    sums = weights.reshape(b * c, heads, segments) @ s.reshape(b * c, segments, -1)
+    sums = sums.reshape(b, c, heads, heads, -1)
+    return jnp.stack([sums[:, :, head, head] for head in range(heads)], axis=2)
 
 
 class HorizonReadout(nnx.Module):
@@ -56,7 +79,7 @@ class HorizonReadout(nnx.Module):
     """
 
     def __init__(self, width: int, heads: int, newest: tuple[int, ...], segment: int, gate: str, *, rngs: nnx.Rngs):
-        self.newest, self.segment, self.gate = newest, segment, gate
+        self.newest, self.segment, self.gate, self.heads = newest, segment, gate, heads
         self.num_tokens = len(newest) + 1
         self.w_mass = weight(rngs, (len(newest) * (heads + 1), width))
 
@@ -77,4 +100,4 @@ class HorizonReadout(nnx.Module):
     def macs(self, segments: int) -> int:
         """Multiply-accumulates a candidate."""
         inputs, width = self.w_mass.shape
-        return len(self.newest) * segments * width + inputs * width
+        return self.heads * segments * width + inputs * width

@@ -13,11 +13,11 @@ def mix_tokens(x: jax.Array) -> jax.Array:
     """Parameter-free mixing: token t of the result gathers slice t of every token. Its own inverse.
 
     Args:
-      x: [..., T, D] with D a multiple of T.
+      x: [T, ..., D] with D a multiple of T.
     """
-    *lead, tokens, width = x.shape
-    split = x.reshape(*lead, tokens, tokens, width // tokens)
-    return jnp.swapaxes(split, -3, -2).reshape(x.shape)
+    tokens, *rest, width = x.shape
+    split = x.reshape(tokens, *rest, tokens, width // tokens)
+    return jnp.swapaxes(split, 0, -2).reshape(x.shape)
 
 
 def per_token_weight(rngs: nnx.Rngs, tokens: int, width_in: int, width_out: int, scale: float = 1.0) -> nnx.Param:
@@ -27,7 +27,10 @@ def per_token_weight(rngs: nnx.Rngs, tokens: int, width_in: int, width_out: int,
 
 
 class RankMixerBlock(nnx.Module):
-    """S = LN(Mix(X) + X); X = LN(PFFN(S) + S), with a feed-forward of its own for every token."""
+    """S = LN(Mix(X) + X); X = LN(PFFN(S) + S), with a feed-forward of its own for every token.
+
+    Tokens are the leading axis, [T, B, C, D]: each token's matrix is then one product over all candidates.
+    """
 
     def __init__(self, tokens: int, width: int, expansion: int, num_blocks: int, *, rngs: nnx.Rngs):
         hidden = expansion * width
@@ -40,8 +43,8 @@ class RankMixerBlock(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = self.norm_mix(mix_tokens(x) + x)
-        hidden = jax.nn.gelu(jnp.einsum("bctd,tdk->bctk", y, self.w1[...]) + self.b1[...])
-        return self.norm_out(jnp.einsum("bctk,tkd->bctd", hidden, self.w2[...]) + self.b2[...] + y)
+        hidden = jax.nn.gelu(jnp.einsum("tbcd,tdk->tbck", y, self.w1[...]) + self.b1[...][:, None, None])
+        return self.norm_out(jnp.einsum("tbck,tkd->tbcd", hidden, self.w2[...]) + self.b2[...][:, None, None] + y)
 
 
 class RankMixer(nnx.Module):
@@ -69,11 +72,11 @@ class RankMixer(nnx.Module):
         """features [B, C, K] -> logits [B, C]."""
         b, c, k = features.shape
         padded = jnp.pad(features, ((0, 0), (0, 0), (0, self.tokens * self.piece - k)))
-        x = padded.reshape(b, c, self.tokens, self.piece)
-        x = jnp.einsum("bctp,tpd->bctd", x, self.w_in[...]) + self.b_in[...]
+        x = jnp.moveaxis(padded.reshape(b, c, self.tokens, self.piece), 2, 0)
+        x = jnp.einsum("tbcp,tpd->tbcd", x, self.w_in[...]) + self.b_in[...][:, None, None]
         for block in self.blocks:
             x = block(x)
-        return (jnp.mean(x, axis=2) @ self.w_out[...])[..., 0] + self.b_out[...]
+        return (jnp.mean(x, axis=0) @ self.w_out[...])[..., 0] + self.b_out[...]
 
     def macs(self) -> int:
         """Multiply-accumulates a candidate."""

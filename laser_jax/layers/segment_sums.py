@@ -95,3 +95,25 @@ def project_heads(z: jax.Array, wv: jax.Array) -> jax.Array:
     # A product a head: one for all would hand the sums' gradient back in an order that no pass over events likes.
     of_heads = jnp.split(z.reshape(*z.shape[:2], -1, heads, f), heads, axis=3)
     return jnp.concatenate([of_head[:, :, :, 0] @ wv[:, h] for h, of_head in enumerate(of_heads)], axis=-1)
+
+
+@jax.custom_vjp
+def loudest_value(s: jax.Array) -> jax.Array:
+    """[B, C, S, d] -> the largest value over S, [B, C, d].
+
+    The gradient goes to the first place that has it. That of jnp.max asks once more which value is the largest: where a
+    compiler computes s twice and rounds it otherwise the second time, none is, and the gradient is lost.
+    """
+    return jnp.max(s, axis=2)
+
+
+def _loudest_value_fwd(s):
+    return jnp.max(s, axis=2), s
+
+
+def _loudest_value_bwd(s, gradient):
+    here = jnp.arange(s.shape[2])[:, None] == jnp.argmax(s, axis=2)[:, :, None]
+    return (jnp.where(here, gradient[:, :, None], 0.0),)
+
+
+loudest_value.defvjp(_loudest_value_fwd, _loudest_value_bwd)

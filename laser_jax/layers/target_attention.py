@@ -62,7 +62,8 @@ def attend_folded(q, x, mask, wq, wk, wv, offset=None):
     Returns:
       [B, C, H, dv], and the log mass [B, C, H].
     """
-    scores = jnp.einsum("bchf,blf->bchl", fold_queries(q, wq, wk), x)
+    # Events first: a product of many rows with few columns is several times faster on CPU than the other way round.
+    scores = jnp.moveaxis(jnp.einsum("blf,bchf->blch", x, fold_queries(q, wq, wk)), 1, 3)
     if offset is not None:
         scores = scores + offset
     mask = mask[:, None, None, :]

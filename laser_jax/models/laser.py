@@ -7,7 +7,6 @@ are configs of one module, and every point the paper leaves open is a field.
 import dataclasses
 import math
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -15,7 +14,7 @@ from laser_jax.layers import segment_attention as sta
 from laser_jax.layers.horizons import HorizonReadout, newest_segments
 from laser_jax.layers.mlp import FeedForward, weight
 from laser_jax.layers.recency import SegmentRecency
-from laser_jax.layers.segment_sums import GATES, cut_segments
+from laser_jax.layers.segment_sums import GATES, cut_segments, loudest_value
 from laser_jax.layers.target_attention import TargetAttention, masked_softmax
 from laser_jax.models.base import SeqOut, SequenceEncoder, TokenSource, residual_scale
 
@@ -173,7 +172,7 @@ class LaserEncoder(SequenceEncoder):
             if fold:
                 s, log_mass = sta.segment_attention_folded(q, x, mask, *weights, **form, kernel=config.kernel)
             else:
-                s, log_mass = sta.segment_attention_reference(q, x, mask, *weights, **form)
+                s, log_mass = sta.segment_attention_shared(q, x, mask, *weights, **form)
         sums, s, tokens = s, self._refine(s, recency), []
         if config.layers:
             t = q
@@ -182,10 +181,7 @@ class LaserEncoder(SequenceEncoder):
             tokens.append((t if config.norm == "post" else t - q)[:, :, None])
         real = alive[:, None, :, None]
         if config.pool:
-            # By place and not by jnp.max, whose gradient asks once more which value is the largest: where a compiler
-            # computes s twice and rounds it otherwise the second time, none is, and the gradient is lost.
-            place = jnp.argmax(jax.lax.stop_gradient(jnp.where(real, s, -jnp.inf)), axis=2, keepdims=True)
-            loudest = jnp.take_along_axis(s, place, axis=2)
+            loudest = loudest_value(jnp.where(real, s, -jnp.inf))[:, :, None]
             tokens.append(jnp.where(alive.any(axis=1)[:, None, None, None], loudest, 0.0))
         if config.recent:
             # A history shorter than the one built for may have fewer segments than `recent`.

@@ -7,7 +7,7 @@ import pytest
 
 from laser_jax.layers import packed_segments
 from laser_jax.layers import segment_attention as sta
-from laser_jax.layers.segment_sums import GATES, cut_segments
+from laser_jax.layers.segment_sums import GATES, cut_segments, loudest_value
 from laser_jax.layers.tokens import features_of, gather_fields
 from tests.layers import naive
 
@@ -63,8 +63,9 @@ def assert_close(got, want):
 
 
 @pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("form", [sta.segment_attention_folded, sta.segment_attention_shared])
 @pytest.mark.parametrize("name", SHAPES)
-def test_folded_equals_reference_in_values_and_gradients(name, gate):
+def test_fast_forms_equal_the_reference_in_values_and_gradients(name, form, gate):
     shape = SHAPES[name]
     arrays, width = draw(shape), shape[3]
     b, c, length, _, _, _, heads, _, value = shape
@@ -80,9 +81,9 @@ def test_folded_equals_reference_in_values_and_gradients(name, gate):
 
         return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
-    folded, reference = both(sta.segment_attention_folded), both(sta.segment_attention_reference)
+    fast, reference = both(form), both(sta.segment_attention_reference)
     for mask in masks(b, length):
-        got, want = folded(arrays, mask), reference(arrays, mask)
+        got, want = fast(arrays, mask), reference(arrays, mask)
         jax.tree.map(assert_close, got, want)
         assert (np.asarray(got[1]["x"])[~mask] == 0).all()
         if mask.any():
@@ -185,7 +186,9 @@ def test_live_segments_are_those_with_an_event():
     assert positions.dtype == np.int32 and (positions[7:] == 15).all() and len(positions) == 8
 
 
-@pytest.mark.parametrize("form", [sta.segment_attention_reference, sta.segment_attention_folded])
+@pytest.mark.parametrize(
+    "form", [sta.segment_attention_reference, sta.segment_attention_folded, sta.segment_attention_shared]
+)
 def test_a_softmax_gate_ignores_a_common_shift_and_its_mass_shows_it(form):
     arrays = draw(SHAPES["four queries, ragged oldest segment"])
     mask = np.ones(arrays["x"].shape[:2], bool)
@@ -223,3 +226,10 @@ def test_folding_stops_to_pay_with_more_candidates():
     assert picked(1) and not picked(100)
     choices = [picked(c) for c in range(1, 101)]
     assert choices == sorted(choices, reverse=True)
+
+
+def test_the_loudest_value_is_the_largest_and_its_gradient_goes_to_one_place():
+    s = np.array([[[[1.0, 5.0], [3.0, 5.0], [3.0, -2.0]]]], np.float32)  # [B, C, S, d], with ties
+    value, gradient = jax.value_and_grad(lambda s: (loudest_value(s) * np.array([2.0, 7.0])).sum())(s)
+    assert value == 2 * 3 + 7 * 5
+    np.testing.assert_array_equal(gradient, [[[[0, 7], [2, 0], [0, 0]]]])

@@ -58,6 +58,29 @@ class TokenSource:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class GatheredSource:
+    """A TokenSource whose rows were gathered elsewhere, as a server does, once for many requests of a user."""
+
+    embeddings: tuple[jax.Array, ...]  # [B, L, D] each, of one field or of several side by side
+    w_in: jax.Array  # [f, d]
+    indices: dict[str, jax.Array]  # field -> int32 [B, L], of those that are compared
+
+    def field(self, name: str) -> jax.Array:
+        """As TokenSource.field, for a field that the encoder says it compares."""
+        if name not in self.indices:
+            raise ValueError(f"field {name!r} is not among those that are compared, {list(self.indices)}")
+        return self.indices[name]
+
+    def features(self) -> HistoryFeatures:
+        """Concatenated embeddings at unit RMS."""
+        return features_of(self.embeddings)
+
+    def dense(self) -> HistoryTokens:
+        return self.features() @ self.w_in
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class SeqOut:
     """What an encoder says of each candidate.
 
@@ -76,8 +99,9 @@ class SequenceEncoder(nnx.Module):
     """Base of all encoders: a request's history work once, then the work per candidate."""
 
     num_tokens: int  # P
+    compares: tuple[str, ...] = ()  # fields whose values it compares with the candidate's
 
-    def precompute(self, history: TokenSource, mask: HistoryMask, age: HistoryAge) -> Any:
+    def precompute(self, history: TokenSource | GatheredSource, mask: HistoryMask, age: HistoryAge) -> Any:
         """Work that does not depend on candidates, once a request; a pytree with leading axis B."""
         raise NotImplementedError(f"{type(self).__name__} must define precompute")
 
@@ -89,7 +113,7 @@ class SequenceEncoder(nnx.Module):
         """Multiply-accumulates (once a request, per candidate), forward, without softmax, LayerNorm and biases."""
         raise NotImplementedError(f"{type(self).__name__} must define macs")
 
-    def __call__(self, history: TokenSource, mask, age, q, side) -> SeqOut:
+    def __call__(self, history: TokenSource | GatheredSource, mask, age, q, side) -> SeqOut:
         return self.score(self.precompute(history, mask, age), q, side)
 
 
@@ -186,8 +210,6 @@ class Ranker(nnx.Module):
             `length` [B] (real events, at the right end), `age` [B, L] int32 seconds.
         """
         age = batch["age"]
-        length = age.shape[1]
-        mask = jnp.arange(length) >= length - batch["length"][:, None]
         fields = self.layout.history
         history = TokenSource(
             rows=(*(rows[table] for _, table, _ in fields), self.age_rows[...]),
@@ -201,14 +223,31 @@ class Ranker(nnx.Module):
             indices=tuple(batch["candidates"][name] for name, _, _ in fields),
             w_in=self.w_in[...][: self.candidate_width],
         )
-        q = candidates.dense()
-        out = self.encoder(history, mask, age, q, batch["candidates"])
+        context = [rows[table][batch["context"][name]] for name, table, _ in self.layout.context]
+        return self._score(history, candidates.dense(), age, batch["length"], batch["candidates"], context)
+
+    def score_gathered(self, batch: dict[str, Any]) -> tuple[Logits, SeqOut]:
+        """The same for a batch whose rows were gathered before.
+
+        Args:
+          batch: `events` [B, L, fe], `candidates` [B, C, fc] and `context` [B, fx], embeddings of the layout's fields
+            side by side; `length` and `age` as above; `compared`, `side`: field -> int32 [B, L] and [B, C], rows of the
+            fields that the encoder compares.
+        """
+        age = batch["age"]
+        embeddings = batch["events"], self.age_rows[...][age_bucket(age, self.age_buckets)]
+        history = GatheredSource(embeddings, self.w_in[...], batch["compared"])
+        q = features_of([batch["candidates"]]) @ self.w_in[...][: self.candidate_width]
+        return self._score(history, q, age, batch["length"], batch["side"], [batch["context"]])
+
+    def _score(self, history, q, age, length, side, context) -> tuple[Logits, SeqOut]:
+        places = jnp.arange(age.shape[1])
+        out = self.encoder(history, places >= age.shape[1] - length[:, None], age, q, side)
         tokens = [q, *(out.tokens[:, :, p] for p in range(out.tokens.shape[2]))]
         if self.products:
             tokens += [token * q for token in tokens[1:]]
-        for name, table, _ in self.layout.context:
-            context = rows[table][batch["context"][name]]
-            tokens.append(jnp.broadcast_to(context[:, None], (*q.shape[:2], context.shape[-1])))
+        for part in context:
+            tokens.append(jnp.broadcast_to(part[:, None], (*q.shape[:2], part.shape[-1])))
         return self.head(jnp.concatenate(tokens, axis=-1)), out
 
     def macs(self, candidates: int) -> dict[str, int]:

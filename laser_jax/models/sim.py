@@ -8,7 +8,7 @@ from flax import nnx
 
 from laser_jax.layers.mlp import weight
 from laser_jax.layers.target_attention import TargetAttention, fold_queries
-from laser_jax.models.base import TokenSource
+from laser_jax.models.base import GatheredSource, TokenSource
 from laser_jax.models.retrieval import LongShortEncoder, attend_each, pick, search
 
 
@@ -95,7 +95,11 @@ class SimSoftEncoder(SearchEncoder):
 class SimHardEncoder(SearchEncoder):
     """The K newest events of the candidate's category; the search has no parameters. Order-aware."""
 
-    def prepare(self, history: TokenSource, x, mask):
+    def __init__(self, config: SimHardConfig, width_in: int, width: int, *, rngs: nnx.Rngs):
+        super().__init__(config, width_in, width, rngs=rngs)
+        self.compares = (config.field,)
+
+    def prepare(self, history: TokenSource | GatheredSource, x, mask):
         return history.field(self.config.field)
 
     def long_tokens(self, ctx, q, side):

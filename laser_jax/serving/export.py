@@ -1,16 +1,18 @@
 """Writes a trained model so that it runs without its code: python -m laser_jax.serving.export --workdir=W --out=DIR
 
 Two programs for each of some history lengths, one for a single candidate and one for many, as StableHLO for CPU, CUDA
-and TPU, with the number of requests, candidates and rows left open; tables, dictionaries and settings beside them. The
+and TPU, with the number of requests and candidates left open; tables, dictionaries and settings beside them. The
 best state of the run is taken, or the newest one of a run that was never evaluated.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,6 +20,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jax import export
+from jax.errors import InconclusiveDimensionOperation
 
 from laser_jax import metrics
 from laser_jax import vault as seqvault
@@ -33,12 +36,13 @@ from laser_jax.serving.exported import BATCHES, ExportedModel, Requests
 from laser_jax.serving.files import ModelError, begin, commit
 from laser_jax.sharding import MeshConfig, make_mesh
 from laser_jax.state import StateFactory, TrainState
-from laser_jax.step import apply_model
+from laser_jax.step import apply_gathered
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 QUANTIZATIONS = ("none", "bf16", "int8")
-#: From so many candidates on the form for many is taken; every encoder chooses one order of its sums from here on.
-MANY = 32
+#: From one of these numbers of candidates on the form for many is taken: the first from which the encoder chooses one
+#: order of its sums.
+MANY = (4, 8, 16, 32, 64, 128)
 #: Of an int8 that is as far from 0 on both sides.
 _LARGEST = 127
 
@@ -97,6 +101,7 @@ def export_model(
         raise ValueError(f"lengths={lengths}: give numbers from 1 to the history's {full}")
     lengths = tuple(sorted({*lengths, full}))
     vault = seqvault.open(config.data.vault_path, at=config.data.snapshot or None)
+    many = _many(run)
     draft = begin(out)
     content: dict[str, Any] = {
         "name": config.name or type(config.encoder).__name__,
@@ -106,8 +111,9 @@ def export_model(
         "features": dataclasses.asdict(config.features),
         "history_length": full,
         "lengths": lengths,
-        "many": MANY,
+        "many": many,
         "lines": _line_widths(config, vault),
+        "compared": _compared(run),
         **_write_ids(draft, config, vault, ids),
         **_write_weights(draft, state),
         "tables": _write_tables(draft, config, state, quantize),
@@ -117,7 +123,7 @@ def export_model(
     for form in ("one", "many"):
         for length in lengths:
             name = f"{form}-{length}"
-            program = _program(run, form, length, content["lines"])
+            program = export.export(jax.jit(_scoring(run)), platforms=PLATFORMS)(*_arguments(run, form, many, length))
             with open(os.path.join(draft, "programs", f"{name}.bin"), "wb") as file:
                 file.write(program.serialize())
             content["programs"][name] = {"form": form, "length": length}
@@ -173,42 +179,63 @@ def score_split(model: ExportedModel, config: Config, split: str) -> tuple[np.nd
     return np.concatenate(logits), np.concatenate(labels)
 
 
-def _program(run: Run, form: str, length: int, lines: dict[str, int]) -> export.Exported:
-    factory, state, features = run.factory, run.state, run.config.features
-    tables = features.tables()
-    structure = jax.tree.structure(state.params)
-    bags = {source: width for source, width in lines.items() if source in factory.bags}
-    numbers = [f"u{i}" for i in range(len(tables))] + [f"g{i}" for i in range(len(lines))]
-    scope = export.SymbolicScope((f"c >= {MANY}",) if form == "many" else ())
-    candidates = "c" if form == "many" else "1"
-    b, c, *rest = export.symbolic_shape(", ".join(["b", candidates, *numbers]), scope=scope)
-    of_table = dict(zip(tables, rest, strict=False))
-    of_source = dict(zip(lines, rest[len(tables) :], strict=True))
+def _scoring(run: Run) -> Callable[[list[Any], dict[str, Any]], jax.Array]:
+    structure = jax.tree.structure(run.state.params)
+
+    def score(weights: list[Any], requests: dict[str, Any]) -> jax.Array:
+        return apply_gathered(run.factory, jax.tree.unflatten(structure, weights), requests)
+
+    return score
+
+
+def _arguments(run: Run, form: str, many: int, length: int) -> tuple[list[Any], dict[str, Any]]:
+    """Of a program: weights and requests, their number and that of candidates left open."""
+    features, compared = run.config.features, _compared(run)
+    constraints = (f"c >= {many}",) if form == "many" else ()
+    b, c = export.symbolic_shape("b, c" if form == "many" else "b, 1", constraints=constraints)
 
     def ints(*shape):
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
-    def score(weights, rows, bags, vectors, requests):
-        dense = jax.tree.unflatten(structure, weights)
-        batch = {"bags": {s: x[None] for s, x in bags.items()}, "vectors": {s: x[None] for s, x in vectors.items()}}
-        return apply_model(factory, dense, rows, batch, requests)[0]
+    def floats(fields, *shape):
+        return jax.ShapeDtypeStruct((*shape, sum(field.width for field in fields)), jnp.float32)
 
-    weights = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in jax.tree.leaves(state.params)]
-    rows = {name: jax.ShapeDtypeStruct((of_table[name], width), jnp.float32) for name, (_, width) in tables.items()}
-    vectors = {
-        source: jax.ShapeDtypeStruct((of_source[source], width), jnp.float32)
-        for source, width in lines.items()
-        if source not in bags
-    }
-    requests = {
+    weights = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in jax.tree.leaves(run.state.params)]
+    return weights, {
+        "events": floats((*features.item, *features.event), b, length),
         "age": ints(b, length),
         "length": ints(b),
-        "history": {field.name: ints(b, length) for field in (*features.item, *features.event)},
-        "candidates": {field.name: ints(b, c) for field in features.item},
-        "context": {field.name: ints(b) for field in features.context},
+        "candidates": floats(features.item, b, c),
+        "context": floats(features.context, b),
+        "compared": {name: ints(b, length) for name in compared},
+        "side": {name: ints(b, c) for name in compared},
     }
-    made = export.export(jax.jit(score), platforms=PLATFORMS)
-    return made(weights, rows, {s: ints(of_source[s], width) for s, width in bags.items()}, vectors, requests)
+
+
+def _many(run: Run) -> int:
+    """The number of candidates from which the form for many is taken, one of MANY."""
+    for many in MANY:
+        # A comparison of C that holds for some C and not for others cannot be decided.
+        with contextlib.suppress(InconclusiveDimensionOperation):
+            jax.eval_shape(_scoring(run), *_arguments(run, "many", many, run.config.data.history_length))
+            return many
+    raise ModelError(
+        f"{type(run.config.encoder).__name__} chooses between forms at more than {MANY[-1]} candidates: there is no "
+        "program for all numbers of them"
+    )
+
+
+def _compared(run: Run) -> list[str]:
+    """Fields that the encoder compares.
+
+    Raises:
+      ModelError: one is made of several rows, or is no row of a table.
+    """
+    names = list(run.factory.model(run.state.params).encoder.compares)
+    for field in run.config.features.item:
+        if field.name in names and (field.bagged or field.ids == "vector"):
+            raise ModelError(f"the encoder compares {field.name!r}, which is no single row of a table")
+    return names
 
 
 def _line_widths(config: Config, vault: Any) -> dict[str, int]:

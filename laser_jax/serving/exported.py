@@ -3,22 +3,25 @@
 import dataclasses
 import json
 import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 from jax import export
 from jaxtyping import Bool, Float, Int
 
-from laser_jax.assembly import Assembly, Columns, ages, pad_events
-from laser_jax.features import FeatureConfig, FieldConfig, line_source, table_of
+from laser_jax.assembly import Assembly, Columns
+from laser_jax.features import FeatureConfig, FieldConfig, line_source
 from laser_jax.schema import Schema
+from laser_jax.serving.embeddings import Embeddings, Table
 from laser_jax.serving.files import ModelError, read_manifest
 from laser_jax.vault.history import Histories
 
-#: Requests that are scored together are padded to one of these numbers.
+#: Requests that are scored together are padded to one of these numbers,
 BATCHES = (1, 2, 4, 8, 16, 32)
+#: and so are (request, candidate) pairs at most, but for a single request: more of them are no faster together.
+MOST_PAIRS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +37,33 @@ class Requests:
     offsets: Int[np.ndarray, "B+1"]
     candidates: Columns
     context: Columns
+
+
+@dataclasses.dataclass(frozen=True)
+class Events:
+    """What a model reads of a history, at most history_length events, oldest first: nothing that depends on a request.
+
+    Attributes:
+      time: int64 [n]. embeddings: of all their fields, side by side. compared: field -> rows [n], of those fields that
+        the model compares with a candidate's.
+    """
+
+    time: Int[np.ndarray, "n"]
+    embeddings: Float[np.ndarray, "n f"]
+    compared: Columns
+
+    def __len__(self) -> int:
+        return len(self.time)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the arrays."""
+        return sum(array.nbytes for array in (self.time, self.embeddings, *self.compared.values()))
+
+    def part(self, start: int, stop: int) -> "Events":
+        """Events start to stop - 1, of the same arrays."""
+        compared = {name: rows[start:stop] for name, rows in self.compared.items()}
+        return Events(self.time[start:stop], self.embeddings[start:stop], compared)
 
 
 class ExportedModel:
@@ -67,18 +97,20 @@ class ExportedModel:
             settings["age_buckets"],
         )
         vocabularies = {name: np.load(self._file(file)) for name, file in content["vocabularies"].items()}
-        self._assembly = Assembly(self.features, vocabularies)
-        self.event_fields = [field.name for field in (*self.features.item, *self.features.event)]
-        self._dictionaries = self.features.dictionaries()
+        self._history_fields = (*self.features.item, *self.features.event)
+        self.event_fields = tuple(field.name for field in self._history_fields)
+        self._compared = tuple(field for field in self.features.item if field.name in content["compared"])
+        dictionaries = self.features.dictionaries()
         for name, file in content["dictionaries"].items():
             with np.load(self._file(file)) as state:
-                self._dictionaries[name].load(dict(state))
+                dictionaries[name].load(dict(state))
+        tables = {name: Table(path, **entry) for name, entry in content["tables"].items()}
+        self._embeddings = Embeddings(Assembly(self.features, vocabularies), tables, dictionaries)
         self.strings: dict[str, list[str]] = {}
         for name, file in content["strings"].items():
             with open(self._file(file), encoding="utf-8") as opened:
                 self.strings[name] = json.load(opened)
         self._codes = {name: {text: code for code, text in enumerate(texts)} for name, texts in self.strings.items()}
-        self._tables = {name: _Rows(path, **entry) for name, entry in content["tables"].items()}
         with np.load(self._file("weights.npz")) as stored:
             self._weights = [jax.device_put(stored[name]) for name in content["weights"]]
         self._programs: dict[tuple[str, int], Any] = {}
@@ -108,10 +140,24 @@ class ExportedModel:
 
     def unseen(self, candidates: Columns) -> Bool[np.ndarray, "N"]:
         """Candidates of which no field with a table of its own ids was ever met in training."""
-        fields = tuple(field for field in self.features.item if field.ids in ("vocab", "dictionary"))
-        found = self._assembly.rows(fields, self._coded(candidates))
-        unknown = [self._known_rows(table_of(field), found[field.name]) == 0 for field in fields]
-        return np.logical_and.reduce(unknown) if unknown else np.zeros(len(next(iter(candidates.values()))), bool)
+        fields = [field for field in self.features.item if field.ids in ("vocab", "dictionary")]
+        coded = self._coded(candidates)
+        unknown = [
+            (self._embeddings.rows(field, coded) <= 0).reshape(_count(coded), -1).all(axis=1) for field in fields
+        ]
+        return np.logical_and.reduce(unknown) if unknown else np.zeros(_count(coded), bool)
+
+    def look_up(self, columns: Columns, translations: dict[str, np.ndarray] | None = None) -> Events:
+        """What the model reads of a history.
+
+        Args:
+          columns: `time` and all event_fields, as the vault gives them.
+          translations: see `translations`, for the vault that the columns are from.
+        """
+        known = translations or {}
+        columns = {name: known[name][at] if name in known else at for name, at in columns.items()}
+        embeddings = self._embeddings.of(self._history_fields, columns, len(columns["time"]))
+        return Events(columns["time"], embeddings, self._rows_compared(columns))
 
     def score(
         self, histories: Histories, requests: Requests, translations: dict[str, np.ndarray] | None = None
@@ -121,36 +167,59 @@ class ExportedModel:
         Args:
           histories: of the B requests' users, at most history_length events each, with event_fields.
           requests: at most BATCHES[-1] of them.
-          translations: see `translations`, for the vault that the histories are from.
+          translations: as for look_up.
         """
-        return self.run(self.assemble(histories, requests, translations))
+        found, offsets = self.look_up(histories.columns, translations), histories.offsets.tolist()
+        events = [found.part(start, stop) for start, stop in zip(offsets[:-1], offsets[1:], strict=True)]
+        return self.run(self.assemble(events, requests))
 
-    def assemble(
-        self, histories: Histories, requests: Requests, translations: dict[str, np.ndarray] | None = None
-    ) -> "Assembled":
-        """The first part of `score`: everything that is done on the host."""
+    def assemble(self, events: Sequence[Events], requests: Requests) -> "Assembled":
+        """Requests and their users' events, in the order of both, as a program takes them."""
         counts = np.diff(requests.offsets)
-        shape = self._shape(len(requests.time), int(counts.max()), int(np.diff(histories.offsets).max()))
-        return Assembled(shape, counts, self._arrays(histories, requests, translations or {}, shape))
+        shape = self._shape(len(counts), int(counts.max()), max(len(found) for found in events))
+        arrays = self._empty(shape)
+        for place, (moment, found) in enumerate(zip(requests.time.tolist(), events, strict=True)):
+            begin = shape.length - len(found)
+            arrays["events"][place, begin:] = found.embeddings
+            age = (moment - found.time) // (1000 if self.schema.time_unit == "ms" else 1)
+            arrays["age"][place, begin:] = np.minimum(age, np.iinfo(np.int32).max)
+            arrays["length"][place] = len(found)
+            for name, rows in found.compared.items():
+                arrays["compared"][name][place, begin:] = rows
+        candidates, context = self._coded(requests.candidates), self._coded(requests.context)
+        real = np.arange(shape.candidates) < counts[:, None]
+        total = int(requests.offsets[-1])
+        arrays["candidates"][: len(counts)][real] = self._embeddings.of(self.features.item, candidates, total)
+        arrays["context"][: len(counts)] = self._embeddings.of(self.features.context, context, len(counts))
+        for name, rows in self._rows_compared(candidates).items():
+            arrays["side"][name][: len(counts)][real] = rows
+        return Assembled(shape, counts, arrays)
 
     def run(self, assembled: "Assembled") -> Float[np.ndarray, "N"]:
-        """The second part of `score`."""
+        """The logits of what was assembled, request after request."""
         shape, counts = assembled.shape, assembled.counts
-        logits = np.asarray(self._programs[shape.form, shape.length](self._weights, *assembled.arrays))
+        logits = np.asarray(self._programs[shape.form, shape.length](self._weights, assembled.arrays))
         return logits[: len(counts)][np.arange(shape.candidates) < counts[:, None]]
 
-    def compile(self, batches: tuple[int, ...], candidates: tuple[int, ...]) -> int:
-        """Compiles all programs for some numbers of requests and of candidates; returns how many shapes these are."""
-        shapes = {self._shape(b, c, length) for b in batches for c in candidates for length in self.lengths}
-        none = np.zeros(0, np.int64)
-        for shape in shapes:
-            columns = {name: self._empty(name) for name in self.event_fields}
-            histories = Histories({"time": none, **columns}, np.zeros(1, np.int64), lambda name: None, 0, 0)
-            candidates_ = {field.name: self._empty(field.name) for field in self.features.item}
-            context = {field.name: self._empty(field.name) for field in self.features.context}
-            requests = Requests(none, np.zeros(1, np.int64), candidates_, context)
-            arrays = self._arrays(histories, requests, {}, shape)
-            jax.block_until_ready(self._programs[shape.form, shape.length](self._weights, *arrays))
+    def compile(
+        self, requests: int, candidates: int, progress: Callable[[int, int], None] = lambda done, shapes: None
+    ) -> int:
+        """Compiles all programs for up to so many requests and candidates; returns how many shapes these are.
+
+        Args:
+          progress: is told before each shape how many are done, and of how many; what it raises ends this.
+        """
+        shapes = {
+            self._shape(batch, size, length)
+            for size in self._sizes(candidates)
+            for batch in BATCHES
+            if batch <= min(self.most_requests(size), requests)
+            for length in self.lengths
+        }
+        for done, shape in enumerate(sorted(shapes, key=lambda shape: (shape.batch, shape.candidates))):
+            progress(done, len(shapes))
+            program = self._programs[shape.form, shape.length]
+            jax.block_until_ready(program(self._weights, self._empty(shape)))
         return len(shapes)
 
     def _shape(self, requests: int, candidates: int, length: int) -> "_Shape":
@@ -166,82 +235,46 @@ class ExportedModel:
 
     def padded(self, candidates: int) -> int:
         """What a number of candidates is padded to."""
-        size = 1 if candidates <= 1 else self.many
-        while size < candidates:
-            size *= 2
-        return size
+        return self._sizes(candidates)[-1]
+
+    def most_requests(self, candidates: int) -> int:
+        """How many requests of so many candidates are scored together, at most."""
+        return max(size for size in BATCHES if size == 1 or size * self.padded(candidates) <= MOST_PAIRS)
+
+    def _sizes(self, candidates: int) -> list[int]:
+        """What numbers of candidates are padded to, up to this one."""
+        sizes = [1]
+        while sizes[-1] < candidates:
+            sizes.append(self.many if sizes == [1] else 2 * sizes[-1])
+        return sizes
 
     def width_of(self, field: FieldConfig) -> int | None:
         """How many numbers a value of this field is; None for one."""
         return self._lines.get(line_source(field.name)) if field.pool or field.ids == "vector" else None
 
-    def _arrays(
-        self, histories: Histories, requests: Requests, translations: dict[str, np.ndarray], shape: "_Shape"
-    ) -> tuple[Any, ...]:
-        """Arguments of a program, behind the weights: rows, bags, vectors, requests."""
-        b, c, length = shape.batch, shape.candidates, shape.length
-        events = {name: histories.columns[name] for name in self.event_fields}
-        events = {name: translations[name][at] if name in translations else at for name, at in events.items()}
-        looked_up = self._assembly.look_up(events, self._coded(requests.candidates), self._coded(requests.context))
-        columns = {(side, name): values for side, fields in looked_up.items() for name, values in fields.items()}
-        numbered, lines = self._assembly.number(columns)
-        places = {"history": b * length, "candidates": b * c, "context": b}
-        sides = {field.name: ("history", "candidates") for field in self.features.item}
-        sides |= {field.name: ("history",) for field in self.features.event}
-        for field in self.features.context:
-            sides[field.name] = (*sides.get(field.name, ()), "context")
-        most = {name: sum(places[side] for side in found) for name, found in sides.items()}
-        found_at: dict[tuple[str, str], np.ndarray] = {}
-        rows, bags, vectors = {}, {}, {}
-        for table, part in numbered.items():
-            keys = self._known_rows(table, part.keys)
-            size = sum(most[name] for name, (of, _) in self._assembly.table_of.items() if of == table)
-            for source, bag in part.bags.items():
-                width = self._lines[source]
-                bags[source] = np.full((most[self._assembly.lined[source].name], width), -1, np.int32)
-                bags[source][: len(bag)] = bag
-                size += bags[source].size
-            rows[table] = self._tables[table].padded(keys, min(size, self._assembly.tables[table][0]))
-            found_at |= part.positions
-        for source, line in lines.items():
-            field = self._assembly.lined[source]
-            if not field.bagged:
-                vectors[source] = np.zeros((most[field.name], field.width), np.float32)
-                vectors[source][: len(line.values)] = line.values
-            found_at |= line.positions
-        real = np.arange(c) < np.diff(requests.offsets)[:, None]
-        sizes = np.diff(histories.offsets)
-        age = ages(requests.time, histories.columns["time"], histories.offsets, self._units_per_second)
-        step: dict[str, Any] = {"age": pad_events(age, histories.offsets, b, length), "length": np.zeros(b, np.int32)}
-        step["length"][: len(sizes)] = sizes
-        for side in ("history", "candidates", "context"):
-            step[side] = {}
-        for (side, name), at in found_at.items():
-            if side == "history":
-                step[side][name] = pad_events(at, histories.offsets, b, length)
-            elif side == "candidates":
-                step[side][name] = np.zeros((b, c), np.int32)
-                step[side][name][: len(real)][real] = at
-            else:
-                step[side][name] = np.zeros(b, np.int32)
-                step[side][name][: len(at)] = at
-        return rows, bags, vectors, step
-
-    def _known_rows(self, table: str, keys: np.ndarray) -> np.ndarray:
-        dictionary = self._dictionaries.get(table)
-        return keys if dictionary is None else dictionary.rows(keys)
+    def _rows_compared(self, columns: Columns) -> Columns:
+        return {field.name: self._embeddings.rows(field, columns).astype(np.int32) for field in self._compared}
 
     def _coded(self, columns: Columns) -> Columns:
         """Strings as codes."""
         return {name: self.codes(name, at) if at.dtype == object else at for name, at in columns.items()}
 
-    def _empty(self, name: str) -> np.ndarray:
-        source = line_source(name)
-        return np.zeros((0, self._lines[source]), np.int64) if source in self._lines else np.zeros(0, np.int64)
+    def _empty(self, shape: "_Shape") -> dict[str, Any]:
+        """What a program takes beside weights, with nothing in it."""
+        b, c, length = shape.batch, shape.candidates, shape.length
 
-    @property
-    def _units_per_second(self) -> int:
-        return 1000 if self.schema.time_unit == "ms" else 1
+        def floats(fields: tuple[FieldConfig, ...], *sizes: int) -> np.ndarray:
+            return np.zeros((*sizes, sum(field.width for field in fields)), np.float32)
+
+        return {
+            "events": floats(self._history_fields, b, length),
+            "age": np.zeros((b, length), np.int32),
+            "length": np.zeros(b, np.int32),
+            "candidates": floats(self.features.item, b, c),
+            "context": floats(self.features.context, b),
+            "compared": {field.name: np.zeros((b, length), np.int32) for field in self._compared},
+            "side": {field.name: np.zeros((b, c), np.int32) for field in self._compared},
+        }
 
     def _file(self, name: str) -> str:
         return os.path.join(self.path, name)
@@ -265,22 +298,8 @@ class Assembled:
 
     shape: _Shape
     counts: np.ndarray
-    arrays: tuple[Any, ...]
+    arrays: dict[str, Any]
 
 
-class _Rows:
-    """A table on disk, mapped: rows are read as they are asked for."""
-
-    def __init__(self, path: str, file: str, dtype: str, scale: str | None):
-        self._values = np.load(os.path.join(path, file), mmap_mode="r")
-        if dtype == "bfloat16":
-            self._values = self._values.view(ml_dtypes.bfloat16)
-        self._scale = None if scale is None else np.load(os.path.join(path, scale), mmap_mode="r")
-
-    def padded(self, rows: np.ndarray, size: int) -> np.ndarray:
-        """Those rows, float32, and zeros up to `size`."""
-        out = np.zeros((max(size, len(rows)), self._values.shape[1]), np.float32)
-        out[: len(rows)] = self._values[rows]
-        if self._scale is not None:
-            out[: len(rows)] *= self._scale[rows][:, None]
-        return out
+def _count(columns: Columns) -> int:
+    return len(next(iter(columns.values())))

@@ -20,12 +20,12 @@ import google_crc32c
 from laser_jax.vault.files import sync_path, sync_tree
 
 MANIFEST = "model.json"
-FORMAT, VERSION = "laser_jax.model", 1
+FORMAT, VERSION = "laser_jax.model", 2
 _BLOCK = 1 << 24
 
 
 class ModelError(Exception):
-    """A directory holds no exported model, a damaged one, or one of a newer version."""
+    """A directory holds no exported model, a damaged one, or one of another version of the format."""
 
 
 def checksum(path: str) -> int:
@@ -84,8 +84,9 @@ def read_manifest(path: str, verify: bool = True) -> dict[str, Any]:
         raise ModelError(f"{name} is damaged: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ModelError(f"{name} is not of format {FORMAT!r}")
-    if content["version"] > VERSION:
-        raise ModelError(f"{path} is of version {content['version']}, this code reads {VERSION}: install a newer one")
+    if content["version"] != VERSION:
+        remedy = "install a newer one" if content["version"] > VERSION else "export the model again"
+        raise ModelError(f"{path} is of version {content['version']}, this code reads {VERSION}: {remedy}")
     stored = content.pop("checksum", None)
     if stored != google_crc32c.value(json.dumps(content, indent=1, sort_keys=True).encode()):
         raise ModelError(f"{name} is damaged: its checksum does not match; export the model again")

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
+from laser_jax.assembly import Columns
 from laser_jax.features import FieldConfig
 from laser_jax.serving.exported import BATCHES, ExportedModel, Requests
+from laser_jax.serving.user_cache import UserCache
 from laser_jax.vault.partitions import Sequences
 
 #: Candidates of a request that are scored together; one with more is cut into pieces.
@@ -71,7 +73,7 @@ class Ranker:
     """Scores requests with one model from one vault. Safe to share among threads.
 
     Attributes:
-      model: that scores. vault: with the histories.
+      model: that scores. vault: with the histories. cache: of what the model has read of users.
     """
 
     def __init__(
@@ -80,12 +82,15 @@ class Ranker:
         vault: Any,
         clock: Callable[[], float] = time.time,
         observe: Callable[[str, float], None] = lambda stage, seconds: None,
+        cache_bytes: int = 512 << 20,
     ):
         """
         Args:
           model, vault: as said.
           clock: seconds since 1970, for requests without a time.
-          observe: is told how long a batch took in each stage: "lookup", "assembly", "scoring".
+          observe: is told how long a batch took in each stage: "lookup" (in the vault), "assembly", "history" (both
+            of these) and "scoring".
+          cache_bytes: budget of the user cache, 0 for none.
 
         Raises:
           ValueError: the vault is not of the kind that the model was trained on.
@@ -106,19 +111,24 @@ class Ranker:
                     f"{vault.path}: field {name!r} is {field.type}, {model.path} was trained with {trained.type}"
                 )
         self._translations = model.translations(vault)
+        self.cache = UserCache(cache_bytes, lambda columns: model.look_up(columns, self._translations))
         self._units = 1000 if schema.time_unit == "ms" else 1
 
-    def compile(self, batches: tuple[int, ...] = BATCHES, candidates: tuple[int, ...] = (1, MOST_CANDIDATES)) -> int:
+    def compile(
+        self,
+        requests: int = BATCHES[-1],
+        candidates: int = MOST_CANDIDATES,
+        progress: Callable[[int, int], None] = lambda done, shapes: None,
+    ) -> int:
         """Compiles every program for requests and candidates up to these, so that no request waits for it.
+
+        Args:
+          progress: see ExportedModel.compile.
 
         Returns:
           How many shapes there are.
         """
-        sizes, size = [1], self.model.many
-        while size < 2 * max(candidates):
-            sizes.append(size)
-            size *= 2
-        return self.model.compile(batches, tuple(sizes))
+        return self.model.compile(requests, min(candidates, MOST_CANDIDATES), progress)
 
     def now(self) -> int:
         """The time of a request that has none: one unit on, since events of the running unit happened before it."""
@@ -134,48 +144,56 @@ class Ranker:
         if not requests:
             return []
         checked = [self.check(request, position) for position, request in enumerate(requests)]
-        started = time.perf_counter()
-        users = [request.user for request in checked]
-        if self.vault.schema.user == "int64":
-            users = np.array(users, np.int64)
-        times = np.array([request.time for request in checked], np.int64)
-        histories = self.vault.gather(users, times, self.model.history_length, fields=self.model.event_fields)
+        began = time.perf_counter()
+        histories = self._histories(checked)
         if any(len(self.vault.dictionary(name)) > len(codes) for name, codes in self._translations.items()):
             self._translations = self.model.translations(self.vault)  # strings have come since
-        self._observe("lookup", time.perf_counter() - started)
-        answers: list[Ranking | None] = [None] * len(checked)
+        looked_up = time.perf_counter()
+        events = [
+            self.cache.read(request.user, columns) for request, (columns, _) in zip(checked, histories, strict=True)
+        ]
+        self._observe("lookup", looked_up - began)
+        spent, scoring = time.perf_counter() - looked_up, 0.0  # the former on assembly
         logits: list[list[np.ndarray]] = [[] for _ in checked]
         for group in self._groups(checked):
-            positions = [position for position, _, _ in group]
-            pieces = [
-                {name: values[start:stop] for name, values in checked[position].candidates.items()}
-                for position, start, stop in group
-            ]
-            counts = [stop - start for _, start, stop in group]
-            asked = Requests(
-                times[positions],
-                np.concatenate(([0], np.cumsum(counts))),
-                {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]},
-                {name: np.concatenate([checked[p].context[name] for p in positions]) for name in checked[0].context},
-            )
             started = time.perf_counter()
-            assembled = self.model.assemble(histories.take(positions), asked, self._translations)
+            assembled = self.model.assemble([events[position] for position, _, _ in group], _asked(checked, group))
             middle = time.perf_counter()
             scores = self.model.run(assembled)
-            self._observe("assembly", middle - started)
-            self._observe("scoring", time.perf_counter() - middle)
-            for position, part in zip(positions, np.split(scores, np.cumsum(counts)[:-1]), strict=True):
+            spent += middle - started
+            scoring += time.perf_counter() - middle
+            for (position, _, _), part in zip(group, np.split(scores, np.cumsum(assembled.counts)[:-1]), strict=True):
                 logits[position].append(part)
-        owners = self.vault.partition_of(users) if isinstance(histories.as_of, Sequences) else None
-        for position, request in enumerate(checked):
-            answers[position] = Ranking(
-                logits=np.concatenate(logits[position]),
+        self._observe("assembly", spent)
+        self._observe("scoring", scoring)
+        self._observe("history", looked_up - began + spent)
+        return [
+            Ranking(
+                logits=np.concatenate(parts),
                 unseen=self.model.unseen(request.candidates),
-                events=int(histories.offsets[position + 1] - histories.offsets[position]),
+                events=len(found),
                 time=request.time,
-                as_of=histories.as_of if owners is None else histories.as_of[owners[position]],
+                as_of=as_of,
             )
-        return answers
+            for request, parts, found, (_, as_of) in zip(checked, logits, events, histories, strict=True)
+        ]
+
+    def _histories(self, requests: Sequence[RankRequest]) -> list[tuple[Columns, int]]:
+        """The columns of each request's history, and what was seen."""
+        vault, length, fields = self.vault, self.model.history_length, self.model.event_fields
+        if vault.local or len(requests) == 1:
+            found = [vault.get(request.user, length, request.time, fields=fields) for request in requests]
+            return [(history.columns, history.as_of) for history in found]
+        users = [request.user for request in requests]
+        if vault.schema.user == "int64":
+            users = np.array(users, np.int64)
+        times = np.array([request.time for request in requests], np.int64)
+        batch = vault.gather(users, times, length, fields=fields)
+        owners = vault.partition_of(users) if isinstance(batch.as_of, Sequences) else None
+        return [
+            (batch[position].columns, batch.as_of if owners is None else batch.as_of[owners[position]])
+            for position in range(len(requests))
+        ]
 
     def _groups(self, requests: list[RankRequest]) -> list[list[tuple[int, int, int]]]:
         """(request, first candidate, behind the last) of what is scored together: alike in number of candidates."""
@@ -185,8 +203,11 @@ class Ranker:
             for start in range(0, count, MOST_CANDIDATES):
                 stop = min(start + MOST_CANDIDATES, count)
                 by_size.setdefault(self.model.padded(stop - start), []).append((position, start, stop))
-        most = BATCHES[-1]
-        return [part[at : at + most] for part in by_size.values() for at in range(0, len(part), most)]
+        groups = []
+        for size, pieces in by_size.items():
+            most = self.model.most_requests(size)
+            groups += [pieces[at : at + most] for at in range(0, len(pieces), most)]
+        return groups
 
     def check(self, request: RankRequest, position: int = 0) -> RankRequest:
         """The request with arrays for columns, and a time.
@@ -256,6 +277,21 @@ class Ranker:
         if values.dtype.kind == "u" and values.size and values.max() > np.iinfo(np.int64).max:
             raise RequestError(position, f"{what}: {values.max()} is beyond int64")
         return values
+
+
+def _asked(checked: Sequence[RankRequest], group: list[tuple[int, int, int]]) -> Requests:
+    """What a group of (request, first candidate, behind the last) asks."""
+    positions = [position for position, _, _ in group]
+    pieces = [
+        {name: values[start:stop] for name, values in checked[position].candidates.items()}
+        for position, start, stop in group
+    ]
+    return Requests(
+        np.array([checked[position].time for position in positions], np.int64),
+        np.concatenate(([0], np.cumsum([stop - start for _, start, stop in group]))),
+        {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]},
+        {name: np.concatenate([checked[p].context[name] for p in positions]) for name in checked[0].context},
+    )
 
 
 def _count(columns: dict[str, np.ndarray]) -> int:

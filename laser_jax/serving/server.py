@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -28,10 +29,12 @@ from laser_jax.serving.catalog import Catalog, Metrics
 from laser_jax.serving.endpoints import AppendEndpoint, RankEndpoint
 from laser_jax.serving.exported import BATCHES, ExportedModel
 from laser_jax.serving.files import MANIFEST, ModelError
-from laser_jax.serving.ranker import MOST_CANDIDATES, Ranker
+from laser_jax.serving.ranker import Ranker
 from laser_jax.serving.request_log import RequestLog
 
 logger = logging.getLogger("laser_jax.serving")
+#: Seconds between two words about programs that are being compiled.
+_TELL_S = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Settings:
       deadline_s: seconds that a call may take. queue: calls that may wait. max_bytes: of a call. max_candidates: of it.
       max_batch: calls that are scored together, at most: 1, 2, 4 ... 32. read_only: no events are taken.
       request_log: directory for what is asked and answered; None for none.
+      user_cache_bytes: for what the model has read of users' histories.
       poll_s: seconds after which it is looked for a newer model.
     """
 
@@ -63,6 +67,7 @@ class Settings:
     max_batch: int = BATCHES[-1]
     read_only: bool = False
     request_log: str | None = None
+    user_cache_bytes: int = 512 << 20
     poll_s: float = 2.0
 
 
@@ -73,18 +78,26 @@ class Server:
       catalog: of its models. addresses: "http" and "grpc" -> where it listens, once it does.
     """
 
-    def __init__(self, settings: Settings):
-        """Raises ValueError for settings that make no sense."""
+    def __init__(self, settings: Settings, open_vault: Callable[..., Any] = seqvault.open):
+        """
+        Args:
+          settings: as said.
+          open_vault: (settings.vault, timeout_s=...) -> what histories are read from and events are appended to.
+
+        Raises:
+          ValueError: settings that make no sense.
+        """
         if not 1 <= settings.max_batch <= BATCHES[-1]:
             raise ValueError(f"max_batch={settings.max_batch}: need 1 to {BATCHES[-1]}")
         if (settings.certificate is None) != (settings.key is None):
             raise ValueError("TLS needs both a certificate and a key")
-        self.settings = settings
+        self.settings, self._open_vault = settings, open_vault
         self.metrics = Metrics()
         self.catalog = Catalog(self.metrics, settings.deadline_s)
         self.addresses: dict[str, str] = {}
         self._path = ""
         self._stop = asyncio.Event()
+        self._told = time.monotonic()
         self._vault: Any = None
         self._log: RequestLog | None = None
 
@@ -118,7 +131,11 @@ class Server:
         }
         watching = None
         try:
-            await self._take_over(await loop.run_in_executor(None, self._open))
+            try:
+                endpoint = await loop.run_in_executor(None, self._open)
+            except _StoppedError:
+                return
+            await self._take_over(endpoint)
             if not settings.read_only:
                 self.catalog.put(AppendEndpoint(self._vault, self.metrics.appended))
             logger.info("ready", extra={"data": {"model": self._path, **self.addresses}})
@@ -142,7 +159,7 @@ class Server:
     def _open(self) -> RankEndpoint:
         """Opens the vault and makes the first model ready."""
         settings = self.settings
-        self._vault = seqvault.open(settings.vault, timeout_s=settings.deadline_s)
+        self._vault = self._open_vault(settings.vault, timeout_s=settings.deadline_s)
         if not settings.read_only and isinstance(self._vault, seqvault.Vault):
             self._vault.begin_writing()
         self.metrics.events.set_function(lambda: self._vault.num_events)
@@ -154,14 +171,23 @@ class Server:
     def _load(self, path: str) -> RankEndpoint:
         """A model whose programs are compiled."""
         started, settings = time.monotonic(), self.settings
-        ranker = Ranker(ExportedModel(path), self._vault, observe=self.metrics.stage)
-        batches = tuple(size for size in BATCHES if size <= settings.max_batch)
-        shapes = ranker.compile(batches, (1, min(MOST_CANDIDATES, settings.max_candidates)))
-        endpoint = RankEndpoint(ranker, settings.queue, settings.max_candidates, batches[-1], self._log)
+        ranker = Ranker(
+            ExportedModel(path), self._vault, observe=self.metrics.stage, cache_bytes=settings.user_cache_bytes
+        )
+        shapes = ranker.compile(settings.max_batch, settings.max_candidates, self._compiling)
+        endpoint = RankEndpoint(ranker, settings.queue, settings.max_candidates, settings.max_batch, self._log)
         told = {"model": path, "version": endpoint.version, "shapes": shapes, "seconds": time.monotonic() - started}
         logger.info("loaded", extra={"data": told})
         self._path = path
         return endpoint
+
+    def _compiling(self, done: int, shapes: int) -> None:
+        """Says how far it is; ends it if the server is to stop."""
+        if self._stop.is_set():
+            raise _StoppedError
+        if time.monotonic() - self._told > _TELL_S:
+            self._told = time.monotonic()
+            logger.info("compiling", extra={"data": {"shapes_done": done, "shapes": shapes}})
 
     async def _take_over(self, endpoint: RankEndpoint) -> None:
         """Lets a model serve, and then answers what the one before has taken.
@@ -170,6 +196,7 @@ class Server:
         """
         olds = [self.catalog.put(endpoint)]
         self.metrics.waiting.set_function(lambda: endpoint.waiting)
+        self.metrics.watch_cache(endpoint.ranker.cache)
         for name in self.catalog.names():  # models of other names than the new one's
             if name not in (endpoint.name, AppendEndpoint.name):
                 olds.append(self.catalog.remove(name))
@@ -212,6 +239,10 @@ def newest_model(path: str) -> str:
     if not found:
         raise ModelError(f"{path} holds no exported model")
     return max(found)[1]
+
+
+class _StoppedError(Exception):
+    """The server is to stop before it is ready."""
 
 
 class _Web(uvicorn.Server):
@@ -257,17 +288,17 @@ def _add_port(remote: grpc.aio.Server, settings: Settings) -> int:
         raise ValueError(f"{where} cannot be listened on: {error}") from error
 
 
-async def serve(settings: Settings) -> None:
+async def serve(settings: Settings, open_vault: Callable[..., Any] = seqvault.open) -> None:
     """Serves until SIGTERM or SIGINT."""
-    server = Server(settings)
+    server = Server(settings, open_vault)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, server.stop)
     await server.run()
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs a server; returns the exit status."""
+def main(arguments: list[str] | None = None, open_vault: Callable[..., Any] = seqvault.open) -> int:
+    """Runs a server; returns the exit status. See Server for `open_vault`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, default = parser.add_argument, Settings("", "")
     add("--model", required=True, help="what export wrote, or a directory of such")
@@ -284,6 +315,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--max-batch", type=int, default=default.max_batch, help="calls that are scored together")
     add("--read-only", action="store_true", help="take no events")
     add("--request-log", help="directory for what is asked and answered, see laser_jax.serving.replay")
+    add("--user-cache", type=int, default=default.user_cache_bytes >> 20, help="MiB for what was read of users")
     args = parser.parse_args(arguments)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
@@ -305,12 +337,13 @@ def main(arguments: list[str] | None = None) -> int:
         args.max_batch,
         args.read_only,
         args.request_log,
+        args.user_cache << 20,
     )
     if settings.token is None and settings.host not in ("127.0.0.1", "localhost", "::1"):
         logger.warning("anybody who reaches %s may rank and append: set LASER_TOKEN", settings.host)
     started = time.monotonic()
     try:
-        asyncio.run(serve(settings))
+        asyncio.run(serve(settings, open_vault))
     except (ModelError, ValueError, OSError, seqvault.VaultError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -114,8 +114,8 @@ def test_requests_may_come_in_any_mixture(ranker, known_data):
 
 def test_programs_are_compiled_beforehand(model, known_data):
     ranker = Ranker(model, seqvault.open(os.path.join(known_data.path, "vault")))
-    # Histories of up to 4 and 16 events, a request or two, one candidate or up to 32 or 64 of them.
-    assert ranker.compile(batches=(1, 2), candidates=(40,)) == 2 * 2 * 3
+    # Histories of up to 4 and 16 events, a request or two, 1 candidate or up to 4, 8, 16, 32 or 64 of them.
+    assert ranker.compile(requests=2, candidates=40) == 2 * 2 * 6
     assert ranker.rank([]) == []
 
 

@@ -343,7 +343,7 @@ def test_no_body_whatever_brings_it_down(server, channel, model, known_data):
         request.raw_input_contents.append(np.array(entry["data"], np.int64).tobytes())
     message = request.SerializeToString()
     connection = http.client.HTTPConnection(server.http, timeout=60)
-    for _ in range(300):
+    for _ in range(int(os.environ.get("LASER_FUZZED_BODIES", 300))):
         for data, send in ((right, True), (message, False)):
             broken = bytearray(data)
             for _ in range(rng.integers(1, 6)):
@@ -436,6 +436,13 @@ def test_a_newer_model_takes_over_and_no_call_is_lost(trained, known_data, tmp_p
     # What was appended is durable, and the lock is free.
     with seqvault.open(tmp_path / "vault") as vault:
         vault.append(events_of(1, [1], [1], [1]))
+
+
+def test_it_can_be_stopped_while_programs_are_compiled(model, vault_path):
+    process = Process(f"--model={model.path}", f"--vault={vault_path}", "--read-only", "--port=0", "--grpc-port=0")
+    process.wait_for("compiling")
+    assert process.stop() == 0
+    assert not [line for line in process.log if '"ready"' in line]
 
 
 @pytest.mark.parametrize(

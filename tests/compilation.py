@@ -14,6 +14,9 @@ FLAGS = (
     "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters=true",
 )
 
+#: Environment of a process that compiles as users do, in spite of the above.
+AS_USERS_DO = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
+
 
 def compile_fast(cache: str) -> None:
     """From now on, in this process and in those that inherit its environment.

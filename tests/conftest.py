@@ -7,21 +7,18 @@ import os
 import shutil
 import tempfile
 
-import jax
 import numpy as np
 import pytest
 
 from laser_jax import vault as seqvault
 from laser_jax.requests import RequestsWriter, write_vocabulary
 from laser_jax.schema import Field, Schema
+from tests.compilation import compile_fast
 
-# Most of the suite's time is XLA compiling programs that run once; the door tests (e2e/) compile as users do.
-jax.config.update("jax_disable_most_optimizations", True)
-# And much of the rest is the same program again, in another run of the same small model.
+# One folder a worker of pytest-xdist, which the processes that its tests start share with it.
 PROGRAMS = tempfile.mkdtemp(prefix="laser_jax-programs-")
 atexit.register(shutil.rmtree, PROGRAMS, ignore_errors=True)
-jax.config.update("jax_compilation_cache_dir", PROGRAMS)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+compile_fast(PROGRAMS)
 
 USERS = np.array([-(2**40), -3, 0, 5, 17, 2**40, 2**62, 8, 9, 10, 11, 12])
 LENGTHS = np.array([0, 1, 5, 40, 60, 3, 25, 16, 17, 30, 50, 33])  # users[0] has no history at all

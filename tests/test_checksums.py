@@ -12,6 +12,7 @@ import pytest
 
 from laser_jax import checksums as module
 from laser_jax.checksums import checksums
+from tests.compilation import with_devices
 
 
 def arrays():
@@ -67,7 +68,7 @@ print(json.dumps(checksums(placed)))
 def test_any_sharding_gives_the_same():
     done = subprocess.run(
         [sys.executable, "-c", SHARDED],
-        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+        env={**os.environ, "XLA_FLAGS": with_devices(4)},
         capture_output=True,
         text=True,
         timeout=120,

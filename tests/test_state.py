@@ -18,6 +18,7 @@ from laser_jax.optim import OptimConfig, dense_optimizer
 from laser_jax.sharding import MeshConfig, make_mesh, spec
 from laser_jax.state import StateFactory
 from tests import dictionary_config
+from tests.compilation import with_devices
 from tests.few_steps import EXAMINED, LENGTH, REQUESTS, UNIQUE, WITH_DICTIONARY, few_steps
 from tests.small_config import get_config
 
@@ -88,11 +89,7 @@ def together(known_data, tmp_path_factory):
     out = str(tmp_path_factory.mktemp("meshes"))
     done = subprocess.run(
         [sys.executable, "-m", "tests.few_steps", known_data.path, "laser_plus", str(STEPS), ",".join(MESHES), out],
-        env={
-            **os.environ,
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        },
+        env={**os.environ, "XLA_FLAGS": with_devices(8)},
         capture_output=True,
         text=True,
         timeout=600,

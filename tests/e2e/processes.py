@@ -11,6 +11,7 @@ import jax
 from laser_jax.checkpoint import Checkpoints
 from laser_jax.sharding import MeshConfig, make_mesh
 from laser_jax.state import StateFactory
+from tests.compilation import with_devices
 from tests.small_config import get_config
 
 ENCODER = "laser_plus"
@@ -22,8 +23,7 @@ def environment(cache: str, devices: int = 1) -> dict[str, str]:
         **os.environ,
         "JAX_COMPILATION_CACHE_DIR": cache,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": with_devices(devices),
         "NPROC": "16",  # threads enough for the collectives of all devices
     }
 

@@ -129,8 +129,6 @@ def small(monkeypatch, tmp_path, known_data):
     monkeypatch.setitem(
         study.STANDARD, "small", ("tests/small_config.py", {"data.path": known_data.path, "data.epochs": 2})
     )
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "programs"))
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     return str(tmp_path / "root")
 
 

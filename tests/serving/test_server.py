@@ -20,6 +20,7 @@ from laser_jax import vault as seqvault
 from laser_jax.serving.export import export_model
 from laser_jax.serving.messages import MESSAGES, METHODS, SERVICE
 from laser_jax.serving.request_log import read_log
+from tests.compilation import AS_USERS_DO
 from tests.serving.test_ranker import events_of
 
 NEAR = dict(rtol=1e-5, atol=1e-5)
@@ -109,9 +110,9 @@ def vault_path(known_data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(model, vault_path):
-    process = Process(
-        f"--model={model.path}", f"--vault={vault_path}", *FEW, "--deadline-ms=60000", "--max-bytes=20000"
-    )
+    arguments = (f"--model={model.path}", f"--vault={vault_path}", *FEW, "--deadline-ms=60000", "--max-bytes=20000")
+    # Optimised, its programs must still score as the run did.
+    process = Process(*arguments, **AS_USERS_DO)
     try:
         yield process.start()
     finally:

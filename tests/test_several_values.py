@@ -14,6 +14,11 @@ from laser_jax.pipeline import BatchSource, DataConfig
 from laser_jax.requests import RequestsError, RequestsWriter
 from laser_jax.row_placement import DeviceShare, distinct_lines, padded_rows, places, rows_per_device
 from laser_jax.schema import Field, Schema
+from laser_jax.serving.export import Run, export_model, score_split
+from laser_jax.serving.exported import ExportedModel
+from laser_jax.sharding import MeshConfig, make_mesh
+from laser_jax.state import StateFactory
+from laser_jax.step import make_eval_step
 from tests.small_config import get_config
 
 TAGS, NUMBERS, WIDTH = 3, 2, 4
@@ -231,3 +236,18 @@ def test_lines_of_another_length_are_refused(tmp_path):
         writer.write(**given, candidates={"tags": np.zeros((2, 3), int)})
     with pytest.raises(RequestsError, match="no type of"):
         RequestsWriter(str(tmp_path / "other"), candidates={"tags": "int32[x]"})
+
+
+def test_what_is_exported_scores_them_alike(data, tmp_path):
+    config = get_config("laser_plus")
+    config.data.path, config.features = data[0], FEATURES
+    config.data.candidates = config.data.eval_candidates = C
+    factory = StateFactory(config.build_model, FEATURES, config.optim, make_mesh(MeshConfig()))
+    run = Run(config, factory.create(0), factory, 0, {})
+    export_model(run, str(tmp_path / "model"))
+    source, wanted = BatchSource(config.data, FEATURES, "test"), []
+    eval_step = make_eval_step(factory)
+    for batch in source.stream(0, source.num_batches):
+        wanted.append(np.asarray(eval_step(run.state, batch.step)[0])[batch.step["mask"]])
+    found, _ = score_split(ExportedModel(str(tmp_path / "model")), config, "test")
+    np.testing.assert_allclose(found, np.concatenate(wanted), rtol=1e-5, atol=1e-5)

@@ -30,7 +30,6 @@ import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import numpy as np
 
 from data.xhs_synthetic import XhsSynthetic
@@ -78,7 +77,7 @@ def export_untrained(encoder: str, out: str, seed: int = 0, version: str = "") -
     if encoder == "transformer":
         config.encoder.ffn = 1  # as in PAPER's comparison of costs
     factory = StateFactory(config.build_model, config.features, config.optim, make_mesh(MeshConfig()))
-    state = factory.create(jax.random.key(seed))
+    state = factory.create(seed)
     export_model(Run(config, state, factory, 0, config.features.dictionaries()), out, version=version)
 
 

@@ -48,17 +48,15 @@ class RankingServer:
         self.seconds = time.perf_counter() - start
         self.pid = self._process.pid
         # A full pipe would stop it.
-        threading.Thread(target=self._log.extend, args=(self._process.stderr,), daemon=True).start()
+        self._reader = threading.Thread(target=self._log.extend, args=(self._process.stderr,), daemon=True)
+        self._reader.start()
 
-    def close(self) -> None:
-        """Ends it by SIGTERM."""
-        self._process.terminate()
+    def close(self, number: int = signal.SIGTERM) -> None:
+        """Ends it by a signal."""
+        self._process.send_signal(number)
         self._process.wait()
-
-    def kill(self) -> None:
-        """Ends it by SIGKILL."""
-        self._process.send_signal(signal.SIGKILL)
-        self._process.wait()
+        self._reader.join()
+        self._process.stderr.close()
 
     @property
     def resident_bytes(self) -> int:

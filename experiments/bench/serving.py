@@ -39,12 +39,12 @@ from experiments.ranking_server import RankingServer, infer_request
 from laser_jax import vault as seqvault
 from laser_jax.serving.export import Run, export_model
 from laser_jax.serving.files import MANIFEST
+from laser_jax.serving.ranker import STAGES
 from laser_jax.sharding import MeshConfig, make_mesh
 from laser_jax.state import StateFactory
 
 CANDIDATES = (1, 10, 100, 500)
 EXPERIMENT = "experiments/xhs.py"
-STAGES = ("lookup", "assembly", "history", "scoring")
 #: Requests that a client takes turns with.
 REQUESTS = 500
 
@@ -146,11 +146,8 @@ class Served(RankingServer):
                 labels, value = line.split("{")[1].split("} ")
                 named = dict(pair.split("=") for pair in labels.replace('"', "").split(","))
                 found[named["stage"]].append((float(named["le"]), float(value)))
-        none = (np.zeros(0), np.zeros(0))
         return {
-            name: (1e3 * np.array([b for b, _ in pairs]), np.diff([count for _, count in pairs], prepend=0))
-            if pairs
-            else none
+            name: (1e3 * np.array([bound for bound, _ in pairs]), np.diff([count for _, count in pairs], prepend=0))
             for name, pairs in found.items()
         }
 

@@ -16,6 +16,7 @@ import asyncio
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 from collections import Counter
@@ -175,7 +176,7 @@ class Subject:
     async def restart(self, clients: Clients) -> None:
         server, self._server = self._server, None
         start = time.perf_counter()
-        server.kill()
+        server.close(signal.SIGKILL)
         clients.target = await asyncio.get_running_loop().run_in_executor(None, self.start)
         self.down_s = time.perf_counter() - start
 

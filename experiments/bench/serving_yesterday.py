@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from rocksdict import AccessType, Rdict
 
-from experiments.bench.vault_peers import SMALL_CACHE, key_of, rocksdb_options
+from experiments.bench.vault_peers import SMALL_CACHE, rocksdb_options
 from laser_jax import vault as seqvault
 from laser_jax.schema import Schema
 from laser_jax.serving import server
@@ -37,7 +37,7 @@ class JsonHistories:
 
     def get(self, user: int, n: int, before: int, fields: tuple[str, ...]) -> History:
         """As Vault.get."""
-        value = self._db.get(key_of(user))
+        value = self._db.get(str(user).encode())
         events = [] if value is None else json.loads(value)
         events = [event for event in events if event["time"] < before][-n:]
         types = {"time": np.dtype(np.int64)} | {name: self.schema.field(name).dtype for name in fields}
@@ -55,11 +55,11 @@ def fill(path: str, store: str) -> None:
     options.prepare_for_bulk_load()
     with seqvault.open(path) as vault:
         database = Rdict(store, options)
-        for user in sorted(vault.users().tolist()):
+        for user in vault.users().tolist():
             columns = vault.get(user, 1_000_000, fields=vault.schema.names).columns
             rows = zip(*(values.tolist() for values in columns.values()), strict=True)
             events = [dict(zip(columns, row, strict=True)) for row in rows]
-            database[key_of(user)] = json.dumps(events, separators=(",", ":")).encode()
+            database[str(user).encode()] = json.dumps(events, separators=(",", ":")).encode()
         database.compact_range(None, None)
         database.close()
 

@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from laser_jax.serving.batching import DeadlineError, OverloadedError
 from laser_jax.serving.endpoints import Endpoint
-from laser_jax.serving.ranker import RequestError
+from laser_jax.serving.ranker import STAGES, RequestError
 from laser_jax.serving.tensors import InferRequest, InputError
 from laser_jax.serving.user_cache import UserCache
 from laser_jax.vault.errors import SchemaError, UnavailableError
@@ -65,6 +65,8 @@ class Metrics:
         registry = self.registry
         self._calls = Histogram("laser_call_seconds", "of calls", ["model"], buckets=_SECONDS, registry=registry)
         self._stages = Histogram("laser_stage_seconds", "of a batch", ["stage"], buckets=_SECONDS, registry=registry)
+        for stage in STAGES:  # there from the start, with nothing in them
+            self._stages.labels(stage)
         self._answers = Counter("laser_answers", "by HTTP status", ["model", "status"], registry=registry)
         self._events = Counter("laser_events_appended", "through this server", registry=registry)
         self.waiting = Gauge("laser_calls_waiting", "in the queue", registry=registry)

@@ -16,6 +16,8 @@ from laser_jax.vault.partitions import Sequences
 
 #: Candidates of a request that are scored together; one with more is cut into pieces.
 MOST_CANDIDATES = 512
+#: What a batch's time is spent on: reading the vault, making arrays of it, both of these, and the model.
+STAGES = ("lookup", "assembly", "history", "scoring")
 
 
 class RequestError(ValueError):
@@ -88,8 +90,7 @@ class Ranker:
         Args:
           model, vault: as said.
           clock: seconds since 1970, for requests without a time.
-          observe: is told how long a batch took in each stage: "lookup" (in the vault), "assembly", "history" (both
-            of these) and "scoring".
+          observe: is told how long a batch took in each of STAGES.
           cache_bytes: budget of the user cache, 0 for none.
 
         Raises:

@@ -31,7 +31,7 @@ KNOBS: dict[str, dict[str, Any]] = {
     "transformer": {"encoder.layers": 2},
     "hstu": {"encoder.layers": 1},
     "stca": {"encoder.layers": 1},
-    "longer": {"encoder.group": 4},
+    "longer": {"encoder.group": 8},
 }
 
 

@@ -140,17 +140,14 @@ class TransformerLayer(nnx.Module):
 
     Args:
       width: d. heads: H. hidden: width of the feed-forward.
-      out_scale: of the two matrices that write to the residual stream, at init. tied: Wk := Wq at init: scores start
-        as similarities.
+      out_scale: of the two matrices that write to the residual stream, at init (0: both are silent).
     """
 
-    def __init__(self, width: int, heads: int, hidden: int, *, out_scale: float, tied: bool = False, rngs: nnx.Rngs):
+    def __init__(self, width: int, heads: int, hidden: int, *, out_scale: float, rngs: nnx.Rngs):
         if width % heads:
             raise ValueError(f"width={width} is not a multiple of heads={heads}")
         shape = (width, heads, width // heads)
         self.wq, self.wk, self.wv = (weight(rngs, shape) for _ in range(3))
-        if tied:
-            self.wk = nnx.Param(self.wq[...])
         self.wo = weight(rngs, (width, width), out_scale)
         self.ffn = FeedForward(width, hidden, rngs=rngs, out_scale=out_scale)
         self.norm_attention = nnx.LayerNorm(width, rngs=rngs)

@@ -17,7 +17,9 @@ from laser_jax.layers.self_attention import (
     counted_from_newest,
     relative_bias,
 )
-from laser_jax.models.base import SeqOut, SequenceEncoder, TokenSource
+from laser_jax.models.base import SeqOut, SequenceEncoder, TokenSource, residual_scale
+
+OWN_BIAS = -10.0  # of a row's score with itself, at init
 
 
 @dataclasses.dataclass
@@ -26,7 +28,8 @@ class HstuConfig:
 
     Attributes:
       layers: M. heads: H; keys and values have width d / H each.
-      tied: Wk := Wq at init: scores start as similarities.
+      tied: at init Wk := Wq, Wu := Wv := I and Wo in proportion to it: scores start as similarities, values as the
+        events themselves, and the gate as the candidate itself, so that their product tells what both have.
       block: events that attend at a time; only memory depends on it.
     """
 
@@ -40,8 +43,9 @@ class HstuConfig:
 
 
 class HstuEncoder(SequenceEncoder):
-    """One token: a candidate's row after the last layer. Events are at their ages, candidates at age 0, one place on.
+    """One token: what the layers added to a candidate's row, which the head sees already.
 
+    Events are at their ages, candidates at age 0, one place on.
     Weights are divided by N = history_length, a constant: the length of what comes in would rescale them with padding.
     """
 
@@ -67,10 +71,10 @@ class HstuEncoder(SequenceEncoder):
 
     def score(self, ctx, q, side) -> SeqOut:
         states, mask, age = ctx
-        x = q + self.unknown_action[...]
+        start = x = q + self.unknown_action[...]
         for layer, (k, v) in zip(self.layers, states, strict=True):
             x = layer.candidates(x, k, v, mask, age)
-        return SeqOut(tokens=x[:, :, None])
+        return SeqOut(tokens=(x - start)[:, :, None])
 
     def macs(self, candidates: int, length: int) -> tuple[int, int]:
         d = self.unknown_action.shape[0]
@@ -86,11 +90,20 @@ class HstuLayer(nnx.Module):
     def __init__(self, config: HstuConfig, width: int, history_length: int, *, rngs: nnx.Rngs):
         normal = nnx.initializers.normal(0.02)
         shape = (width, config.heads, width // config.heads)
-        self.wu, self.wv, self.wq = (nnx.Param(normal(rngs.params(), shape)) for _ in range(3))
-        self.wk = nnx.Param(self.wq[...] if config.tied else normal(rngs.params(), shape))
-        self.wo = weight(rngs, (width, width))
+        # Not the paper's N(0, .02): at these widths one pass does not bring what it makes of the history, a few
+        # hundredths of the row it is added to, to where the head could see it.
+        self.wu, self.wv, self.wq = (weight(rngs, shape) for _ in range(3))
+        self.wk = weight(rngs, shape)
+        scale = residual_scale(config.layers)
+        self.wo = weight(rngs, (width, width), scale)
+        if config.tied:
+            self.wk[...] = self.wq[...]
+            self.wu[...] = self.wv[...] = jnp.eye(width).reshape(shape)
+            self.wo[...] = scale * jnp.eye(width)
         # Distances 0 (a row to itself) to N (a candidate to the oldest event).
         self.by_distance = nnx.Param(normal(rngs.params(), (history_length + 1,)))
+        # Nothing is as similar to a row as itself: it would drown what the history says, by which candidates differ.
+        self.by_distance[...] = self.by_distance[...].at[0].set(OWN_BIAS)
         self.by_gap = nnx.Param(normal(rngs.params(), (TIME_BUCKETS,)))
         self.norm = nnx.LayerNorm(width, use_bias=False, use_scale=False, rngs=rngs)
 

@@ -5,6 +5,7 @@ global tokens: the candidate itself and a learned one (CLS).
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ from laser_jax.layers.self_attention import TransformerLayer, blockwise_softmax_
 from laser_jax.layers.target_attention import masked_softmax
 from laser_jax.models.base import SeqOut, SequenceEncoder, TokenSource, residual_scale
 
+OWN_BIAS = -10.0  # of globals' scores with each other, at init
+
 
 @dataclasses.dataclass
 class LongerConfig:
@@ -24,17 +27,20 @@ class LongerConfig:
     Attributes:
       group: Kg, adjacent events merged into one token, cut from the newest.
       newest: k, newest groups that attend and are attended to after the first layer, which reads all groups.
-      width_token: width of an event before merging. Groups are Kg times as wide whatever the width d of the other
-        models is, so match cost, not width; the global tokens are projected back to d.
-      layers: N. heads: H. ffn: hidden width of the feed-forwards over theirs.
+      width_token: width of an event before merging, None for that of the other models, d. Groups are Kg times as wide;
+        the global tokens are projected back to d.
+      layers: N. heads: H; as many as a group has events, each starts with a place of its own (see `tied`). ffn: hidden
+        width of the feed-forwards over theirs.
       inner: whether a small Transformer layer runs inside each group before merging.
-      tied: at init Wk := Wq where groups are read, and the candidate begins as a group of its own copies: scores start
-        as similarities, summed over a group's events.
+      tied: at init the candidate is a group of copies of what it would be as an event, and what globals read comes back
+        to d the way it went; scores are similarities of events at the same place of their groups (Wk := Wq, the same
+        for every place), and values the groups themselves (Wv := I, Wo in proportion to it), which are nothing but
+        their events, side by side, as long as the inner layer is silent.
     """
 
-    group: int = 8
+    group: int = 4
     newest: int = 100
-    width_token: int = 32
+    width_token: int | None = None
     layers: int = 2
     heads: int = 4
     ffn: int = 4
@@ -46,7 +52,7 @@ class LongerConfig:
 
 
 class LongerEncoder(SequenceEncoder):
-    """Two tokens, the candidate's and CLS's.
+    """Two tokens, what the layers added to the candidate's, which the head sees already, and to CLS.
 
     Globals see each other (of one candidate) and every group; a group sees groups at or before itself and no global.
     """
@@ -57,24 +63,38 @@ class LongerEncoder(SequenceEncoder):
         if config.layers < 1 or config.newest < 1:
             raise ValueError(f"layers={config.layers} and newest={config.newest} must be at least 1")
         self.config, self.width_in = config, width_in
-        event, merged = config.width_token, config.group * config.width_token
+        event = config.width_token or width
+        merged = config.group * event
         init = nnx.initializers.normal(0.02)
         self.w_event = weight(rngs, (width, event))
         self.b_event = nnx.Param(jnp.zeros((event,)))
         self.position = nnx.Param(init(rngs.params(), (history_length, event)))
 
-        def layer(width, num_layers, tied=False):
-            scale = residual_scale(num_layers)
-            return TransformerLayer(width, config.heads, config.ffn * width, out_scale=scale, tied=tied, rngs=rngs)
+        def layer(width, scale):
+            return TransformerLayer(width, config.heads, config.ffn * width, out_scale=scale, rngs=rngs)
 
-        self.inner = layer(event, 1) if config.inner else None
+        self.inner = layer(event, 0.0 if config.tied else residual_scale(1)) if config.inner else None
         self.w_candidate = weight(rngs, (width, merged))
-        if config.tied:
-            self.w_candidate = nnx.Param(jnp.tile(self.w_event[...], (1, config.group)))
         self.cls = nnx.Param(init(rngs.params(), (merged,)))
-        self.layers = nnx.List([layer(merged, config.layers, config.tied) for _ in range(config.layers)])
-        self.norm = nnx.LayerNorm(merged, rngs=rngs)
+        scale = residual_scale(config.layers)
+        self.layers = nnx.List([layer(merged, scale) for _ in range(config.layers)])
+        # A softmax has one first place. Nothing is as similar to a candidate as itself: it would hear itself only.
+        self.own_bias = nnx.Param(jnp.full((config.layers, config.heads), OWN_BIAS))
         self.w_out = weight(rngs, (merged, width))
+        if config.tied:
+            self._tie(scale, rngs)
+
+    def _tie(self, scale: float, rngs: nnx.Rngs) -> None:
+        """See `tied` of the config; `scale`: of what layers add."""
+        group, (width, event) = self.config.group, self.w_event.shape
+        self.w_event[...] = jnp.eye(width, event)
+        self.w_candidate[...] = jnp.tile(self.w_event[...], (1, group))
+        self.w_out[...] = jnp.tile(self.w_event[...].T, (group, 1)) / math.sqrt(group)
+        for layer in self.layers:
+            places = jnp.kron(jnp.eye(group), weight(rngs, (event, event))[...])
+            layer.wq[...] = layer.wk[...] = places.reshape(layer.wq.shape)
+            layer.wv[...] = jnp.eye(group * event).reshape(layer.wv.shape)
+            layer.wo[...] = scale * jnp.eye(group * event)
 
     def precompute(self, history: TokenSource, mask, age):
         x, alive = self.groups(history, mask)
@@ -104,15 +124,15 @@ class LongerEncoder(SequenceEncoder):
         return x.reshape(b, n, group * event), mask.any(axis=-1)
 
     def score(self, ctx, q, side) -> SeqOut:
-        candidate = q @ self.w_candidate[...]
-        x = jnp.stack([candidate, jnp.broadcast_to(self.cls[...], candidate.shape)], axis=2)  # [B, C, m, D]
-        for layer, (k, v, alive) in zip(self.layers, ctx, strict=True):
-            x = layer.update(x, _read(layer.queries(x), *layer.keys_values(x), k, v, alive))
-        return SeqOut(tokens=self.norm(x) @ self.w_out[...])
+        candidate = jax.nn.gelu(q) @ self.w_candidate[...]
+        start = x = jnp.stack([candidate, jnp.broadcast_to(self.cls[...], candidate.shape)], axis=2)  # [B, C, m, D]
+        for layer, own_bias, (k, v, alive) in zip(self.layers, self.own_bias[...], ctx, strict=True):
+            x = layer.update(x, _read(layer.queries(x), *layer.keys_values(x), own_bias, k, v, alive))
+        return SeqOut(tokens=(x - start) @ self.w_out[...])
 
     def macs(self, candidates: int, length: int) -> tuple[int, int]:
-        config, d = self.config, self.w_event.shape[0]
-        event, merged, m = config.width_token, config.group * config.width_token, self.num_tokens
+        config, m, (d, event) = self.config, self.num_tokens, self.w_event.shape
+        merged = config.group * event
         n = -(-length // config.group)
         newest = min(config.newest, n)
         once = length * d * (self.width_in + event)
@@ -126,17 +146,19 @@ class LongerEncoder(SequenceEncoder):
         return once, each
 
 
-def _read(q, own_k, own_v, k, v, alive):
+def _read(q, own_k, own_v, own_bias, k, v, alive):
     """Each candidate's globals over each other and the groups.
 
     Args:
-      q, own_k, own_v: [B, C, m, H, D / H], of the globals, q scaled; k, v: [B, n, H, D / H]; alive: [B, n].
+      q, own_k, own_v: [B, C, m, H, D / H], of the globals, q scaled; own_bias: [H], of their scores with each other.
+      k, v: [B, n, H, D / H]; alive: [B, n].
 
     Returns:
       [B, C, m, H, D / H].
     """
     m = q.shape[2]
-    scores = [jnp.einsum("bcmhk,bcohk->bcmho", q, own_k), jnp.einsum("bcmhk,bnhk->bcmhn", q, k)]
+    own = jnp.einsum("bcmhk,bcohk->bcmho", q, own_k) + own_bias[:, None]
+    scores = [own, jnp.einsum("bcmhk,bnhk->bcmhn", q, k)]
     seen = jnp.pad(alive, ((0, 0), (m, 0)), constant_values=True)[:, None, None, None]
     p = masked_softmax(jnp.concatenate(scores, axis=-1), seen)
     return jnp.einsum("bcmho,bcohv->bcmhv", p[..., :m], own_v) + jnp.einsum("bcmhn,bnhv->bcmhv", p[..., m:], v)

@@ -22,13 +22,17 @@ def transformer(module, h, mask, age, q):
     return target_attention(module.attention, q, _norm(module.norm, x), mask)[:, :, None]
 
 
-def layer_row(layer, x, seen):
-    """x += MHA(LN x over the LN of what it sees), x += FFN(LN x); heads as softmax by hand."""
+def layer_row(layer, x, seen, bias=None):
+    """x += MHA(LN x over the LN of what it sees), x += FFN(LN x); heads as softmax by hand.
+
+    bias: of heads by what is seen, added to the scores.
+    """
     wq, wk, wv = _array(layer.wq), _array(layer.wk), _array(layer.wv)
     query, keys = _norm(layer.norm_attention, x), [_norm(layer.norm_attention, row) for row in seen]
     heads = []
     for g in range(wq.shape[1]):
         scores = np.array([(query @ wq[:, g]) @ (key @ wk[:, g]) / math.sqrt(wq.shape[2]) for key in keys])
+        scores = scores if bias is None else scores + bias[g]
         e = np.exp(scores - scores.max())
         heads.append(sum(weight * (key @ wv[:, g]) for weight, key in zip(e / e.sum(), keys, strict=True)))
     x = x + np.concatenate(heads) @ _array(layer.wo)
@@ -37,13 +41,16 @@ def layer_row(layer, x, seen):
 
 
 def hstu(module, h, mask, age, q):
-    """One sequence [events; candidates]: an event sees the past, a candidate all real events and itself."""
+    """One sequence [events; candidates]: an event sees the past, a candidate all real events and itself.
+
+    Of a candidate's row, what the layers added to it.
+    """
     length, candidates = h.shape[1], q.shape[1]
     longest = len(module.layers[0].by_distance[...]) - 1
     place = [*range(length), *[length] * candidates]
     out = np.zeros((*q.shape[:2], 1, q.shape[2]))
     for b in range(len(h)):
-        x = np.concatenate([h[b], q[b] + _array(module.unknown_action)])
+        x = start = np.concatenate([h[b], q[b] + _array(module.unknown_action)])
         time = [*(-int(seconds) for seconds in age[b]), *[0] * candidates]
         for layer in module.layers:
             rows = [_hstu_projections(layer, row) for row in x]
@@ -59,7 +66,7 @@ def hstu(module, h, mask, age, q):
                         attended[g] += _silu(query[g] @ key[g] + bias) / longest * value[g]
                 y[i] += (u.reshape(-1) * _standard(attended.reshape(-1))) @ _array(layer.wo)
             x = y
-        out[b, :, 0] = x[length:]
+        out[b, :, 0] = (x - start)[length:]
     return out
 
 
@@ -90,8 +97,12 @@ def _swiglu(module, x):
 
 
 def longer(module, h, mask, age, q):
-    """Groups cut from the newest, each seeing itself and the past; globals see each other and every group."""
+    """Groups cut from the newest, each seeing itself and the past; globals see each other and every group.
+
+    The candidate goes through the events' MLP, without its bias; the result is what the layers added to the globals.
+    """
     config, length = module.config, h.shape[1]
+    width = module.w_event.shape[1]
     event = naive.gelu(h) @ _array(module.w_event) + _array(module.b_event)
     event = event + _array(module.position)[:length][::-1]
     out = np.zeros((*q.shape[:2], 2, q.shape[2]))
@@ -105,13 +116,16 @@ def longer(module, h, mask, age, q):
                 inside = [layer_row(module.inner, row, inside) for row in inside]
             if real:
                 rows = dict(zip(real, inside, strict=True))
-                groups[-back] = np.concatenate([rows.get(i, np.zeros(config.width_token)) for i in slots])
-        globals_ = [[row @ _array(module.w_candidate), _array(module.cls)] for row in q[b]]
-        for layer in module.layers:
-            globals_ = [[layer_row(layer, g, [*own, *groups.values()]) for g in own] for own in globals_]
+                groups[-back] = np.concatenate([rows.get(i, np.zeros(width)) for i in slots])
+        globals_ = [[naive.gelu(row) @ _array(module.w_candidate), _array(module.cls)] for row in q[b]]
+        start = np.array(globals_)
+        for layer, own_bias in zip(module.layers, _array(module.own_bias), strict=True):
+            # [H, seen]
+            bias = np.stack([[value] * 2 + [0.0] * len(groups) for value in own_bias])
+            globals_ = [[layer_row(layer, g, [*own, *groups.values()], bias) for g in own] for own in globals_]
             newest = [place for place in groups if place >= -config.newest]
             groups = {i: layer_row(layer, groups[i], [groups[j] for j in groups if j <= i]) for i in newest}
-        out[b] = _norm(module.norm, np.array(globals_)) @ _array(module.w_out)
+        out[b] = (np.array(globals_) - start) @ _array(module.w_out)
     return out
 
 

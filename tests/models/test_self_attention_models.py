@@ -8,7 +8,7 @@ from flax import nnx
 
 from laser_jax.models import encoder_config
 from tests.models import harness, naive, naive_attention
-from tests.models.harness import FEATURES, LONGEST, WIDTH, histories
+from tests.models.harness import FEATURES, LONGEST, SEGMENT, WIDTH, histories
 from tests.models.test_encoders import any_mask, assert_same
 
 FORMS = [
@@ -124,6 +124,28 @@ def test_hstu_bias_of_pairs_equals_a_loop():
     assert np.abs(other - got).max() > 1e-3  # ages count
 
 
+@pytest.mark.parametrize("name", ["hstu", "longer"])
+def test_a_candidate_is_not_drowned_by_itself_at_init(name):
+    # Of what its row becomes, most is from the history: with another one the row is another.
+    module = build(name)
+    x, _, age, q = histories(length=16)
+    mask = np.ones(x.shape[:2], bool)
+    first, second = (module(tokens(a), mask, age, q, {}).tokens[:, :, 0] for a in (x, x[::-1]))
+    assert np.corrcoef(np.ravel(first[0]), np.ravel(second[0]))[0, 1] < 0.9
+
+
+@pytest.mark.parametrize("name", ["hstu", "longer"])
+def test_a_candidate_that_was_met_before_is_told_from_a_new_one_at_init(name):
+    # By the plain sum of the products with the candidate that the head is given, before anything is learned.
+    width = 64
+    module = encoder_config(name).build(width_in=width, width=width, history_length=16, rngs=nnx.Rngs(0))
+    x = np.random.default_rng(0).normal(size=(8, 16, width)).astype(np.float32)
+    mask, age = np.ones((8, 16), bool), np.zeros((8, 16), np.int32)
+    h = harness.source(jnp.asarray(x), np.eye(width, dtype=np.float32))
+    met, new = ((module(h, mask, age, q, {}).tokens[:, :, 0] * q).sum(axis=-1) for q in (x, x[::-1]))
+    assert np.mean(np.asarray(met) > np.asarray(new)) > 0.8
+
+
 # --- STCA
 
 
@@ -209,6 +231,27 @@ def test_longer_reads_no_more_than_the_newest_groups_after_its_first_layer():
     module = build("longer", newest=2, layers=3)
     x, mask, age, _ = histories(length=20)
     assert [k.shape[1] for k, _, _ in kept(module, x, mask, age)] == [5, 2, 2]
+
+
+def test_longer_starts_as_attention_over_the_events_at_the_same_place_of_their_groups():
+    module = build("longer", width_token=None, heads=SEGMENT, layers=1)
+    assert module.w_event.shape == (WIDTH, WIDTH)
+    x, mask, age, _ = histories()
+    h = tokens(x)
+    groups, _ = module.groups(h, mask)
+    assert_same(groups.reshape(3, -1, WIDTH)[:, 2:][mask] - positions(module, mask), jax.nn.gelu(h.dense())[mask])
+    for layer in module.layers:
+        by_place = np.asarray(layer.wq[...]).reshape(SEGMENT, WIDTH, SEGMENT, WIDTH)
+        for place in range(SEGMENT):
+            assert (by_place[place, :, place] == by_place[0, :, 0]).all()
+            assert not np.delete(by_place[place], place, axis=1).any()
+        assert (layer.wk[...] == layer.wq[...]).all()
+
+
+def positions(module, mask):
+    """The position embedding of each real event."""
+    places = np.asarray(module.position[...])[: mask.shape[1]][::-1]
+    return np.broadcast_to(places, (len(mask), *places.shape))[mask]
 
 
 # --- all

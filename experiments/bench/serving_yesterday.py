@@ -44,6 +44,9 @@ class JsonHistories:
         columns = {name: np.fromiter(map(itemgetter(name), events), dtype) for name, dtype in types.items()}
         return History(columns, lambda name: None, self.next_sequence, len(events) < n)
 
+    def refresh(self) -> None:
+        """Nobody writes."""
+
     def close(self) -> None:
         self._db.close()
 

@@ -15,8 +15,11 @@ them (python -m laser_jax.vault serve). The comparisons:
   day      with events that arrive a day late, against at once
 
 CTR is clicks by impressions; "expected" takes the teacher's probabilities for the draws, which is the same but for less
-noise; reward is expected clicks a request. Intervals are by bootstrap over users, 95 %. Models are trained on first use
-by the standard run of experiments/paper (one pass, d=64). Writes ROOT/online.md and ROOT/online.csv.
+noise; reward is expected clicks a request. Intervals are by bootstrap over users, 95 %. The users of the first arm are
+the same ones in every comparison, with the same luck: what becomes of them differs from a/a by what ranks for them
+alone, and the row "same users" says by how much. Models are trained on first use by the standard run of
+experiments/paper (one pass, d=64). Writes ROOT/online.md and ROOT/online.csv; the same command again goes on where it
+stopped.
 """
 
 import argparse
@@ -88,11 +91,16 @@ class Played:
     clicks: np.ndarray
     expected: np.ndarray
 
-    def rate(self, arm: int, of: str) -> np.ndarray:
-        """A mean by impressions, and the same under resamples of users: [1 + RESAMPLES]."""
+    def rate(self, arm: int, of: str, without: "Played | None" = None) -> np.ndarray:
+        """A mean by impressions, and the same under resamples of users: [1 + RESAMPLES].
+
+        Args:
+          of: "clicks" or "expected". without: what is taken away, request by request, of the same ones.
+        """
         mine = self.arms == arm
         _, group = np.unique(self.users[mine], return_inverse=True)
-        total = np.bincount(group, getattr(self, of)[mine])
+        values = getattr(self, of)[mine] - (0 if without is None else getattr(without, of)[mine])
+        total = np.bincount(group, values)
         requests = np.bincount(group)
         rng = np.random.default_rng(arm)
         draws = rng.multinomial(len(total), np.full(len(total), 1 / len(total)), RESAMPLES)
@@ -277,8 +285,8 @@ def compare(world: World, arms: tuple[Arm, Arm], paths: dict[str, str], base: st
         shutil.rmtree(path, ignore_errors=True)
 
 
-def rows_of(name: str, arms: tuple[Arm, Arm], played: Played) -> list[list[str]]:
-    """Of the table: both arms, and their difference."""
+def rows_of(name: str, arms: tuple[Arm, Arm], played: Played, same: Played | None = None) -> list[list[str]]:
+    """Of the table: both arms, their difference and, given what became of the same users in a/a, theirs from that."""
     rows, rates = [], {}
     for number, arm in enumerate(arms):
         mine = played.arms == number
@@ -291,7 +299,13 @@ def rows_of(name: str, arms: tuple[Arm, Arm], played: Played) -> list[list[str]]
     for of in ("clicks", "expected"):
         cells += _with_interval(rates[of, 1] - rates[of, 0])
     reward = SHOWN * (rates["expected", 1] - rates["expected", 0])[0] / 100
-    return [*rows, [*cells, f"{reward:+.4f}"]]
+    rows.append([*cells, f"{reward:+.4f}"])
+    if same is not None:
+        found = {of: 100 * played.rate(0, of, same) for of in ("clicks", "expected")}
+        cells = [name, f"same users: {arms[0].label} - laser_plus", "", ""]
+        cells += [cell for values in found.values() for cell in _with_interval(values)]
+        rows.append([*cells, f"{SHOWN * found['expected'][0] / 100:+.4f}"])
+    return rows
 
 
 def _with_interval(values: np.ndarray) -> list[str]:
@@ -320,9 +334,18 @@ def main() -> None:
     if not os.path.exists(base):
         before_the_test(world, base)
     rows: list[list[str]] = []
+    first: Played | None = None
     for name in names:
         print(f"{name}: {' against '.join(arm.label for arm in COMPARISONS[name])}", flush=True)
-        rows += rows_of(name, COMPARISONS[name], compare(world, COMPARISONS[name], paths, base, args.seed))
+        stored = os.path.join(args.root, f"{name.replace('/', '')}-{args.requests}-{args.seed}.npz")
+        if os.path.exists(stored):
+            with np.load(stored) as file:
+                played = Played(**file)
+        else:
+            played = compare(world, COMPARISONS[name], paths, base, args.seed)
+            np.savez(stored, **vars(played))
+        rows += rows_of(name, COMPARISONS[name], played, first)
+        first = played if name == "a/a" else first
         lines = [" | ".join(HEAD), "|".join(["---"] * len(HEAD)), *(" | ".join(row) for row in rows)]
         text = "\n".join(f"| {line} |" if "---" not in line else f"|{line}|" for line in lines)
         with open(os.path.join(args.root, "online.md"), "w", encoding="utf-8") as file:

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import sys
 import threading
 import time
 from collections import deque
@@ -35,12 +36,22 @@ class Batcher:
       waiting: requests that nobody scores yet.
     """
 
-    def __init__(self, answer: Callable[[list[Any]], list[Any]], most: int, queue: int):
+    def __init__(
+        self,
+        answer: Callable[[list[Any]], list[Any]],
+        most: int,
+        queue: int,
+        size_of: Callable[[Any], int] = lambda request: 1,
+        most_size: int = sys.maxsize,
+    ):
         """
         Args:
           answer: a batch of requests -> an answer each. most: requests of a batch. queue: requests that may wait.
+          size_of: a request -> its size. most_size: of the requests of a batch together, but for a single one: whoever
+            is small does not wait for whoever is large.
         """
         self._answer, self._most, self._queue_size = answer, most, queue
+        self._size_of, self._most_size = size_of, most_size
         self._queue: deque[_Item] = deque()
         self._condition = threading.Condition()
         self._closing = False
@@ -86,12 +97,23 @@ class Batcher:
                     self._condition.wait()
                 if not self._queue:
                     return
-                items = [self._queue.popleft() for _ in range(min(self._most, len(self._queue)))]
+                items = self._next()
             now = time.monotonic()
             # Whoever gave up has been told.
             items = [item for item in items if item.deadline > now]
             if items:
                 self._finish(items)
+
+    def _next(self) -> list[_Item]:
+        """A batch, taken off the queue."""
+        items = [self._queue.popleft()]
+        size = self._size_of(items[0].request)
+        while self._queue and len(items) < self._most:
+            size += self._size_of(self._queue[0].request)
+            if size > self._most_size:
+                break
+            items.append(self._queue.popleft())
+        return items
 
     def _finish(self, items: list[_Item]) -> None:
         try:

@@ -20,8 +20,10 @@ from laser_jax.vault.history import Histories
 
 #: Requests that are scored together are padded to one of these numbers,
 BATCHES = (1, 2, 4, 8, 16, 32)
-#: and so are (request, candidate) pairs at most, but for a single request: more of them are no faster together.
-MOST_PAIRS = 1024
+#: and so are (request, candidate) pairs at most, but for a single request: what does not fit a CPU's caches is slower
+#: together than one by one.
+MOST_PAIRS = {"cpu": 128}
+MOST_PAIRS_ELSEWHERE = 2048
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,9 +239,14 @@ class ExportedModel:
         """What a number of candidates is padded to."""
         return self._sizes(candidates)[-1]
 
+    @property
+    def most_pairs(self) -> int:
+        """How many candidates of all requests together are scored at once, but for a single request's."""
+        return MOST_PAIRS.get(jax.default_backend(), MOST_PAIRS_ELSEWHERE)
+
     def most_requests(self, candidates: int) -> int:
         """How many requests of so many candidates are scored together, at most."""
-        return max(size for size in BATCHES if size == 1 or size * self.padded(candidates) <= MOST_PAIRS)
+        return max(size for size in BATCHES if size == 1 or size * self.padded(candidates) <= self.most_pairs)
 
     def _sizes(self, candidates: int) -> list[int]:
         """What numbers of candidates are padded to, up to this one."""

@@ -196,6 +196,10 @@ class Ranker:
             for position in range(len(requests))
         ]
 
+    def size_of(self, request: RankRequest) -> int:
+        """Of a checked request among others: what its number of candidates is padded to."""
+        return self.model.padded(_count(request.candidates))
+
     def _groups(self, requests: list[RankRequest]) -> list[list[tuple[int, int, int]]]:
         """(request, first candidate, behind the last) of what is scored together: alike in number of candidates."""
         by_size: dict[int, list[tuple[int, int, int]]] = {}

@@ -35,6 +35,9 @@ from laser_jax.serving.request_log import RequestLog
 logger = logging.getLogger("laser_jax.serving")
 #: Seconds between two words about programs that are being compiled.
 _TELL_S = 5
+_SWITCH_S = 0.0005
+#: Seconds until events of another process are seen.
+_FOLLOW_S = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +132,7 @@ class Server:
             "http": f"http{secure}://{settings.host}:{listening.getsockname()[1]}",
             "grpc": f"{settings.host}:{port}",
         }
-        watching = None
+        watching: list[asyncio.Task] = []
         try:
             try:
                 endpoint = await loop.run_in_executor(None, self._open)
@@ -139,14 +142,16 @@ class Server:
             if not settings.read_only:
                 self.catalog.put(AppendEndpoint(self._vault, self.metrics.appended))
             logger.info("ready", extra={"data": {"model": self._path, **self.addresses}})
-            watching = asyncio.create_task(self._watch())
+            watching = [asyncio.create_task(self._watch())]
+            if settings.read_only and self._vault.local:
+                watching.append(asyncio.create_task(self._follow()))
             await self._stop.wait()
         finally:
             self.catalog.stopping = True
-            if watching is not None:
-                watching.cancel()
+            for task in watching:
+                task.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
-                    await watching
+                    await task
             web.should_exit = True
             await remote.stop(settings.deadline_s)
             await serving
@@ -216,6 +221,19 @@ class Server:
             except (ModelError, ValueError, OSError, seqvault.VaultError) as error:
                 failed = path
                 logger.error("a newer model cannot be loaded: %s", error, extra={"data": {"model": path}})
+
+    async def _follow(self) -> None:
+        """Sees what another process writes into the vault."""
+        loop, failing = asyncio.get_running_loop(), False
+        while True:
+            await asyncio.sleep(_FOLLOW_S)
+            try:
+                await loop.run_in_executor(None, self._vault.refresh)
+                failing = False
+            except seqvault.VaultError as error:
+                if not failing:
+                    logger.error("the vault cannot be followed: %s", error)
+                failing = True
 
     def _close(self) -> None:
         self.catalog.close()
@@ -313,7 +331,7 @@ def main(arguments: list[str] | None = None, open_vault: Callable[..., Any] = se
     add("--max-bytes", type=int, default=default.max_bytes, help="of a call")
     add("--max-candidates", type=int, default=default.max_candidates, help="of a call")
     add("--max-batch", type=int, default=default.max_batch, help="calls that are scored together")
-    add("--read-only", action="store_true", help="take no events")
+    add("--read-only", action="store_true", help="take no events; those that another process appends are seen")
     add("--request-log", help="directory for what is asked and answered, see laser_jax.serving.replay")
     add("--user-cache", type=int, default=default.user_cache_bytes >> 20, help="MiB for what was read of users")
     args = parser.parse_args(arguments)
@@ -341,6 +359,8 @@ def main(arguments: list[str] | None = None, open_vault: Callable[..., Any] = se
     )
     if settings.token is None and settings.host not in ("127.0.0.1", "localhost", "::1"):
         logger.warning("anybody who reaches %s may rank and append: set LASER_TOKEN", settings.host)
+    # The loop that hears calls and the thread that ranks share Python's lock: neither is to wait 5 ms for it.
+    sys.setswitchinterval(_SWITCH_S)
     started = time.monotonic()
     try:
         asyncio.run(serve(settings, open_vault))

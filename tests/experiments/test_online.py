@@ -63,4 +63,9 @@ def test_a_difference_shows_where_there_is_one_only():
     for rows, low, high in ((same, -3, 0), (other, 2, 5)):
         bounds = [float(bound) for bound in rows[2][5].split(" .. ")]
         assert low < bounds[0] < bounds[1] and (bounds[0] > 0) == (high == 5), rows
+    # The same users with other luck: pairs know better than halves do.
+    base = played(np.array([0.3, 0.3]))
+    worse = Played(base.users, base.arms, base.clicks, base.expected - 0.03)
+    pair = rows_of("day", COMPARISONS["day"], worse, base)[3]
+    assert float(pair[4]) == 0 and float(pair[6]) == -1.0 and pair[7] == "-1.00 .. -1.00" and pair[8] == "-0.0300"
     assert [float(bound) for bound in (rows[2][6], *rows[2][7].split(" .. "))] == [0, 0, 0]

@@ -439,6 +439,28 @@ def test_a_newer_model_takes_over_and_no_call_is_lost(trained, known_data, tmp_p
         vault.append(events_of(1, [1], [1], [1]))
 
 
+def test_a_reader_sees_what_another_process_appends(model, known_data, tmp_path):
+    shutil.copytree(os.path.join(known_data.path, "vault"), tmp_path / "vault")
+    row, server = (
+        known_data.requests["test"][3],
+        Process(f"--model={model.path}", f"--vault={tmp_path}/vault", *FEW, "--read-only"),
+    )
+    try:
+        server.start()
+        request = asked(row, user=tensor("user", "INT64", [66_000]), time=None)
+        path = f"/v2/models/{model.name}/infer"
+        assert outputs(call(server, path, request)[2])["events"] == [0]
+        with seqvault.open(tmp_path / "vault") as writer:
+            writer.append(events_of(66_000, [500], row["item"][:1], row["category"][:1]))
+            deadline = time.monotonic() + 20
+            while outputs(call(server, path, request)[2])["events"] != [1]:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+        assert call(server, "/v2/models/append/infer", {"inputs": []})[0] == 404
+    finally:
+        assert server.stop() == 0
+
+
 def test_it_can_be_stopped_while_programs_are_compiled(model, vault_path):
     process = Process(f"--model={model.path}", f"--vault={vault_path}", "--read-only", "--port=0", "--grpc-port=0")
     process.wait_for("compiling")

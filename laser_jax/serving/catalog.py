@@ -93,8 +93,10 @@ class Metrics:
 
     def watch_cache(self, cache: UserCache) -> None:
         """Shows the figures of the user cache of the model that serves."""
-        for name, attribute in (("hits",) * 2, ("extended",) * 2, ("misses",) * 2, ("bytes", "num_bytes")):
-            self._cache[name].set_function(lambda attribute=attribute: getattr(cache, attribute))
+        self._cache["hits"].set_function(lambda: cache.hits)
+        self._cache["extended"].set_function(lambda: cache.extended)
+        self._cache["misses"].set_function(lambda: cache.misses)
+        self._cache["bytes"].set_function(lambda: cache.num_bytes)
 
     def appended(self, events: int) -> None:
         """So many events came in."""

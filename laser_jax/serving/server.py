@@ -179,8 +179,10 @@ class Server:
         ranker = Ranker(
             ExportedModel(path), self._vault, observe=self.metrics.stage, cache_bytes=settings.user_cache_bytes
         )
-        shapes = ranker.compile(settings.max_batch, settings.max_candidates, self._compiling)
-        endpoint = RankEndpoint(ranker, settings.queue, settings.max_candidates, settings.max_batch, self._log)
+        # What is padded to more than `max_batch` calls has no program.
+        most_calls = max(size for size in BATCHES if size <= settings.max_batch)
+        shapes = ranker.compile(most_calls, settings.max_candidates, self._compiling)
+        endpoint = RankEndpoint(ranker, settings.queue, settings.max_candidates, most_calls, self._log)
         told = {"model": path, "version": endpoint.version, "shapes": shapes, "seconds": time.monotonic() - started}
         logger.info("loaded", extra={"data": told})
         self._path = path
@@ -218,6 +220,8 @@ class Server:
                 path = newest_model(self.settings.model)
                 if path not in (self._path, failed):
                     await self._take_over(await loop.run_in_executor(None, self._load, path))
+            except _StoppedError:
+                return
             except (ModelError, ValueError, OSError, seqvault.VaultError) as error:
                 failed = path
                 logger.error("a newer model cannot be loaded: %s", error, extra={"data": {"model": path}})

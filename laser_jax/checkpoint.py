@@ -4,10 +4,12 @@ A checkpoint is the state and the dictionaries of ids, as of the same step. Besi
 which orbax does not keep: a flipped bit in an array reads back as wrong data.
 """
 
+import contextlib
 import logging
 import os
 import pathlib
 import zlib
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -28,6 +30,19 @@ class CheckpointError(ValueError):
 
 # What orbax and tensorstore raise for files that are damaged or missing.
 _UNREADABLE = (ValueError, KeyError, AttributeError, TypeError, OSError)
+
+
+@contextlib.contextmanager
+def reading(path: str) -> Iterator[None]:
+    """Turns what orbax raises for damaged files into a CheckpointError that names `path`."""
+    try:
+        yield
+    except Exception as error:
+        # For an array that does not decode orbax raises a bare Exception.
+        cause = error.__cause__ if type(error) is Exception else error
+        if not isinstance(cause, _UNREADABLE):
+            raise
+        raise CheckpointError(f"{path} cannot be read: {str(cause)[:500]}") from error
 
 
 Ids = dict[str, IdDictionary]
@@ -115,10 +130,10 @@ class Checkpoints:
         """
         failure, found = None, None
         try:
-            found = self._read(step, abstract)
-        except _UNREADABLE as error:
-            failure = CheckpointError(f"{self.path}/{step} cannot be read: {str(error)[:500]}")
-            failure.__cause__ = error  # raised below, when the others know
+            with reading(f"{self.path}/{step}"):
+                found = self._read(step, abstract)
+        except CheckpointError as error:
+            failure = error  # raised below, when the others know
         if hosts.agree([int(failure is not None)]) != [0]:
             raise failure or CheckpointError(f"{self.path}/{step} cannot be read by another process")
         state, ids, saved = found

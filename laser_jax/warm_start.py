@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from laser_jax.checkpoint import CheckpointError, ids_checksums
+from laser_jax.checkpoint import CheckpointError, ids_checksums, reading
 from laser_jax.checksums import checksums
 from laser_jax.features import FeatureConfig, table_of
 from laser_jax.id_dictionary import IdDictionary
@@ -98,7 +98,7 @@ class _Run:
             raise WarmStartError(f"{folder} holds no checkpoint to begin with")
         self.step = max(steps)
         self._path = os.path.join(folder, str(self.step))
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        with reading(self._path), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             self.shapes = checkpointer.metadata(os.path.join(self._path, "state")).item_metadata.tree
 
     def fields(self) -> dict[str, dict[str, dict[str, Any]]]:
@@ -119,7 +119,7 @@ class _Run:
             restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
             partial_restore=True,
         )
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        with reading(self._path), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             return checkpointer.restore(os.path.join(self._path, item), args=args)
 
     def verify(self, restored: dict[str, Any]) -> None:
@@ -128,7 +128,7 @@ class _Run:
             self._compare(checksums(arrays), f".{part}")
 
     def _compare(self, found: dict[str, int], prefix: str) -> None:
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+        with reading(self._path), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
             saved = checkpointer.restore(os.path.join(self._path, "checksums"))
         for name, value in found.items():
             if saved.get(f"{prefix}{name}") != value:

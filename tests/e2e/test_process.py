@@ -10,6 +10,7 @@ import pytest
 
 from tests.e2e import processes
 from tests.e2e.processes import final_state, finish, read, said, start, steps_saved, wait_for_a_checkpoint
+from tests.test_train import flip_a_bit_of_the_largest_chunk
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +58,12 @@ def test_sigterm_saves_where_it_stands_and_ends_well(known_data, environment, tm
     stopped = steps_saved(workdir)[-1]
     assert f"stopped: SIGTERM at step {stopped}; the same command goes on from step {stopped}" in said(workdir)
     assert not os.path.exists(os.path.join(workdir, "results.json"))
+
+    for step in steps_saved(workdir):
+        flip_a_bit_of_the_largest_chunk(f"{workdir}/checkpoints/{step}", part=0)  # it does not even decode
+    process = start(environment, workdir, *flags)
+    assert process.wait(300) == 1
+    assert "no checkpoint of" in said(workdir) and "give another --workdir" in said(workdir)
 
 
 def test_a_misspelt_field_and_an_unknown_encoder_stop_the_process_and_write_nothing(known_data, environment, tmp_path):

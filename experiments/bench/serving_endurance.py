@@ -13,6 +13,7 @@ The last line is one JSON object; the exit status is 1 if an answer was wrong or
 
 import argparse
 import asyncio
+import dataclasses
 import json
 import os
 import shutil
@@ -217,40 +218,84 @@ async def run(folder: str, clients: Clients, subject: Subject, minutes: float) -
     return {"saturation": saturation, "rate": rate}
 
 
+@dataclasses.dataclass(frozen=True)
+class Answered:
+    """Some answers of one version of the model, and what was asked.
+
+    Attributes:
+      users, times, seen: of each answer: whose, at what time, and the sequence number behind what it saw.
+    """
+
+    users: np.ndarray
+    times: np.ndarray
+    seen: np.ndarray
+    ask: Asked
+    logits: np.ndarray
+
+    @classmethod
+    def of(cls, model: ExportedModel, part: list[tuple[int, dict[str, np.ndarray]]], asked: list[dict]) -> "Answered":
+        """`part` is pairs of an answer's number in `asked`, and what it said."""
+        columns = {
+            side: {
+                field.name: np.concatenate([asked[number][f"{side}.{field.name}"] for number, _ in part])
+                for field in fields
+            }
+            for side, fields in (("candidates", model.features.item), ("context", model.features.context))
+        }
+        times = np.array([found["time"][0] for _, found in part])
+        return cls(
+            np.array([asked[number]["user"][0] for number, _ in part]),
+            times,
+            np.array([found["as_of"][0] for _, found in part]),
+            Asked(times, np.arange(len(part) + 1) * CANDIDATES, columns["candidates"], columns["context"]),
+            np.concatenate([found["logit"] for _, found in part]),
+        )
+
+    def far(self, model: ExportedModel, vault: Any, before: np.ndarray) -> tuple[np.ndarray, float]:
+        """Which answers are not the score by the events before these times, and the largest difference."""
+        histories = vault.gather(self.users, before, model.history_length, as_of=self.seen, fields=model.event_fields)
+        wanted = model.score(histories, self.ask)
+        difference = np.abs(wanted - self.logits)
+        far = difference > TOLERANCE * (1 + np.abs(wanted))
+        return far.reshape(-1, CANDIDATES).any(axis=1), float(difference.max())
+
+    def noticed(self, model: ExportedModel, vault: Any) -> list[bool]:
+        """Of each answer of a user with events: whether it would be far off if the newest event had been missed."""
+        newest = vault.gather(self.users, self.times, 1, as_of=self.seen, fields=())
+        has = np.diff(newest.offsets) > 0
+        before = self.times.copy()
+        before[has] = newest.columns["time"]
+        return self.far(model, vault, before)[0][has].tolist()
+
+
 def wrong_answers(clients: Clients, requests: list[bytes], vault: Any, models: list[str]) -> dict[str, Any]:
-    """Every answer scored anew: how many differ, the largest difference, and how many each version gave."""
+    """Every answer scored anew: how many differ, the largest difference, and how many each version gave.
+
+    And, of every tenth batch: the share of the answers that would be found wrong if their newest event had been missed.
+    """
     by_version: dict[str, list[tuple[int, dict[str, np.ndarray]]]] = {}
     for number, response in clients.answers:
         version = MESSAGES["ModelInferResponse"].FromString(response).model_version
         by_version.setdefault(version, []).append((number, outputs_of(response)))
     asked = [_columns(request) for request in requests]
-    wrong, farthest = 0, 0.0
+    wrong, farthest, noticed = 0, 0.0, []
     for path in models:
         model = ExportedModel(path)
         answers = by_version.get(model.version, [])
         for start in range(0, len(answers), BATCHES[-1]):
-            part = answers[start : start + BATCHES[-1]]
-            users = np.array([asked[number]["user"][0] for number, _ in part])
-            times = np.array([found["time"][0] for _, found in part])
-            seen = np.array([found["as_of"][0] for _, found in part])
-            histories = vault.gather(users, times, model.history_length, as_of=seen, fields=model.event_fields)
-            columns = {
-                side: {
-                    field.name: np.concatenate([asked[number][f"{side}.{field.name}"] for number, _ in part])
-                    for field in fields
-                }
-                for side, fields in (("candidates", model.features.item), ("context", model.features.context))
-            }
-            offsets = np.arange(len(part) + 1) * CANDIDATES
-            wanted = model.score(histories, Asked(times, offsets, columns["candidates"], columns["context"]))
-            found = np.concatenate([found["logit"] for _, found in part])
-            difference = np.abs(wanted - found)
-            far = difference > TOLERANCE * (1 + np.abs(wanted))
-            wrong += int(far.reshape(-1, CANDIDATES).any(axis=1).sum())
-            farthest = max(farthest, float(difference.max()))
+            some = Answered.of(model, answers[start : start + BATCHES[-1]], asked)
+            far, difference = some.far(model, vault, some.times)
+            wrong, farthest = wrong + int(far.sum()), max(farthest, difference)
+            if start // BATCHES[-1] % 10 == 0:
+                noticed += some.noticed(model, vault)
             if start // BATCHES[-1] % 100 == 0:
                 tell(f"version {model.version}: {start:,} of {len(answers):,} scored anew, {wrong} wrong")
-    return {"wrong": wrong, "farthest": farthest, "versions": {name: len(some) for name, some in by_version.items()}}
+    return {
+        "wrong": wrong,
+        "farthest": farthest,
+        "noticed": float(np.mean(noticed)),
+        "versions": {name: len(some) for name, some in by_version.items()},
+    }
 
 
 def _columns(request: bytes) -> dict[str, np.ndarray]:
@@ -301,7 +346,9 @@ def main() -> int:
         damages, after = vault.verify(), vault.stats()
         lost, twice = lost_events(clients, vault)
         answers = wrong_answers(clients, requests, vault, [f"{folder}/models/1", f"{folder}/models/2"])
-    growth = [(max(sizes) - sizes[min(20, len(sizes) - 1)]) / 2**20 for sizes in subject.resident if sizes]
+    early = [np.median(sizes[20:40] or sizes) for sizes in subject.resident]
+    growth = [(np.median(sizes[-20:]) - base) / 2**20 for sizes, base in zip(subject.resident, early, strict=True)]
+    peak = [(max(sizes) - base) / 2**20 for sizes, base in zip(subject.resident, early, strict=True)]
     appended = sum(len(events["time"]) for events in clients.acknowledged)
     print(f"\n{len(clients.answers):,} answers at {rates['rate']:.0f} a second of {rates['saturation']:.0f} possible")
     print(f"by version {answers['versions']}; not answered: {dict(clients.refused)}")
@@ -309,7 +356,9 @@ def main() -> int:
     print(f"{answers['wrong']} wrong, logits differ by {answers['farthest']:.1e} at most")
     print(f"{appended:,} events acknowledged, {clients.again} batches sent again, {lost} lost, {twice} there twice")
     print(f"vault: {before} -> {after}, damages: {damages or 'none'}")
-    print(f"memory above that after 20 s, MiB, of each process: {', '.join(f'{size:.0f}' for size in growth)}")
+    print(f"{answers['noticed']:.1%} would have been found wrong without their newest event")
+    print("memory of each process, its last 20 s above those after 20 s, and its most above them (two models), MiB:")
+    print(", ".join(f"{last:.0f} and {most:.0f}" for last, most in zip(growth, peak, strict=True)))
     result = {
         "answers": len(clients.answers),
         "wrong": answers["wrong"],
@@ -321,7 +370,9 @@ def main() -> int:
         "down_s": round(subject.down_s, 1),
         "p50_ms": round(float(np.percentile(clients.milliseconds, 50)), 2),
         "p99_ms": round(float(np.percentile(clients.milliseconds, 99)), 2),
+        "missing_event_noticed": round(answers["noticed"], 4),
         "memory_growth_mb": round(max(growth), 1),
+        "memory_peak_mb": round(max(peak), 1),
         "budget_mb": USER_CACHE_MB + (seqvault.CACHE_BYTES >> 20) + (WRITING.tail_bytes >> 20),
     }
     print(json.dumps(result))

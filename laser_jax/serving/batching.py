@@ -30,7 +30,9 @@ class _Item:
 
 
 class Batcher:
-    """Hands what waits to one thread, in the order of coming.
+    """Hands what waits to some threads, in the order of coming.
+
+    A thread that is free takes what waits at once, and leaves to the others that are free their share of it.
 
     Attributes:
       waiting: requests that nobody scores yet.
@@ -43,20 +45,26 @@ class Batcher:
         queue: int,
         size_of: Callable[[Any], int] = lambda request: 1,
         most_size: int = sys.maxsize,
+        threads: int = 1,
     ):
         """
         Args:
           answer: a batch of requests -> an answer each. most: requests of a batch. queue: requests that may wait.
           size_of: a request -> its size. most_size: of the requests of a batch together, but for a single one: whoever
             is small does not wait for whoever is large.
+          threads: batches that are answered at a time.
         """
         self._answer, self._most, self._queue_size = answer, most, queue
         self._size_of, self._most_size = size_of, most_size
         self._queue: deque[_Item] = deque()
         self._condition = threading.Condition()
         self._closing = False
-        self._thread = threading.Thread(target=self._run, name="ranker", daemon=True)
-        self._thread.start()
+        self._free = 0
+        self._threads = [
+            threading.Thread(target=self._run, name=f"ranker-{number}", daemon=True) for number in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def waiting(self) -> int:
@@ -78,23 +86,28 @@ class Batcher:
                 raise OverloadedError(f"{len(self._queue)} requests wait, more are not taken: try again in a moment")
             self._queue.append(item)
             self._condition.notify()
+        # Much cheaper than asyncio.wait_for, which makes two more futures.
+        timer = loop.call_later(max(deadline - time.monotonic(), 0), _expire, item.future)
         try:
-            return await asyncio.wait_for(item.future, max(deadline - time.monotonic(), 0))
-        except TimeoutError as error:
-            raise DeadlineError("the time was up before the request was scored") from error
+            return await item.future
+        finally:
+            timer.cancel()
 
     def close(self) -> None:
         """Answers what waits, and takes no more."""
         with self._condition:
             self._closing = True
-            self._condition.notify()
-        self._thread.join()
+            self._condition.notify_all()
+        for thread in self._threads:
+            thread.join()
 
     def _run(self) -> None:
         while True:
             with self._condition:
+                self._free += 1
                 while not self._queue and not self._closing:
                     self._condition.wait()
+                self._free -= 1
                 if not self._queue:
                     return
                 items = self._next()
@@ -106,9 +119,10 @@ class Batcher:
 
     def _next(self) -> list[_Item]:
         """A batch, taken off the queue."""
+        most = min(self._most, -(-len(self._queue) // (self._free + 1)))
         items = [self._queue.popleft()]
         size = self._size_of(items[0].request)
-        while self._queue and len(items) < self._most:
+        while self._queue and len(items) < most:
             size += self._size_of(self._queue[0].request)
             if size > self._most_size:
                 break
@@ -130,6 +144,11 @@ class Batcher:
         else:
             for item, answer in zip(items, answers, strict=True):
                 _set(item, answer)
+
+
+def _expire(future: asyncio.Future) -> None:
+    if not future.done():
+        future.set_exception(DeadlineError("the time was up before the request was scored"))
 
 
 def _set(item: _Item, answer: Any = None, error: Exception | None = None) -> None:

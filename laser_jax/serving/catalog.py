@@ -153,14 +153,14 @@ class Catalog:
           remaining_s: seconds that the caller waits; None if it did not say.
         """
         endpoint = self.find(name, version)
-        known = [tensor.name for tensor in endpoint.outputs]
-        for output in request.outputs:
-            if output not in known:
-                raise InputError(f"output {output!r} is none of {', '.join(known)}")
+        if request.outputs:
+            known = [tensor.name for tensor in endpoint.outputs]
+            for output in request.outputs:
+                if output not in known:
+                    raise InputError(f"output {output!r} is none of {', '.join(known)}")
         seconds = self.deadline_s if remaining_s is None else min(self.deadline_s, remaining_s)
         outputs = await endpoint.infer(request, time.monotonic() + seconds)
-        wanted = request.outputs or tuple(known)
-        return endpoint, {output: outputs[output] for output in wanted}
+        return endpoint, {output: outputs[output] for output in request.outputs or outputs}
 
     def close(self) -> None:
         """Answers what waits."""

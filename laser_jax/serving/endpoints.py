@@ -50,17 +50,18 @@ class RankEndpoint:
         most_candidates: int,
         most_calls: int = BATCHES[-1],
         log: RequestLog | None = None,
+        threads: int = 1,
     ):
         """
         Args:
           ranker: that answers.
           queue: calls that may wait. most_candidates: of one call. most_calls: that are scored together.
-          log: what is asked and answered goes there.
+          log: what is asked and answered goes there. threads: that score, each its own calls.
         """
         model, schema = ranker.model, ranker.vault.schema
         self.name, self.version = model.name, model.version
         self.ranker, self._most, self._log = ranker, most_candidates, log
-        self._batcher = Batcher(ranker.rank, most_calls, queue, ranker.size_of, model.most_pairs)
+        self._batcher = Batcher(ranker.rank, most_calls, queue, ranker.size_of, model.most_pairs, threads)
         self._fields = {side: getattr(model.features, name) for side, name in _SIDES.items()}
         self.inputs = [Tensor("user", _user_type(schema), (1,)), Tensor("time", "INT64", (1,))]
         for side, fields in self._fields.items():
@@ -73,6 +74,7 @@ class RankEndpoint:
                     datatype = "FP32"
                 shape = (-1 if side == "candidates" else 1, *(() if width is None else (width,)))
                 self.inputs.append(Tensor(f"{side}.{field.name}", datatype, shape))
+        self._names = {side: {field.name for field in fields} for side, fields in self._fields.items()}
         self.outputs = [
             Tensor("logit", "FP32", (-1,)),
             Tensor("unseen", "BOOL", (-1,)),
@@ -99,7 +101,7 @@ class RankEndpoint:
         sides: dict[str, dict[str, Any]] = {side: {} for side in self._fields}
         for name, values in inputs.items():
             side, _, field = name.partition(".")
-            if side not in sides or field not in [known.name for known in self._fields[side]]:
+            if field not in self._names.get(side, ()):
                 raise InputError(f"input {name!r} is none of {', '.join(tensor.name for tensor in self.inputs)}")
             if side == "candidates" and len(np.atleast_1d(values)) > self._most:
                 raise InputError(f"input {name!r} has {len(values)} candidates; at most {self._most} are taken")

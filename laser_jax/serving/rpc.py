@@ -38,9 +38,8 @@ def _guarded(
     async def handle(data: bytes, context: grpc.aio.ServicerContext) -> bytes:
         started, status, model = time.perf_counter(), 200, ""
         try:
-            given = dict(context.invocation_metadata() or ()).get("authorization", "")
-            if token is not None and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
-                raise TokenError("the token is missing or wrong: send authorization: Bearer TOKEN")
+            if token is not None:
+                _check_token(token, context)
             try:
                 request = MESSAGES[f"{method}Request"].FromString(data)
             except DecodeError as error:
@@ -56,6 +55,12 @@ def _guarded(
         await context.abort(code, text)
 
     return handle
+
+
+def _check_token(token: str, context: grpc.aio.ServicerContext) -> None:
+    given = dict(context.invocation_metadata() or ()).get("authorization", "")
+    if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+        raise TokenError("the token is missing or wrong: send authorization: Bearer TOKEN")
 
 
 class _Calls:

@@ -29,6 +29,7 @@ from laser_jax.serving.catalog import Catalog, Metrics
 from laser_jax.serving.endpoints import AppendEndpoint, RankEndpoint
 from laser_jax.serving.exported import BATCHES, ExportedModel
 from laser_jax.serving.files import MANIFEST, ModelError
+from laser_jax.serving.memory import settle
 from laser_jax.serving.ranker import Ranker
 from laser_jax.serving.request_log import RequestLog
 
@@ -38,6 +39,11 @@ _TELL_S = 5
 _SWITCH_S = 0.0005
 #: Seconds until events of another process are seen.
 _FOLLOW_S = 0.5
+
+
+def threads_here() -> int:
+    """How many batches are best scored at a time: programs of these sizes hardly gain by a second core."""
+    return min(len(os.sched_getaffinity(0)), 8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +57,7 @@ class Settings:
       deadline_s: seconds that a call may take. queue: calls that may wait. max_bytes: of a call. max_candidates: of it.
       max_batch: calls that are scored together, at most: 1, 2, 4 ... 32. read_only: no events are taken.
       request_log: directory for what is asked and answered; None for none.
+      threads: batches that are scored at a time.
       user_cache_bytes: for what the model has read of users' histories.
       poll_s: seconds after which it is looked for a newer model.
     """
@@ -70,6 +77,7 @@ class Settings:
     max_batch: int = BATCHES[-1]
     read_only: bool = False
     request_log: str | None = None
+    threads: int = dataclasses.field(default_factory=threads_here)
     user_cache_bytes: int = 512 << 20
     poll_s: float = 2.0
 
@@ -92,6 +100,8 @@ class Server:
         """
         if not 1 <= settings.max_batch <= BATCHES[-1]:
             raise ValueError(f"max_batch={settings.max_batch}: need 1 to {BATCHES[-1]}")
+        if settings.threads < 1:
+            raise ValueError(f"threads={settings.threads}: need at least 1")
         if (settings.certificate is None) != (settings.key is None):
             raise ValueError("TLS needs both a certificate and a key")
         self.settings, self._open_vault = settings, open_vault
@@ -182,7 +192,9 @@ class Server:
         # What is padded to more than `max_batch` calls has no program.
         most_calls = max(size for size in BATCHES if size <= settings.max_batch)
         shapes = ranker.compile(most_calls, settings.max_candidates, self._compiling)
-        endpoint = RankEndpoint(ranker, settings.queue, settings.max_candidates, most_calls, self._log)
+        endpoint = RankEndpoint(
+            ranker, settings.queue, settings.max_candidates, most_calls, self._log, settings.threads
+        )
         told = {"model": path, "version": endpoint.version, "shapes": shapes, "seconds": time.monotonic() - started}
         logger.info("loaded", extra={"data": told})
         self._path = path
@@ -207,9 +219,13 @@ class Server:
         for name in self.catalog.names():  # models of other names than the new one's
             if name not in (endpoint.name, AppendEndpoint.name):
                 olds.append(self.catalog.remove(name))
-        for old in olds:
+        loop = asyncio.get_running_loop()
+        while olds:
+            old = olds.pop()
             if old is not None:
-                await asyncio.get_running_loop().run_in_executor(None, old.close)
+                await loop.run_in_executor(None, old.close)
+        del old  # or it would stay
+        await loop.run_in_executor(None, settle)
 
     async def _watch(self) -> None:
         """Loads what is newer than what serves."""
@@ -337,6 +353,7 @@ def main(arguments: list[str] | None = None, open_vault: Callable[..., Any] = se
     add("--max-batch", type=int, default=default.max_batch, help="calls that are scored together")
     add("--read-only", action="store_true", help="take no events; those that another process appends are seen")
     add("--request-log", help="directory for what is asked and answered, see laser_jax.serving.replay")
+    add("--threads", type=int, default=default.threads, help="batches that are scored at a time")
     add("--user-cache", type=int, default=default.user_cache_bytes >> 20, help="MiB for what was read of users")
     args = parser.parse_args(arguments)
     handler = logging.StreamHandler(sys.stderr)
@@ -359,6 +376,7 @@ def main(arguments: list[str] | None = None, open_vault: Callable[..., Any] = se
         args.max_batch,
         args.read_only,
         args.request_log,
+        args.threads,
         args.user_cache << 20,
     )
     if settings.token is None and settings.host not in ("127.0.0.1", "localhost", "::1"):

@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import json
+import math
 import struct
 from typing import Any
 
@@ -195,7 +196,7 @@ def _dtype(name: str, datatype: Any) -> np.dtype:
 def _add(inputs: dict[str, np.ndarray], name: str, values: np.ndarray, shape: tuple[int, ...]) -> None:
     if name in inputs:
         raise InputError(f"input {name!r} is there twice")
-    if int(np.prod(shape, dtype=object)) != len(values):
+    if math.prod(shape) != len(values):
         raise InputError(f"input {name!r}: {len(values)} values for shape {list(shape)}")
     inputs[name] = values.reshape(shape)
 

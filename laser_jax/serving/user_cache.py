@@ -62,26 +62,27 @@ class UserCache:
                 self._entries.move_to_end(user)
         count = len(columns["time"])
         first, same = (0, 0) if entry is None else _overlap(entry.columns, columns)
+        self._count(same, count)
         if same == count:
-            self.hits += 1
             return entry.events.part(first, first + same) if same else self._look_up(columns)
         if same:
-            self.extended += 1
             new = self._look_up({name: values[same:] for name, values in columns.items()})
             events = _joined(entry.events.part(first, first + same), new)
         else:
-            self.misses += 1
             events = self._look_up(columns)
         # A request about the past does not push out what those about the present need.
         if entry is None or entry.columns["time"][-1] <= columns["time"][-1]:
             self._keep(user, _Entry(columns, events))
         return events
 
-    def clear(self) -> None:
-        """Keeps nothing of what it has."""
+    def _count(self, same: int, count: int) -> None:
         with self._lock:
-            self._entries.clear()
-            self.num_bytes = 0
+            if same == count:
+                self.hits += 1
+            elif same:
+                self.extended += 1
+            else:
+                self.misses += 1
 
     def _keep(self, user: int | str, entry: _Entry) -> None:
         if entry.num_bytes > self._budget:

@@ -69,3 +69,21 @@ def test_time_that_is_up_is_told():
         await asyncio.get_running_loop().run_in_executor(None, batcher.close)
 
     asyncio.run(run())
+
+
+def test_a_thread_that_is_free_leaves_the_other_its_share():
+    batches, together = [], threading.Barrier(2, timeout=20)
+
+    def answers(requests):
+        batches.append(requests)
+        together.wait()  # breaks unless both threads are at it at the same time
+        return requests
+
+    async def run():
+        batcher = Batcher(answers, 32, 100, threads=2)
+        until = time.monotonic() + 60
+        assert await asyncio.gather(batcher.answer(1, until), batcher.answer(2, until)) == [1, 2]
+        await asyncio.get_running_loop().run_in_executor(None, batcher.close)
+
+    asyncio.run(run())
+    assert sorted(batches) == [[1], [2]]

@@ -145,10 +145,10 @@ class Server:
         watching: list[asyncio.Task] = []
         try:
             try:
-                endpoint = await loop.run_in_executor(None, self._open)
+                # Under no name: this frame stays, and would keep the first model for ever.
+                await self._take_over(await loop.run_in_executor(None, self._open))
             except _StoppedError:
                 return
-            await self._take_over(endpoint)
             if not settings.read_only:
                 self.catalog.put(AppendEndpoint(self._vault, self.metrics.appended))
             logger.info("ready", extra={"data": {"model": self._path, **self.addresses}})

@@ -1,5 +1,7 @@
 """The server as a process: over HTTP and gRPC, right answers, and a reason for everything that has none."""
 
+import asyncio
+import gc
 import http.client
 import json
 import os
@@ -11,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import grpc
 import numpy as np
@@ -20,6 +23,7 @@ from laser_jax import vault as seqvault
 from laser_jax.serving.export import export_model
 from laser_jax.serving.messages import MESSAGES, METHODS, SERVICE
 from laser_jax.serving.request_log import read_log
+from laser_jax.serving.server import Server, Settings
 from tests.compilation import AS_USERS_DO
 from tests.serving.test_ranker import events_of
 
@@ -482,3 +486,34 @@ def test_what_cannot_be_served_is_told(model, vault_path, known_data, arguments,
     command = [sys.executable, "-m", "laser_jax.serving.server", *filled, "--port=0", "--grpc-port=0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and message in done.stderr
+
+
+def test_nothing_of_a_model_stays_when_a_newer_one_has_taken_over(trained, known_data, tmp_path):
+    models = tmp_path / "models"
+    models.mkdir()
+    export_model(trained, str(models / "a"), version="1")
+    vault = os.path.join(known_data.path, "vault")
+    small = dict(port=0, grpc_port=0, max_batch=1, max_candidates=1, read_only=True, poll_s=0.05)
+    server, name = Server(Settings(str(models), vault, **small)), trained.config.name
+
+    async def until(condition):
+        deadline = time.monotonic() + 120
+        while not condition():
+            assert time.monotonic() < deadline and not running.done()
+            await asyncio.sleep(0.05)
+
+    async def swap():
+        nonlocal running
+        running = asyncio.create_task(server.run())
+        await until(lambda: name in server.catalog.names())
+        old = weakref.ref(server.catalog.find(name).ranker.model)
+        assert old().version == "1"
+        export_model(trained, str(models / "b"), version="2")
+        await until(lambda: server.catalog.find(name).version == "2")
+        await until(lambda: old() is None)
+        server.stop()
+        await running
+
+    running = None
+    asyncio.run(swap())
+    gc.unfreeze()  # what the server froze of the tests'

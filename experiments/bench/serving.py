@@ -12,7 +12,8 @@ trained, since that makes no difference to time:
 A client process sends gRPC requests of C candidates for users by Zipf(.9), histories of 1000 events (serving_load.py);
 it shares the cores with the server it asks, the other servers lie idle. Load goes round from server to server. For each
 C: what one request takes while nothing else is under way; how many a second are answered at most; then an open loop at
-half of that, latency from when a request should have been sent. Stages are those of a batch, as the server counts them.
+half of that, latency from when a request should have been sent; and ours and the Transformer's both at half of what the
+slower one of them can do. Stages are those of a batch, as the server counts them.
 Cold is a user's first request of a server's life, warm any other; files are in the kernel's cache either way.
 
 The last line is one JSON object.
@@ -214,6 +215,15 @@ def measure(served: dict[str, Served], requests: Requests, seconds: float) -> di
         long = min(max(seconds, 400 / rate), 4 * seconds)
         same = served["yesterday"].load("open", of["yesterday"], seconds=long, rate=rate, seed=candidates)
         found["yesterday"][candidates]["our load"] = same
+        # The faster one of our model and the Transformer, at half of what the slower one can do.
+        name, other = sorted(("ours", "transformer"), key=lambda name: found[name][candidates]["rate"], reverse=True)
+        rate = found[other][candidates]["rate"] / 2
+        long = min(max(seconds, 400 / rate), 4 * seconds)
+        same = served[name].load("open", of[name], seconds=long, rate=rate, seed=candidates)
+        found[name][candidates]["same load"], found[other][candidates]["same load"] = (
+            same,
+            found[other][candidates]["half"],
+        )
         rates = [f"{name} {found[name][candidates]['rate']:.1f}/s" for name in served]
         tell(f"C={candidates}: {', '.join(rates)}")
     return found
@@ -267,6 +277,12 @@ def report(found: dict[str, Any], served: dict[str, Served]) -> dict[str, Any]:
         "server_overhead_ms_p50": round(percentile(idle, 50) - stages, 2),
         **{
             f"transformer_p99_over_ours_c{c}": round(half(transformer, c, 99) / half(ours, c, 99), 2)
+            for c in CANDIDATES
+        },
+        **{
+            f"transformer_p99_over_ours_same_load_c{c}": round(
+                percentile(transformer[c]["same load"], 99) / percentile(ours[c]["same load"], 99), 2
+            )
             for c in CANDIDATES
         },
         "cached_user_speedup": round(

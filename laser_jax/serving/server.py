@@ -22,6 +22,7 @@ from typing import Any
 
 import grpc
 import uvicorn
+import uvloop
 
 from laser_jax import vault as seqvault
 from laser_jax.serving import rest, rpc
@@ -385,7 +386,7 @@ def main(arguments: list[str] | None = None, open_vault: Callable[..., Any] = se
     sys.setswitchinterval(_SWITCH_S)
     started = time.monotonic()
     try:
-        asyncio.run(serve(settings, open_vault))
+        uvloop.run(serve(settings, open_vault))
     except (ModelError, ValueError, OSError, seqvault.VaultError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -377,7 +377,8 @@ def test_the_example_shows_a_ranking_that_follows_the_clicks(server, model, vaul
     assert "after 3 clicks" in done.stdout and any(row[1] != row[4] for row in rows)
 
 
-def test_metrics(server, model):
+def test_metrics(server, model, known_data):
+    assert call(server, f"/v2/models/{model.name}/infer", asked(known_data.requests["test"][0]))[0] == 200
     text = call(server, "/metrics")[2].decode()
     for name in (
         "laser_call_seconds_count",

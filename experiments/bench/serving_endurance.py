@@ -346,9 +346,10 @@ def main() -> int:
         damages, after = vault.verify(), vault.stats()
         lost, twice = lost_events(clients, vault)
         answers = wrong_answers(clients, requests, vault, [f"{folder}/models/1", f"{folder}/models/2"])
-    early = [np.median(sizes[20:40] or sizes) for sizes in subject.resident]
-    growth = [(np.median(sizes[-20:]) - base) / 2**20 for sizes, base in zip(subject.resident, early, strict=True)]
-    peak = [(max(sizes) - base) / 2**20 for sizes, base in zip(subject.resident, early, strict=True)]
+    resident = [sizes for sizes in subject.resident if sizes]
+    early = [np.median(sizes[20:40] or sizes) for sizes in resident]
+    growth = [(np.median(sizes[-20:]) - base) / 2**20 for sizes, base in zip(resident, early, strict=True)]
+    peak = [(max(sizes) - base) / 2**20 for sizes, base in zip(resident, early, strict=True)]
     appended = sum(len(events["time"]) for events in clients.acknowledged)
     print(f"\n{len(clients.answers):,} answers at {rates['rate']:.0f} a second of {rates['saturation']:.0f} possible")
     print(f"by version {answers['versions']}; not answered: {dict(clients.refused)}")

@@ -37,6 +37,7 @@ from laser_jax.serving.request_log import RequestLog
 logger = logging.getLogger("laser_jax.serving")
 #: Seconds between two words about programs that are being compiled.
 _TELL_S = 5
+#: Seconds after which a thread that computes in Python lets another one do so.
 _SWITCH_S = 0.0005
 #: Seconds until events of another process are seen.
 _FOLLOW_S = 0.5

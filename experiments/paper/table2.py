@@ -4,8 +4,8 @@
   python -m experiments.paper.table2 --data=xhs_synthetic --seeds=3 --models=laser_plus,ta,transformer
 
 Settings are searched on validation, with seed 0 and histories of 200 events (--trials of them a model, 1 for none);
-then the seeds run at full length. Two columns: `tricks` gives every model what is not tied to segments, `plain` is each
-model's own card. Differences are paired over users. Writes ROOT/DATA/table2-COLUMN.{md,csv,png}; the same command again
+then the seeds run at full length. Two columns: `tricks` gives every model what is not tied to segments, and is what the
+search is for; `plain` is each model's own card with the same settings. Differences are paired over users. Writes ROOT/DATA/table2-COLUMN.{md,csv,png}; the same command again
 goes on where it stopped.
 """
 
@@ -51,13 +51,14 @@ def reference_aucs(outcome: Outcome) -> dict[str, float]:
 def choose(study: Study, column: str, names: list[str], trials: int, run: bool) -> dict[str, Model]:
     """Each model with those of its settings that were best on validation, at SEARCH_LENGTH events and with seed 0.
 
-    Where only one is asked for, or none has been tried yet, it is the first: the model's own defaults.
+    Where only one is asked for, or none has been tried yet, it is the first: the model's own defaults. All columns have
+    the settings that were best with all tricks: what differs between columns is then the tricks alone.
     """
     settings = {name: models.trials(name)[:trials] for name in names}
-    plain = {name: models.model(name, column) for name in names}
 
     def short(name: str, trial: dict) -> Model:
-        return Model(name, name, {**plain[name].settings, **trial, "data.history_length": SEARCH_LENGTH})
+        fixed = models.model(name, "tricks").settings
+        return Model(name, name, {**fixed, **trial, "data.history_length": SEARCH_LENGTH})
 
     searched = {name: tried for name, tried in settings.items() if len(tried) > 1}
     if run:
@@ -69,7 +70,7 @@ def choose(study: Study, column: str, names: list[str], trials: int, run: bool) 
         outcomes = [(study.outcome(short(name, trial), 0), trial) for trial in tried] if name in searched else []
         found = [(outcome.results["valid_auc"], trial) for outcome, trial in outcomes if outcome is not None]
         best = max(found, key=lambda pair: pair[0])[1] if found else tried[0]
-        chosen[name] = Model(name, name, {**plain[name].settings, **best})
+        chosen[name] = Model(name, name, {**models.model(name, column).settings, **best})
     return chosen
 
 

@@ -119,6 +119,11 @@ def test_the_search_is_short_and_its_best_runs_at_full_length():
     assert len({json.dumps(model.settings) for model in ran}) == 4 and {model.encoder for model in ran} == {"ta"}
     assert chosen["ta"].settings["optim.learning_rate"] == 3e-4 and "data.history_length" not in chosen["ta"].settings
     assert chosen["gbdt"].settings == {}
+    searched = [json.dumps(model.settings) for model in ran]
+    ran.clear()
+    plain = table2.choose(fake, "plain", ["ta"], trials=4, run=True)["ta"].settings
+    assert plain == chosen["ta"].settings | {"head.products": False, "encoder.tied": False}
+    assert [json.dumps(model.settings) for model in ran] == searched  # one search for all columns
     ran.clear()
     assert "optim.learning_rate" not in table2.choose(fake, "plain", ["ta"], trials=1, run=True)["ta"].settings
     assert not ran

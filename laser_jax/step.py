@@ -57,13 +57,15 @@ def make_train_step(factory: StateFactory) -> Callable:
         tables = tables | renewed
         rows = {name: exchange.fetch(tables[name], requested[name]) for name in requested}
         samples = exchange.sum(jnp.sum(batch["mask"], dtype=jnp.float32))
+        requests = {name: value for name, value in batch.items() if name not in BY_DEVICE}
+        parts = optim.parts(len(requests["length"]))
 
         def loss_fn(dense, rows, requests):
             logits, out = apply_model(factory, dense, rows, batch, requests)
             total, _ = bce_sum(logits, requests["label"], requests["mask"])
             # Auxiliary losses are means over a device's requests; scaled so that the sum over devices, divided by
             # `samples` at the end, is their mean.
-            share = samples / (exchange.num_devices * optim.microbatches)
+            share = samples / (exchange.num_devices * parts)
             objective = total + share * sum(out.aux_losses.values(), jnp.zeros(()))
             counts = Counts(
                 loss=total,
@@ -74,8 +76,7 @@ def make_train_step(factory: StateFactory) -> Callable:
             )
             return objective, counts
 
-        requests = {name: value for name, value in batch.items() if name not in BY_DEVICE}
-        gradients, counts = _summed(jax.grad(loss_fn, argnums=(0, 1), has_aux=True), dense, rows, requests, optim)
+        gradients, counts = _summed(jax.grad(loss_fn, argnums=(0, 1), has_aux=True), dense, rows, requests, parts)
         counts = jax.tree.map(exchange.sum, counts)
         scale = 1 / jnp.maximum(samples, 1)
         dense_gradients = jax.tree.map(lambda g: g * scale, _parts(gradients[0], factory.specs.params, exchange))
@@ -163,9 +164,8 @@ def apply_gathered(factory: StateFactory, dense: Any, requests: dict[str, Any]) 
     return factory.model(dense).score_gathered(requests)[0].astype(jnp.float32)
 
 
-def _summed(gradient: Callable, dense: Any, rows: Any, requests: dict[str, Any], optim: Any) -> tuple[Any, Counts]:
-    """Gradients and counts over a device's requests, taken in optim.microbatches parts."""
-    parts = optim.microbatches
+def _summed(gradient: Callable, dense: Any, rows: Any, requests: dict[str, Any], parts: int) -> tuple[Any, Counts]:
+    """Gradients and counts over a device's requests, taken in parts."""
     if parts == 1:
         return gradient(dense, rows, requests)
 

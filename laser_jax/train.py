@@ -58,11 +58,7 @@ class _Run:
         self.config, self.workdir, self.peers, self.watchdog = config, workdir, peers, watchdog
         self.mesh = make_mesh(config.mesh, config.data.batch_size, config.data.eval_batch_size)
         share = device_share(self.mesh)
-        each = config.data.batch_size // self.mesh.size
-        if each % config.optim.microbatches:
-            raise ValueError(
-                f"optim.microbatches={config.optim.microbatches} does not divide the {each} requests of a device"
-            )
+        config.optim.parts(config.data.batch_size // self.mesh.size)  # an error, if any, comes now
         self.sources = {
             split: BatchSource(config.data, config.features, split, share) for split in ("train", "valid", "test")
         }

@@ -131,7 +131,7 @@ def check_the_same(told, alone):
         np.testing.assert_allclose(told["learned"][name], want, rtol=1e-5, atol=1e-5 * np.abs(want).max(), err_msg=name)
 
 
-@pytest.mark.parametrize("changes", [{"microbatches": 4}, {"compute": "bfloat16"}])
+@pytest.mark.parametrize("changes", [{"microbatches": 1}, {"microbatches": 4}, {"compute": "bfloat16"}])
 def test_parts_of_a_batch_add_up_and_bfloat16_is_near(alone, known_data, changes):
     told = few_steps(known_data.path, "laser_plus", 5, MeshConfig(), **changes)
     exact = "microbatches" in changes
@@ -196,3 +196,11 @@ def test_the_dense_optimizer_warms_up_clips_and_is_adam():
     _, state = clipped.update(gradients, clipped.init(params), params)
     moments = [leaf for leaf in jax.tree.leaves(state) if leaf.shape == (3,)]
     np.testing.assert_allclose(moments[0], 0.1 * np.array([0.6, 0, 0.8]), rtol=1e-5)  # (1 - b1) times norm 1
+
+
+@pytest.mark.parametrize(("requests", "parts"), [(32, 8), (12, 3), (9, 1), (6, 1), (10, 2), (31, 1), (3, 1), (1, 1)])
+def test_a_cpu_takes_a_few_requests_at_a_time(requests, parts):
+    assert OptimConfig().parts(requests) == parts
+    assert OptimConfig(microbatches=1).parts(requests) == 1
+    with pytest.raises(ValueError, match=f"microbatches={requests + 1} does not divide the {requests} requests"):
+        OptimConfig(microbatches=requests + 1).parts(requests)

@@ -5,8 +5,8 @@
 
 Settings are searched on validation, with seed 0 and histories of 200 events (--trials of them a model, 1 for none);
 then the seeds run at full length. Two columns: `tricks` gives every model what is not tied to segments, and is what the
-search is for; `plain` is each model's own card with the same settings. Differences are paired over users. Writes ROOT/DATA/table2-COLUMN.{md,csv,png}; the same command again
-goes on where it stopped.
+search is for; `plain` is each model's own card with the same settings. Differences are paired over users. Writes
+ROOT/DATA/table2-COLUMN.{md,csv,png}; the same command again goes on where it stopped.
 """
 
 from itertools import zip_longest

@@ -20,11 +20,10 @@ class DeadlineError(Exception):
     """A request's time was up before it was scored."""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class _Item:
     request: Any
     deadline: float
-    since: float
     loop: asyncio.AbstractEventLoop
     future: asyncio.Future
 
@@ -32,7 +31,9 @@ class _Item:
 class Batcher:
     """Hands what waits to some threads, in the order of coming.
 
-    A thread that is free takes what waits at once, and leaves to the others that are free their share of it.
+    A thread that is free takes what waits at once, and leaves to the others that are free their share of it. Whoever
+    would be answered too late is told at once: with more coming than can be answered, time spent on them would make the
+    next ones late as well, until nobody is answered in time.
 
     Attributes:
       waiting: requests that nobody scores yet.
@@ -60,6 +61,7 @@ class Batcher:
         self._condition = threading.Condition()
         self._closing = False
         self._free = 0
+        self._usual_s = 0.0  # that a batch takes
         self._threads = [
             threading.Thread(target=self._run, name=f"ranker-{number}", daemon=True) for number in range(threads)
         ]
@@ -80,7 +82,7 @@ class Batcher:
           OverloadedError, DeadlineError, and what `answer` raises.
         """
         loop = asyncio.get_running_loop()
-        item = _Item(request, deadline, time.monotonic(), loop, loop.create_future())
+        item = _Item(request, deadline, loop, loop.create_future())
         with self._condition:
             if self._closing or len(self._queue) >= self._queue_size:
                 raise OverloadedError(f"{len(self._queue)} requests wait, more are not taken: try again in a moment")
@@ -111,11 +113,11 @@ class Batcher:
                 if not self._queue:
                     return
                 items = self._next()
-            now = time.monotonic()
-            # Whoever gave up has been told.
-            items = [item for item in items if item.deadline > now]
+            items = self._in_time(items)
             if items:
+                began = time.monotonic()
                 self._finish(items)
+                self._usual_s += (time.monotonic() - began - self._usual_s) / 4
 
     def _next(self) -> list[_Item]:
         """A batch, taken off the queue."""
@@ -128,6 +130,19 @@ class Batcher:
                 break
             items.append(self._queue.popleft())
         return items
+
+    def _in_time(self, items: list[_Item]) -> list[_Item]:
+        """Those that can be answered before their deadline; who cannot is told."""
+        now = time.monotonic()
+        items = [item for item in items if item.deadline > now]  # whoever gave up has been told
+        hopeful = [item for item in items if item.deadline > now + self._usual_s]
+        # One is tried in any case: what is usual may have changed.
+        if items and not hopeful:
+            hopeful = [max(items, key=lambda item: item.deadline)]
+        for item in items:
+            if item not in hopeful:
+                _set(item, error=DeadlineError("there is no time left to score the request before its deadline"))
+        return hopeful
 
     def _finish(self, items: list[_Item]) -> None:
         try:

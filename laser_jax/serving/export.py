@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -123,7 +123,10 @@ def export_model(
     for form in ("one", "many"):
         for length in lengths:
             name = f"{form}-{length}"
-            program = export.export(jax.jit(_scoring(run)), platforms=PLATFORMS)(*_arguments(run, form, many, length))
+            with _no_locations():
+                program = export.export(jax.jit(_scoring(run)), platforms=PLATFORMS)(
+                    *_arguments(run, form, many, length)
+                )
             with open(os.path.join(draft, "programs", f"{name}.bin"), "wb") as file:
                 file.write(program.serialize())
             content["programs"][name] = {"form": form, "length": length}
@@ -210,6 +213,17 @@ def _arguments(run: Run, form: str, many: int, length: int) -> tuple[list[Any], 
         "compared": {name: ints(b, length) for name in compared},
         "side": {name: ints(b, c) for name in compared},
     }
+
+
+@contextlib.contextmanager
+def _no_locations() -> Iterator[None]:
+    """Programs do not tell where in whose code they were made: the same model makes the same program everywhere."""
+    before = jax.config.jax_traceback_in_locations_limit
+    jax.config.update("jax_traceback_in_locations_limit", 0)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_traceback_in_locations_limit", before)
 
 
 def _many(run: Run) -> int:

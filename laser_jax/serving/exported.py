@@ -1,6 +1,7 @@
 """A model as `export` writes it, read and run without the code of the model."""
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -77,12 +78,14 @@ class ExportedModel:
       lengths: of histories that there are programs for. many: C from which the form for many candidates serves.
     """
 
-    def __init__(self, path: str, verify: bool = True):
+    def __init__(self, path: str, verify: bool = True, before: "ExportedModel | None" = None):
         """Reads everything but the tables, which stay on disk, mapped.
 
         Args:
           path: directory that `export` wrote.
           verify: whether the checksum of every file is compared.
+          before: a model whose programs, and all that is compiled of them, serve here too where they are the same: as
+            they are if this is the same model, trained again.
 
         Raises:
           ModelError: the directory holds no whole model.
@@ -115,14 +118,13 @@ class ExportedModel:
         self._codes = {name: {text: code for code, text in enumerate(texts)} for name, texts in self.strings.items()}
         with np.load(self._file("weights.npz")) as stored:
             self._weights = [jax.device_put(stored[name]) for name in content["weights"]]
-        self._programs: dict[tuple[str, int], Any] = {}
+        known = {} if before is None else {program.digest: program for program in before._programs.values()}
+        self._programs: dict[tuple[str, int], _Program] = {}
         for name, entry in content["programs"].items():
             with open(self._file(f"programs/{name}.bin"), "rb") as file:
-                program = export.deserialize(bytearray(file.read()))
-            here = export.default_export_platform()  # "cuda", where the backend is called "gpu"
-            if here not in program.platforms:
-                raise ModelError(f"{path} was exported for {', '.join(program.platforms)}, this is {here}")
-            self._programs[entry["form"], entry["length"]] = jax.jit(program.call)
+                program = file.read()
+            same = known.get(hashlib.sha256(program).hexdigest())
+            self._programs[entry["form"], entry["length"]] = same or _Program(program, path)
         self._lines = content["lines"]
 
     def codes(self, field: str, values: Any) -> Int[np.ndarray, "N"]:
@@ -200,16 +202,19 @@ class ExportedModel:
     def run(self, assembled: "Assembled") -> Float[np.ndarray, "N"]:
         """The logits of what was assembled, request after request."""
         shape, counts = assembled.shape, assembled.counts
-        logits = np.asarray(self._programs[shape.form, shape.length](self._weights, assembled.arrays))
+        logits = np.asarray(self._programs[shape.form, shape.length].call(self._weights, assembled.arrays))
         return logits[: len(counts)][np.arange(shape.candidates) < counts[:, None]]
 
     def compile(
         self, requests: int, candidates: int, progress: Callable[[int, int], None] = lambda done, shapes: None
     ) -> int:
-        """Compiles all programs for up to so many requests and candidates; returns how many shapes these are.
+        """Compiles what is not compiled yet of all programs for up to so many requests and candidates.
 
         Args:
-          progress: is told before each shape how many are done, and of how many; what it raises ends this.
+          progress: is told before each of these how many are done, and of how many; what it raises ends this.
+
+        Returns:
+          For how many shapes programs are compiled now.
         """
         shapes = {
             self._shape(batch, size, length)
@@ -218,10 +223,12 @@ class ExportedModel:
             if batch <= min(self.most_requests(size), requests)
             for length in self.lengths
         }
-        for done, shape in enumerate(sorted(shapes, key=lambda shape: (shape.batch, shape.candidates))):
-            progress(done, len(shapes))
+        missing = [shape for shape in shapes if shape not in self._programs[shape.form, shape.length].compiled]
+        for done, shape in enumerate(sorted(missing, key=lambda shape: (shape.batch, shape.candidates))):
+            progress(done, len(missing))
             program = self._programs[shape.form, shape.length]
-            jax.block_until_ready(program(self._weights, self._empty(shape)))
+            jax.block_until_ready(program.call(self._weights, self._empty(shape)))
+            program.compiled.add(shape)
         return len(shapes)
 
     def _shape(self, requests: int, candidates: int, length: int) -> "_Shape":
@@ -285,6 +292,21 @@ class ExportedModel:
 
     def _file(self, name: str) -> str:
         return os.path.join(self.path, name)
+
+
+class _Program:
+    """A program without its weights, which it is given with every call.
+
+    Attributes:
+      digest: of its file. call: (weights, arrays) -> logits. compiled: the shapes that it is compiled for.
+    """
+
+    def __init__(self, content: bytes, path: str):
+        program, here = export.deserialize(bytearray(content)), export.default_export_platform()
+        if here not in program.platforms:  # "cuda", where the backend is called "gpu"
+            raise ModelError(f"{path} was exported for {', '.join(program.platforms)}, this is {here}")
+        self.digest, self.call = hashlib.sha256(content).hexdigest(), jax.jit(program.call)
+        self.compiled: set[_Shape] = set()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -188,9 +188,8 @@ class Server:
     def _load(self, path: str) -> RankEndpoint:
         """A model whose programs are compiled."""
         started, settings = time.monotonic(), self.settings
-        ranker = Ranker(
-            ExportedModel(path), self._vault, observe=self.metrics.stage, cache_bytes=settings.user_cache_bytes
-        )
+        model = ExportedModel(path, before=self._serving())
+        ranker = Ranker(model, self._vault, observe=self.metrics.stage, cache_bytes=settings.user_cache_bytes)
         # What is padded to more than `max_batch` calls has no program.
         most_calls = max(size for size in BATCHES if size <= settings.max_batch)
         shapes = ranker.compile(most_calls, settings.max_candidates, self._compiling)
@@ -201,6 +200,11 @@ class Server:
         logger.info("loaded", extra={"data": told})
         self._path = path
         return endpoint
+
+    def _serving(self) -> ExportedModel | None:
+        """The model that ranks now."""
+        endpoints = [self.catalog.find(name) for name in self.catalog.names()]
+        return next((found.ranker.model for found in endpoints if isinstance(found, RankEndpoint)), None)
 
     def _compiling(self, done: int, shapes: int) -> None:
         """Says how far it is; ends it if the server is to stop."""

@@ -71,6 +71,34 @@ def test_time_that_is_up_is_told():
     asyncio.run(run())
 
 
+def test_no_time_is_spent_on_whoever_would_be_answered_too_late():
+    batches = []
+
+    def answers(requests):
+        batches.append(requests)
+        time.sleep(0.4)
+        return requests
+
+    async def run():
+        batcher = Batcher(answers, 2, 10)
+        until = time.monotonic() + 60
+        assert await batcher.answer("usual", until) == "usual"  # a quarter of .4 s is what is expected from now on
+        busy = asyncio.create_task(batcher.answer("busy", until))
+        while len(batches) < 2:
+            await asyncio.sleep(0.01)
+        others = [batcher.answer("late", time.monotonic() + 0.45), batcher.answer("in time", until)]
+        late, in_time = await asyncio.gather(*others, return_exceptions=True)
+        assert isinstance(late, DeadlineError) and "no time left" in str(late)
+        assert (await busy, in_time) == ("busy", "in time")
+        # Alone it is tried: what is usual may have changed.
+        with pytest.raises(DeadlineError, match="was up"):
+            await batcher.answer("alone", time.monotonic() + 0.05)
+        await asyncio.get_running_loop().run_in_executor(None, batcher.close)
+
+    asyncio.run(run())
+    assert batches == [["usual"], ["busy"], ["in time"], ["alone"]]
+
+
 def test_a_thread_that_is_free_leaves_the_other_its_share():
     batches, together = [], threading.Barrier(2, timeout=20)
 

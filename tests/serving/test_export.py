@@ -1,5 +1,6 @@
 """What is exported scores as the run did, without the model's code."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -105,6 +106,26 @@ def test_it_loads_without_the_models_code(model, tmp_path):
         [sys.executable, "-c", textwrap.dedent(code), model.path], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0 and done.stdout.strip() == "(2,)", done.stderr
+
+
+def test_a_model_that_was_trained_again_needs_no_compiling(trained, tmp_path):
+    config = trained.config
+    again = dataclasses.replace(trained, state=trained.factory.create(5))
+    export_model(trained, str(tmp_path / "1"))
+    export_model(again, str(tmp_path / "2"))
+    told = []
+    first = ExportedModel(str(tmp_path / "1"))
+    first.compile(2, 8, lambda done, shapes: told.append(shapes))
+    assert told and set(told) == {len(told)}
+    count = len(told)
+    second = ExportedModel(str(tmp_path / "2"), before=first)
+    assert second.compile(2, 8, lambda done, shapes: told.append(shapes)) == count == len(told)
+    found = [score_split(model, config, "test")[0] for model in (second, ExportedModel(str(tmp_path / "2")), first)]
+    np.testing.assert_array_equal(found[0], found[1])
+    assert np.abs(found[0] - found[2]).max() > 0.01
+    # What is not compiled yet still is.
+    second.compile(4, 8, lambda done, shapes: told.append(shapes))
+    assert len(told) > count
 
 
 def test_what_training_never_met_is_told(model):

@@ -11,8 +11,8 @@ from laser_jax.layers.row_optimizers import RowOptimizer
 
 TABLE_OPTIMIZERS = ("adagrad", "adagrad_rowwise", "adam", "ftrl")
 TABLE_TYPES = ("float32", "bfloat16")
-#: What is computed of so many requests (of 1000 events) fits a core's caches: a step took .4 to .8 of the time that all
-#: 32 at once took, by encoder.
+#: What is computed of so many requests (of 1000 events) fits a core's caches: on one, a step took .4 to .8 of what all
+#: 32 at once took, by encoder; on two .7.
 CPU_REQUESTS = 4
 
 

@@ -103,6 +103,7 @@ FREE_TO_CHANGE = (
     "mesh.data",
     "mesh.model",
     "mesh.split_from",
+    "optim.microbatches",
     "data.path",
     "data.vault",
     "data.threads",

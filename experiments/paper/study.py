@@ -254,7 +254,7 @@ def read_config(path: str, *arguments: str) -> Config:
 
 def _counts(name: str) -> bool:
     """Whether a config field, by its dotted name, makes another run and not another seed of one."""
-    return name not in (*FREE_TO_CHANGE, "optim.microbatches", "train.seed", "data.seed")
+    return name not in (*FREE_TO_CHANGE, "train.seed", "data.seed")
 
 
 def _by_place(value: Any) -> Any:

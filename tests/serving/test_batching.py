@@ -72,27 +72,32 @@ def test_time_that_is_up_is_told():
 
 
 def test_no_time_is_spent_on_whoever_would_be_answered_too_late():
-    batches = []
+    batches, queued, seconds = [], threading.Event(), {"usual": 3, "alone": 1}
 
     def answers(requests):
         batches.append(requests)
-        time.sleep(0.4)
+        if requests == ["busy"]:
+            queued.wait(10)
+        time.sleep(seconds.get(requests[0], 0))
         return requests
 
     async def run():
         batcher = Batcher(answers, 2, 10)
         until = time.monotonic() + 60
-        assert await batcher.answer("usual", until) == "usual"  # a quarter of .4 s is what is expected from now on
+        assert await batcher.answer("usual", until) == "usual"  # a quarter of 3 s is what is expected from now on
         busy = asyncio.create_task(batcher.answer("busy", until))
         while len(batches) < 2:
             await asyncio.sleep(0.01)
-        others = [batcher.answer("late", time.monotonic() + 0.45), batcher.answer("in time", until)]
-        late, in_time = await asyncio.gather(*others, return_exceptions=True)
+        others = [batcher.answer("late", time.monotonic() + 0.5), batcher.answer("in time", until)]
+        tasks = [asyncio.create_task(other) for other in others]
+        await asyncio.sleep(0)
+        queued.set()
+        late, in_time = await asyncio.gather(*tasks, return_exceptions=True)
         assert isinstance(late, DeadlineError) and "no time left" in str(late)
         assert (await busy, in_time) == ("busy", "in time")
         # Alone it is tried: what is usual may have changed.
         with pytest.raises(DeadlineError, match="was up"):
-            await batcher.answer("alone", time.monotonic() + 0.05)
+            await batcher.answer("alone", time.monotonic() + 0.3)
         await asyncio.get_running_loop().run_in_executor(None, batcher.close)
 
     asyncio.run(run())

@@ -22,35 +22,44 @@ class Embeddings:
         """
         self._assembly, self._tables, self._dictionaries = assembly, tables, dictionaries
 
-    def rows(self, field: FieldConfig, columns: Columns) -> Int[np.ndarray, "..."]:
-        """Rows of the field's table; [N, m] for a field of several, NO_VALUE where there are fewer."""
-        found = self._assembly.rows((field,), columns)[field.name]
-        dictionary = self._dictionaries.get(table_of(field))
-        if dictionary is None:
-            return found
-        known = dictionary.rows(found.reshape(-1)).reshape(found.shape)
-        return np.where(found == NO_VALUE, NO_VALUE, known) if field.pool else known
+    def rows(self, fields: tuple[FieldConfig, ...], columns: Columns) -> Columns:
+        """What `of` takes of some fields: rows of their tables.
 
-    def of(self, fields: tuple[FieldConfig, ...], columns: Columns, count: int) -> Float[np.ndarray, "N f"]:
+        Args:
+          columns: field -> values [N] (or [N, m]); strings as codes.
+
+        Returns:
+          Field -> rows [N]; [N, m] for a field of several, NO_VALUE where there are fewer; a vector itself, [N, width].
+        """
+        found = self._assembly.rows(fields, columns)
+        for field in fields:
+            dictionary = None if field.ids == "vector" else self._dictionaries.get(table_of(field))
+            if dictionary is not None:
+                ids = found[field.name]
+                known = dictionary.rows(ids.reshape(-1)).reshape(ids.shape)
+                found[field.name] = np.where(ids == NO_VALUE, NO_VALUE, known) if field.pool else known
+        return found
+
+    def of(self, fields: tuple[FieldConfig, ...], rows: Columns, count: int) -> Float[np.ndarray, "N f"]:
         """The embeddings of some fields side by side, float32.
 
         Args:
-          columns: field -> values [N] (or [N, m]); strings as codes. count: N.
+          rows: see `rows`. count: N.
         """
         out = np.empty((count, sum(field.width for field in fields)), np.float32)
         start = 0
         for field in fields:
-            part = out[:, start : start + field.width]
+            part, mine = out[:, start : start + field.width], rows[field.name]
             start += field.width
             if field.ids == "vector":
-                part[:] = columns[field.name]
+                part[:] = mine
                 continue
-            rows, table = self.rows(field, columns), self._tables[table_of(field)]
+            table = self._tables[table_of(field)]
             if not field.bagged:
-                part[:] = table.take(rows)
+                part[:] = table.take(mine)
                 continue
-            real = rows != NO_VALUE
-            values = table.take(np.where(real, rows, 0).reshape(-1)).reshape(*rows.shape, field.width)
+            real = mine != NO_VALUE
+            values = table.take(np.where(real, mine, 0).reshape(-1)).reshape(*mine.shape, field.width)
             part[:] = np.where(real[..., None], values, 0).sum(axis=1)
             if field.pool == "mean":
                 part /= np.maximum(real.sum(axis=1), 1)[:, None]

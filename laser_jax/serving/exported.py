@@ -142,15 +142,6 @@ class ExportedModel:
                 found[name] = self.codes(name, theirs).astype(np.int32)
         return found
 
-    def unseen(self, candidates: Columns) -> Bool[np.ndarray, "N"]:
-        """Candidates of which no field with a table of its own ids was ever met in training."""
-        fields = [field for field in self.features.item if field.ids in ("vocab", "dictionary")]
-        coded = self._coded(candidates)
-        unknown = [
-            (self._embeddings.rows(field, coded) <= 0).reshape(_count(coded), -1).all(axis=1) for field in fields
-        ]
-        return np.logical_and.reduce(unknown) if unknown else np.zeros(_count(coded), bool)
-
     def look_up(self, columns: Columns, translations: dict[str, np.ndarray] | None = None) -> Events:
         """What the model reads of a history.
 
@@ -160,8 +151,9 @@ class ExportedModel:
         """
         known = translations or {}
         columns = {name: known[name][at] if name in known else at for name, at in columns.items()}
-        embeddings = self._embeddings.of(self._history_fields, columns, len(columns["time"]))
-        return Events(columns["time"], embeddings, self._rows_compared(columns))
+        rows = self._embeddings.rows(self._history_fields, columns)
+        embeddings = self._embeddings.of(self._history_fields, rows, len(columns["time"]))
+        return Events(columns["time"], embeddings, self._rows_compared(rows))
 
     def score(
         self, histories: Histories, requests: Requests, translations: dict[str, np.ndarray] | None = None
@@ -182,22 +174,25 @@ class ExportedModel:
         counts = np.diff(requests.offsets)
         shape = self._shape(len(counts), int(counts.max()), max(len(found) for found in events))
         arrays = self._empty(shape)
-        for place, (moment, found) in enumerate(zip(requests.time.tolist(), events, strict=True)):
-            begin = shape.length - len(found)
-            arrays["events"][place, begin:] = found.embeddings
-            age = (moment - found.time) // (1000 if self.schema.time_unit == "ms" else 1)
-            arrays["age"][place, begin:] = np.minimum(age, np.iinfo(np.int32).max)
-            arrays["length"][place] = len(found)
-            for name, rows in found.compared.items():
-                arrays["compared"][name][place, begin:] = rows
-        candidates, context = self._coded(requests.candidates), self._coded(requests.context)
+        units = 1000 if self.schema.time_unit == "ms" else 1
+        ages = [
+            np.minimum((moment - found.time) // units, np.iinfo(np.int32).max)
+            for moment, found in zip(requests.time.tolist(), events, strict=True)
+        ]
+        arrays["events"] = _newest_last([found.embeddings for found in events], arrays["events"])
+        arrays["age"] = _newest_last(ages, arrays["age"])
+        arrays["length"][: len(counts)] = [len(found) for found in events]
+        for name, empty in arrays["compared"].items():
+            arrays["compared"][name] = _newest_last([found.compared[name] for found in events], empty)
+        candidates = self._embeddings.rows(self.features.item, self._coded(requests.candidates))
+        context = self._embeddings.rows(self.features.context, self._coded(requests.context))
         real = np.arange(shape.candidates) < counts[:, None]
         total = int(requests.offsets[-1])
         arrays["candidates"][: len(counts)][real] = self._embeddings.of(self.features.item, candidates, total)
         arrays["context"][: len(counts)] = self._embeddings.of(self.features.context, context, len(counts))
         for name, rows in self._rows_compared(candidates).items():
             arrays["side"][name][: len(counts)][real] = rows
-        return Assembled(shape, counts, arrays)
+        return Assembled(shape, counts, self._unseen(candidates, total), arrays)
 
     def run(self, assembled: "Assembled") -> Float[np.ndarray, "N"]:
         """The logits of what was assembled, request after request."""
@@ -266,8 +261,13 @@ class ExportedModel:
         """How many numbers a value of this field is; None for one."""
         return self._lines.get(line_source(field.name)) if field.pool or field.ids == "vector" else None
 
-    def _rows_compared(self, columns: Columns) -> Columns:
-        return {field.name: self._embeddings.rows(field, columns).astype(np.int32) for field in self._compared}
+    def _rows_compared(self, rows: Columns) -> Columns:
+        return {field.name: rows[field.name].astype(np.int32, copy=False) for field in self._compared}
+
+    def _unseen(self, rows: Columns, count: int) -> Bool[np.ndarray, "N"]:
+        fields = [field for field in self.features.item if field.ids in ("vocab", "dictionary")]
+        unknown = [(rows[field.name] <= 0).reshape(count, -1).all(axis=1) for field in fields]
+        return np.logical_and.reduce(unknown) if unknown else np.zeros(count, bool)
 
     def _coded(self, columns: Columns) -> Columns:
         """Strings as codes."""
@@ -323,12 +323,19 @@ class Assembled:
 
     Attributes:
       counts: int64 [B], candidates of each.
+      unseen: bool [N], candidates of which no field with a table of its own ids was ever met in training.
     """
 
     shape: _Shape
-    counts: np.ndarray
+    counts: Int[np.ndarray, "B"]
+    unseen: Bool[np.ndarray, "N"]
     arrays: dict[str, Any]
 
 
-def _count(columns: Columns) -> int:
-    return len(next(iter(columns.values())))
+def _newest_last(parts: Sequence[np.ndarray], into: np.ndarray) -> np.ndarray:
+    """Each part at the end of its row of `into`, which has nothing in it; a part that is all of it is not copied."""
+    if len(into) == 1 and into.shape[1:] == parts[0].shape and into.dtype == parts[0].dtype:
+        return parts[0][None]
+    for row, part in zip(into, parts, strict=False):
+        row[len(row) - len(part) :] = part
+    return into

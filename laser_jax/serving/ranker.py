@@ -156,6 +156,7 @@ class Ranker:
         self._observe("lookup", looked_up - began)
         spent, scoring = time.perf_counter() - looked_up, 0.0  # the former on assembly
         logits: list[list[np.ndarray]] = [[] for _ in checked]
+        unseen: list[list[np.ndarray]] = [[] for _ in checked]
         for group in self._groups(checked):
             started = time.perf_counter()
             assembled = self.model.assemble([events[position] for position, _, _ in group], _asked(checked, group))
@@ -163,20 +164,22 @@ class Ranker:
             scores = self.model.run(assembled)
             spent += middle - started
             scoring += time.perf_counter() - middle
-            for (position, _, _), part in zip(group, np.split(scores, np.cumsum(assembled.counts)[:-1]), strict=True):
-                logits[position].append(part)
+            ends = np.cumsum(assembled.counts)
+            for (position, _, _), end, count in zip(group, ends.tolist(), assembled.counts.tolist(), strict=True):
+                logits[position].append(scores[end - count : end])
+                unseen[position].append(assembled.unseen[end - count : end])
         self._observe("assembly", spent)
         self._observe("scoring", scoring)
         self._observe("history", looked_up - began + spent)
         return [
             Ranking(
-                logits=np.concatenate(parts),
-                unseen=self.model.unseen(request.candidates),
-                events=len(found),
+                logits=np.concatenate(logits[position]),
+                unseen=np.concatenate(unseen[position]),
+                events=len(events[position]),
                 time=request.time,
-                as_of=as_of,
+                as_of=histories[position][1],
             )
-            for request, parts, found, (_, as_of) in zip(checked, logits, events, histories, strict=True)
+            for position, request in enumerate(checked)
         ]
 
     def _histories(self, requests: Sequence[RankRequest]) -> list[tuple[Columns, int]]:

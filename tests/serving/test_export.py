@@ -131,7 +131,10 @@ def test_a_model_that_was_trained_again_needs_no_compiling(trained, tmp_path):
 def test_what_training_never_met_is_told(model):
     known = np.load(os.path.join(model.path, "ids", "item.npy"))
     items = np.array([known[0], known[0] + 1, -5, known[-1]])
-    unseen = model.unseen({"item": items, "category": np.zeros(4, np.int32)})
+    candidates = {"item": items, "category": np.zeros(4, np.int32)}
+    nothing = model.look_up({name: np.zeros(0, np.int64) for name in ("time", *model.event_fields)})
+    asked = Requests(np.array([9]), np.array([0, 4]), candidates, {"scene": np.array([1])})
+    unseen = model.assemble([nothing], asked).unseen
     np.testing.assert_array_equal(unseen, ~np.isin(items, known))
     assert unseen.any() and not unseen.all()
 

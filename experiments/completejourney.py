@@ -40,8 +40,8 @@ def get_config(encoder: str = "laser_plus") -> Config:
         ),
         encoder=encoder_config(encoder),
         width=64,
-        # The plain head, the same for every encoder; products with the candidate help all of them, the mean most.
-        head=HeadConfig(tokens=8, width=64, products=False),
+        # The same for every encoder; products with the candidate help all of them too, the mean most.
+        head=HeadConfig(tokens=8, width=64, products=False, matches=("item", "category", "manufacturer")),
         # One pass is 875 steps: a second moment remembered over 10 000 of them would never forget the first ones.
         optim=OptimConfig(learning_rate=1e-3, b1=0.9, b2=0.999),
         train=TrainConfig(eval_every=300, save_every=100, log_every=20),

@@ -44,7 +44,7 @@ def get_config(encoder: str = "laser_plus") -> Config:
         ),
         encoder=encoder_config(encoder),  # w=10, H=2 (laser) or 4 (laser_plus), d_q=16, M=2
         width=128,  # d
-        head=HeadConfig(tokens=16, width=128),
+        head=HeadConfig(tokens=16, width=128, matches=("item", "category", "author")),
         optim=OptimConfig(learning_rate=1e-3, b1=0.9, b2=0.9999),
         train=TrainConfig(eval_every=250, save_every=125, log_every=25),
     )

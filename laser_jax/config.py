@@ -57,7 +57,18 @@ class Config:
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
 
     def build_model(self, rngs: nnx.Rngs) -> Ranker:
-        """The ranker this config describes."""
+        """The ranker this config describes.
+
+        Raises:
+          ValueError: it describes none.
+        """
+        comparable = {field.name for field in self.features.item if not field.bagged and field.ids != "vector"}
+        for name in self.head.matches:
+            if name not in comparable:
+                raise ValueError(
+                    f"head.matches={self.head.matches}: {name!r} is no field of the items that has one value, which "
+                    f"are {', '.join(sorted(comparable)) or 'none'}"
+                )
 
         def entries(fields):
             return tuple((field.name, source_of(field), field.width) for field in fields)

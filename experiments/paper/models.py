@@ -12,6 +12,11 @@ ORDER = (
     "stca", "longer", "transformer", "hstu",
 )  # fmt: skip
 
+#: What all models are given alike. "plain": each model's own card, untied projections, no products in the head.
+#: "tricks": Wk := Wq at init and product features with the candidate. "matches": besides, what the history holds of the
+#: candidate's own kind, by the fields that the experiment says. Unit-RMS tokens and log-spaced ages are in all.
+COLUMNS = ("plain", "tricks", "matches")
+
 #: Tried for every model (see table2.choose), the best on validation kept; each model's own knob comes last. A dense
 #: learning rate of 3e-3 was tried too: worse for all, by .03 to .19 of AUC at 200 events.
 TRIALS: tuple[dict[str, Any], ...] = ({}, {"optim.learning_rate": 3e-4}, {"optim.table_learning_rate": 0.2})
@@ -39,16 +44,16 @@ def model(name: str, column: str) -> Model:
     """The model called `name` in a column of the table.
 
     Args:
-      column: "plain" (the model's own card: untied projections, no products in the head) or "tricks" (Wk := Wq at
-        init and product features with the candidate, for all; unit-RMS tokens and log-spaced ages are in both).
+      column: one of COLUMNS.
     """
-    if column not in ("plain", "tricks"):
-        raise ValueError(f"column={column!r} is not 'plain' or 'tricks'")
-    if name == GBDT:
-        return Model(name, name)
-    settings: dict[str, Any] = {"head.products": column == "tricks"}
+    if column not in COLUMNS:
+        raise ValueError(f"column={column!r} is not one of {', '.join(COLUMNS)}")
+    without: dict[str, Any] = {} if column == "matches" else {"head.matches": ()}
+    if name == GBDT:  # counts matches itself
+        return Model(name, name, {"head.matches": ()})
+    settings = {"head.products": column != "plain", **without}
     if "tied" in {field.name for field in dataclasses.fields(encoder_config(name))}:
-        settings["encoder.tied"] = column == "tricks"
+        settings["encoder.tied"] = column != "plain"
     if name == "transformer":
         settings["encoder.ffn"] = 1  # as in PAPER's comparison of costs
     return Model(name, name, settings)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from laser_jax.layers.matches import MatchReadout
 from laser_jax.layers.mlp import weight
 from laser_jax.layers.rankmixer import RankMixer
 from laser_jax.layers.recency import age_bucket
@@ -130,6 +131,9 @@ class HeadConfig:
     Attributes:
       tokens: T; width: D, a multiple of T; expansion: hidden width of a token's feed-forward over D; blocks: how many.
       products: whether the head also sees encoder token * candidate token.
+      matches: fields of candidates and events; the head also sees how much gate the events have that share the
+        candidate's value of each, see layers/matches.py. Empty for none.
+      match_gates: gates of an event, for `matches`.
     """
 
     tokens: int = 8
@@ -137,6 +141,8 @@ class HeadConfig:
     expansion: int = 2
     blocks: int = 2
     products: bool = True
+    matches: tuple[str, ...] = ()
+    match_gates: int = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +166,9 @@ class TokenLayout:
 
 class Ranker(nnx.Module):
     """Embedding rows of one batch -> a logit for every candidate.
+
+    Attributes:
+      compares: fields whose values encoder or head compare with the candidate's.
 
     Args:
       width: d, of tokens.
@@ -190,8 +199,12 @@ class Ranker(nnx.Module):
         self.age_rows = nnx.Param(nnx.initializers.normal(embedding_std)(rngs.params(), (age_buckets, age_width)))
         self.w_in = weight(rngs, (width_in, width))
         self.encoder = encoder.build(width_in=width_in, width=width, history_length=history_length, rngs=rngs)
+        self.matches = (
+            MatchReadout(width_in, width, tuple(head.matches), head.match_gates, rngs=rngs) if head.matches else None
+        )
+        self.compares = tuple(dict.fromkeys((*self.encoder.compares, *head.matches)))
         context_width = sum(size for _, _, size in layout.context)
-        parts = 1 + self.encoder.num_tokens * (2 if head.products else 1)
+        parts = 1 + self.encoder.num_tokens * (2 if head.products else 1) + bool(head.matches)
         self.head = RankMixer(
             parts * width + context_width,
             tokens=head.tokens,
@@ -241,11 +254,15 @@ class Ranker(nnx.Module):
         return self._score(history, q, age, batch["length"], batch["side"], [batch["context"]])
 
     def _score(self, history, q, age, length, side, context) -> tuple[Logits, SeqOut]:
-        places = jnp.arange(age.shape[1])
-        out = self.encoder(history, places >= age.shape[1] - length[:, None], age, q, side)
+        mask = jnp.arange(age.shape[1]) >= age.shape[1] - length[:, None]
+        out = self.encoder(history, mask, age, q, side)
         tokens = [q, *(out.tokens[:, :, p] for p in range(out.tokens.shape[2]))]
         if self.products:
             tokens += [token * q for token in tokens[1:]]
+        if self.matches is not None:
+            fields = self.matches.fields
+            mine, theirs = [history.field(name) for name in fields], [side[name] for name in fields]
+            tokens.append(self.matches(history.features(), mask, mine, theirs))
         for part in context:
             tokens.append(jnp.broadcast_to(part[:, None], (*q.shape[:2], part.shape[-1])))
         return self.head(jnp.concatenate(tokens, axis=-1)), out
@@ -254,7 +271,13 @@ class Ranker(nnx.Module):
         """Multiply-accumulates of encoder and head: once a request and per candidate."""
         length = self.history_length
         once, each = self.encoder.macs(candidates, length)
-        return {"encoder_request": once, "encoder_candidate": each, "head_candidate": self.head.macs()}
+        matched, match = (0, 0) if self.matches is None else self.matches.macs(length)
+        return {
+            "encoder_request": once,
+            "encoder_candidate": each,
+            "head_request": matched,
+            "head_candidate": self.head.macs() + match,
+        }
 
 
 def residual_scale(num_layers: int) -> float:

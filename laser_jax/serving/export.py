@@ -240,15 +240,15 @@ def _many(run: Run) -> int:
 
 
 def _compared(run: Run) -> list[str]:
-    """Fields that the encoder compares.
+    """Fields whose values the model compares.
 
     Raises:
       ModelError: one is made of several rows, or is no row of a table.
     """
-    names = list(run.factory.model(run.state.params).encoder.compares)
+    names = list(run.factory.model(run.state.params).compares)
     for field in run.config.features.item:
         if field.name in names and (field.bagged or field.ids == "vector"):
-            raise ModelError(f"the encoder compares {field.name!r}, which is no single row of a table")
+            raise ModelError(f"the model compares {field.name!r}, which is no single row of a table")
     return names
 
 

@@ -90,7 +90,7 @@ def test_every_model_is_given_as_many_trials_and_known_fields():
     for name in models.ORDER:
         if name != study.GBDT:
             assert len(models.trials(name)) == 4
-            for column in ("plain", "tricks"):
+            for column in models.COLUMNS:
                 run = study.Study("experiments/completejourney.py", {}, "unused")
                 for trial in models.trials(name):
                     run.config(
@@ -118,12 +118,14 @@ def test_the_search_is_short_and_its_best_runs_at_full_length():
     assert {model.settings["data.history_length"] for model in ran} == {table2.SEARCH_LENGTH}
     assert len({json.dumps(model.settings) for model in ran}) == 4 and {model.encoder for model in ran} == {"ta"}
     assert chosen["ta"].settings["optim.learning_rate"] == 3e-4 and "data.history_length" not in chosen["ta"].settings
-    assert chosen["gbdt"].settings == {}
+    assert chosen["gbdt"].settings == {"head.matches": ()}
     searched = [json.dumps(model.settings) for model in ran]
     ran.clear()
     plain = table2.choose(fake, "plain", ["ta"], trials=4, run=True)["ta"].settings
     assert plain == chosen["ta"].settings | {"head.products": False, "encoder.tied": False}
     assert [json.dumps(model.settings) for model in ran] == searched  # one search for all columns
+    matches = table2.choose(fake, "matches", ["ta"], trials=4, run=True)["ta"].settings
+    assert matches | {"head.matches": ()} == chosen["ta"].settings and "head.matches" not in matches
     ran.clear()
     assert "optim.learning_rate" not in table2.choose(fake, "plain", ["ta"], trials=1, run=True)["ta"].settings
     assert not ran

@@ -1,0 +1,58 @@
+"""What a history holds of the candidate's own kind: events with the same item, the same category, the same author.
+
+Attention finds such events by how alike embeddings are, which says little of rare values and takes long to learn. That
+two values are the same needs no learning; what an event of the same value is worth does. So gates read events alone,
+and a candidate adds up the gates of those that it has a value in common with.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Float, Int
+
+from laser_jax.layers.mlp import weight
+from laser_jax.shapes import HistoryFeatures, HistoryMask
+
+
+class MatchReadout(nnx.Module):
+    """A token of how much gate each kind of match has: log(1 + sum of the gates of the events that match).
+
+    Sigmoid gates, as in STA: an event that says nothing may stay silent, and twice as many events are twice as much.
+    They see an event's embeddings and age, so that some can stand for what is new and others for what was bought.
+
+    Args:
+      fields: values of these are compared, each by itself. gates: G, of an event. width: d, of the token.
+    """
+
+    def __init__(self, width_in: int, width: int, fields: tuple[str, ...], gates: int, *, rngs: nnx.Rngs):
+        if gates < 1:
+            raise ValueError(f"match_gates={gates} must be at least 1")
+        self.fields = fields
+        self.w_gate = weight(rngs, (width_in, gates))
+        self.b_gate = nnx.Param(jnp.zeros((gates,)))
+        self.w_mass = weight(rngs, (len(fields) * gates, width))
+
+    def __call__(
+        self,
+        x: HistoryFeatures,
+        mask: HistoryMask,
+        history: list[Int[jax.Array, "B L"]],
+        side: list[Int[jax.Array, "B C"]],
+    ) -> Float[jax.Array, "B C d"]:
+        """
+        Args:
+          x: features of the events. history, side: for each field, numbers of events' and candidates' values; equal
+            numbers are equal values (all that training never met are one value).
+        """
+        gates = jnp.where(mask[..., None], jax.nn.sigmoid(x @ self.w_gate[...] + self.b_gate[...]), 0.0)
+        masses = [
+            (theirs[:, :, None] == mine[:, None]).astype(gates.dtype) @ gates
+            for mine, theirs in zip(history, side, strict=True)
+        ]
+        return jnp.log1p(jnp.concatenate(masses, axis=-1)) @ self.w_mass[...]
+
+    def macs(self, length: int) -> tuple[int, int]:
+        """Multiply-accumulates once a request, and per candidate."""
+        features, gates = self.w_gate.shape
+        inputs, width = self.w_mass.shape
+        return length * features * gates, length * inputs + inputs * width

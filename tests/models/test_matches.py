@@ -1,0 +1,113 @@
+"""Match readouts: the gates of the events that share a value with the candidate, added up."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from laser_jax.features import FeatureConfig, FieldConfig
+from laser_jax.layers.matches import MatchReadout
+from laser_jax.models import encoder_config
+from laser_jax.models.base import HeadConfig, Ranker
+from tests.models.harness import SMALL
+from tests.models.test_ranker import LAYOUT, B, C, L, as_pairs, draw
+from tests.small_config import get_config
+
+FIELDS = ("item", "brand")
+
+
+def ranker(encoder="laser_plus", fields=FIELDS):
+    head = HeadConfig(tokens=4, width=8, blocks=1, matches=fields, match_gates=3)
+    sizes = dict(width=8, history_length=L, age_width=2, age_buckets=8, embedding_std=0.1)
+    return Ranker(LAYOUT, encoder_config(encoder, **SMALL[encoder]), head, **sizes, rngs=nnx.Rngs(0))
+
+
+def one_by_one(layer, x, mask, history, side):
+    """The token of each candidate, event by event."""
+    out = []
+    for b in range(mask.shape[0]):
+        for c in range(side[0].shape[1]):
+            masses = []
+            for mine, theirs in zip(history, side, strict=True):
+                total = jnp.zeros(layer.b_gate.shape)
+                for k in range(mask.shape[1]):
+                    if mask[b, k] and mine[b, k] == theirs[b, c]:
+                        total += 1 / (1 + jnp.exp(-(layer.w_gate[...].T @ x[b, k] + layer.b_gate[...])))
+                masses.append(jnp.log(1 + total))
+            out.append(layer.w_mass[...].T @ jnp.concatenate(masses))
+    return jnp.stack(out).reshape(*side[0].shape, -1)
+
+
+def test_values_and_gradients_are_those_of_a_loop():
+    rng = np.random.default_rng(0)
+    graph, params = nnx.split(MatchReadout(5, 6, FIELDS, 3, rngs=nnx.Rngs(1)), nnx.Param)
+    x = rng.normal(size=(B, L, 5)).astype(np.float32)
+    mask = np.arange(L) >= L - np.array([L, 4, 0])[:, None]
+    history = [rng.integers(0, 4, (B, L)) for _ in FIELDS]
+    side = [rng.integers(0, 5, (B, C)) for _ in FIELDS]
+    weights = rng.normal(size=(B, C, 6))
+
+    def loss(call):
+        return jax.value_and_grad(
+            lambda params, x: (
+                ((out := call(nnx.merge(graph, params), x, mask, history, side)) * weights).sum() + out.max()
+            ),
+            argnums=(0, 1),
+        )
+
+    got, want = loss(lambda layer, *rest: layer(*rest))(params, x), loss(one_by_one)(params, x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
+    assert all(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(want))
+
+
+@pytest.mark.parametrize("encoder", ["laser_plus", "sim_hard", "mean"])
+def test_a_ranker_scores_each_pair_alone_and_says_what_it_compares(encoder):
+    model = ranker(encoder)
+    assert set(model.compares) == {*FIELDS, *model.encoder.compares}
+    rows, batch = draw()
+    whole, _ = nnx.jit(model)(rows, batch)
+    alone, _ = nnx.jit(model)(rows, as_pairs(batch))
+    np.testing.assert_allclose(whole, alone.reshape(B, C), rtol=1e-5, atol=1e-5)
+
+
+def test_a_match_is_felt_where_embeddings_say_nothing():
+    rows, batch = draw()
+    rows = {table: np.ones_like(values) for table, values in rows.items()}
+    apart = {name: values + 100 for name, values in batch["candidates"].items()}
+    rows |= {table: np.ones((200, rows[table].shape[1]), np.float32) for table in FIELDS}
+    for fields, differs in ((("item",), True), ((), False)):
+        model = ranker(fields=fields)
+        without, _ = model(rows, {**batch, "candidates": apart})
+        same = {**apart, "item": np.repeat(batch["history"]["item"][:, -1:], C, axis=1)}
+        with_one, _ = model(rows, {**batch, "candidates": same})
+        assert (np.abs(with_one - without)[:2] > 1e-6).all() == differs
+        np.testing.assert_array_equal(with_one[2], without[2])  # no event, no match
+
+
+def test_operations_are_counted():
+    plain, model = ranker(fields=()), ranker()
+    counts, before = model.macs(C), plain.macs(C)
+    width_in = model.w_in.shape[0]
+    assert counts["head_request"] == L * width_in * 3 and before["head_request"] == 0
+    more = model.head.macs() - plain.head.macs()  # one token more
+    assert counts["head_candidate"] - before["head_candidate"] == more + L * 2 * 3 + 2 * 3 * 8
+    assert counts["encoder_candidate"] == before["encoder_candidate"]
+
+
+@pytest.mark.parametrize("field", ["action", "brnd", "tags", "content"])
+def test_only_what_has_one_value_is_compared(field):
+    item = (FieldConfig("item", 4, 100), FieldConfig("tags", 4, 10, pool="mean"))
+    item += (FieldConfig("content", 4, ids="vector"),)
+    event = (FieldConfig("action", 2, 4),)
+    config = dataclasses.replace(get_config(), features=FeatureConfig(item=item, event=event, context=(), age_width=2))
+    config.head.matches = ("item", field)
+    with pytest.raises(ValueError, match=rf"head.matches=.*'{field}' is no field .* which are item$"):
+        config.build_model(nnx.Rngs(0))
+
+
+def test_it_needs_a_gate():
+    with pytest.raises(ValueError, match="match_gates=0"):
+        MatchReadout(5, 6, FIELDS, 0, rngs=nnx.Rngs(0))

@@ -27,7 +27,7 @@ def get_config(encoder: str = "laser_plus") -> Config:
         ),
         encoder=encoder_config(encoder, **SMALL.get(encoder, {})),
         width=16,
-        head=HeadConfig(tokens=4, width=16, blocks=1, matches=("category",), match_gates=2),
+        head=HeadConfig(tokens=4, width=16, blocks=1),
         optim=OptimConfig(learning_rate=3e-3),
         train=TrainConfig(eval_every=60, save_every=20, log_every=10, length_edges=(0, 10)),
     )

@@ -19,9 +19,10 @@ class StcaConfig:
     """Training is one pass, so there is no dropout.
 
     Attributes:
-      layers: M. heads: H. hidden: width of the SwiGLUs over d.
-      tied: Wk := Wq, Wv Wo := I at init, and the candidate's SwiGLU starts as a copy of the history's first: what the
-        first layer compares are then the same functions of events and candidate.
+      layers: M. heads: H. hidden: width of the SwiGLUs over d, at least 2 if tied.
+      tied: Wk := Wq, Wv Wo := I at init, every SwiGLU an odd, growing function of each coordinate by itself, and each
+        layer reads the candidate alone: events and candidate are compared as they are, and what is read of events can
+        be compared with the candidate in turn.
     """
 
     layers: int = 2
@@ -45,18 +46,31 @@ class StcaEncoder(SequenceEncoder):
     def __init__(self, config: StcaConfig, width_in: int, width: int, *, rngs: nnx.Rngs):
         if config.layers < 1:
             raise ValueError(f"layers={config.layers} must be at least 1")
+        if config.tied and config.hidden < 2:
+            raise ValueError(f"hidden={config.hidden} must be at least 2 for tied=True")
         self.width_in = width_in
         layers, hidden = range(config.layers), config.hidden * width
         self.history = nnx.List([SwiGlu(width, hidden, rngs=rngs) for _ in layers])
         self.history_norm = nnx.List([nnx.LayerNorm(width, rngs=rngs) for _ in layers])
         self.attention = nnx.List([TargetAttention(width, config.heads, tied=config.tied, rngs=rngs) for _ in layers])
-        first = nnx.clone(self.history[0]) if config.tied else SwiGlu(width, hidden, rngs=rngs)
-        self.query = nnx.List([first, *(SwiGlu(width, hidden, rngs=rngs) for _ in layers[1:])])
+        self.query = nnx.List([SwiGlu(width, hidden, rngs=rngs) for _ in layers])
         self.query_norm = nnx.List([nnx.LayerNorm(width, rngs=rngs) for _ in layers])
         # Of layer i, over everything that was said before it: [o_1; ..; o_i; q].
         self.fuse = nnx.List([weight(rngs, ((i + 1) * width, width)) for i in layers[1:]])
         self.fuse_last = weight(rngs, ((config.layers + 1) * width, width))
         self.last = SwiGlu(width, hidden, rngs=rngs)
+        if config.tied:
+            self._tie()
+
+    def _tie(self) -> None:
+        """See `tied` of the config."""
+        for swiglu in (*self.history, *self.query, self.last):
+            swiglu.keep_coordinates()
+        identity = jnp.eye(self.last.wu.shape[0])
+        for i, fuse in enumerate(self.fuse):
+            fuse[...] = jnp.concatenate([jnp.zeros_like(identity)] * (i + 1) + [identity])
+        count = len(self.history)
+        self.fuse_last[...] = jnp.concatenate([identity / count] * count + [jnp.zeros_like(identity)])
 
     def precompute(self, history: TokenSource, mask, age):
         h = history.dense()
@@ -89,6 +103,15 @@ class SwiGlu(nnx.Module):
     def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs):
         self.wu, self.wv = weight(rngs, (width, hidden)), weight(rngs, (width, hidden))
         self.wo = weight(rngs, (hidden, width))
+
+    def keep_coordinates(self) -> None:
+        """Makes it x^2 tanh(x / 2): x swish(x) - x swish(-x) = x^2 (sigmoid(x) - sigmoid(-x))."""
+        width = self.wu.shape[0]
+        identity = jnp.eye(width)
+        both, opposite = jnp.concatenate([identity, identity], 1), jnp.concatenate([identity, -identity], 1)
+        self.wu[...] = self.wu[...].at[:, : 2 * width].set(both)
+        self.wv[...] = self.wv[...].at[:, : 2 * width].set(opposite)
+        self.wo[...] = jnp.zeros_like(self.wo[...]).at[: 2 * width].set(both.T)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return ((x @ self.wu[...]) * jax.nn.silu(x @ self.wv[...])) @ self.wo[...]

@@ -191,6 +191,13 @@ def test_stca_compares_the_same_function_of_event_and_candidate_at_init(tied):
     assert np.abs(module.history[0].wo[...]).max() > 0  # a copy, not the same weights
 
 
+def test_stca_transforms_keep_coordinates_apart_at_init():
+    module = build("stca", tied=True)
+    x = np.random.default_rng(0).normal(size=(50, WIDTH)).astype(np.float32)
+    for swiglu in (*module.history, *module.query, module.last):
+        assert_same(swiglu(x), x**2 * np.tanh(x / 2))
+
+
 # --- LONGER
 
 
@@ -271,6 +278,7 @@ def test_a_longer_history_than_built_for_is_refused(name):
         ("transformer", dict(heads=3), "width=8 is not a multiple of heads=3"),
         ("hstu", dict(heads=3), "width=8 is not a multiple of heads=3"),
         ("stca", dict(layers=0), "layers=0 must be at least 1"),
+        ("stca", dict(hidden=1), "hidden=1 must be at least 2"),
         ("longer", dict(layers=0), "layers=0 and newest=2 must be at least 1"),
         ("longer", dict(newest=0), "layers=3 and newest=0 must be at least 1"),
     ],

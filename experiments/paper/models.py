@@ -48,10 +48,11 @@ def model(name: str, column: str) -> Model:
     """
     if column not in COLUMNS:
         raise ValueError(f"column={column!r} is not one of {', '.join(COLUMNS)}")
-    without: dict[str, Any] = {} if column == "matches" else {"head.matches": ()}
     if name == GBDT:  # counts matches itself
         return Model(name, name, {"head.matches": ()})
-    settings = {"head.products": column != "plain", **without}
+    settings: dict[str, Any] = {"head.products": column != "plain"}
+    if column != "matches":  # the experiments have them
+        settings["head.matches"] = ()
     if "tied" in {field.name for field in dataclasses.fields(encoder_config(name))}:
         settings["encoder.tied"] = column != "plain"
     if name == "transformer":

@@ -155,13 +155,13 @@ def apply_model(factory: StateFactory, dense: Any, rows: dict[str, jax.Array], b
     return logits.astype(jnp.float32), out
 
 
-def apply_gathered(factory: StateFactory, dense: Any, requests: dict[str, Any]) -> jax.Array:
-    """The same logits [B, C] from embeddings that were gathered before, see models.base.Ranker.score_gathered."""
+def apply_gathered(factory: StateFactory, dense: Any, requests: dict[str, Any], piece: int = 0) -> jax.Array:
+    """The same logits [B, C] from embeddings that were gathered before, see models.base.Ranker.logits_gathered."""
     if factory.optim.compute == "bfloat16":
         sides = {name: requests[name] for name in ("events", "candidates", "context")}
         dense, sides = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (dense, sides))
         requests = requests | sides
-    return factory.model(dense).score_gathered(requests)[0].astype(jnp.float32)
+    return factory.model(dense).logits_gathered(requests, piece).astype(jnp.float32)
 
 
 def _summed(gradient: Callable, dense: Any, rows: Any, requests: dict[str, Any], parts: int) -> tuple[Any, Counts]:

@@ -32,19 +32,22 @@ class MatchReadout(nnx.Module):
         self.b_gate = nnx.Param(jnp.zeros((gates,)))
         self.w_mass = weight(rngs, (len(fields) * gates, width))
 
+    def gates(self, x: HistoryFeatures, mask: HistoryMask) -> Float[jax.Array, "B L G"]:
+        """The gates of events with features x; of what is no event, 0."""
+        return jnp.where(mask[..., None], jax.nn.sigmoid(x @ self.w_gate[...] + self.b_gate[...]), 0.0)
+
     def __call__(
         self,
-        x: HistoryFeatures,
-        mask: HistoryMask,
+        gates: Float[jax.Array, "B L G"],
         history: list[Int[jax.Array, "B L"]],
         side: list[Int[jax.Array, "B C"]],
     ) -> Float[jax.Array, "B C d"]:
         """
         Args:
-          x: features of the events. history, side: for each field, numbers of events' and candidates' values; equal
-            numbers are equal values (all that training never met are one value).
+          gates: of the events.
+          history, side: for each field, numbers of events' and candidates' values; equal numbers are equal values (all
+            that training never met are one value).
         """
-        gates = jnp.where(mask[..., None], jax.nn.sigmoid(x @ self.w_gate[...] + self.b_gate[...]), 0.0)
         masses = [
             (theirs[:, :, None] == mine[:, None]).astype(gates.dtype) @ gates
             for mine, theirs in zip(history, side, strict=True)

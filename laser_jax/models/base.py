@@ -5,6 +5,7 @@ The embeddings, the projection to tokens, the head and the loss are the same for
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -237,35 +238,54 @@ class Ranker(nnx.Module):
             w_in=self.w_in[...][: self.candidate_width],
         )
         context = [rows[table][batch["context"][name]] for name, table, _ in self.layout.context]
-        return self._score(history, candidates.dense(), age, batch["length"], batch["candidates"], context)
+        return self._read(history, age, batch["length"], context)(candidates.dense(), batch["candidates"])
 
-    def score_gathered(self, batch: dict[str, Any]) -> tuple[Logits, SeqOut]:
-        """The same for a batch whose rows were gathered before.
+    def logits_gathered(self, batch: dict[str, Any], piece: int = 0) -> Logits:
+        """The logits of a batch whose rows were gathered before.
 
         Args:
           batch: `events` [B, L, fe], `candidates` [B, C, fc] and `context` [B, fx], embeddings of the layout's fields
             side by side; `length` and `age` as above; `compared`, `side`: field -> int32 [B, L] and [B, C], rows of the
             fields that the encoder compares.
+          piece: of candidates that are scored at a time, after what is read of the history once for all; C is a
+            multiple of it. 0 scores all at once.
         """
         age = batch["age"]
         embeddings = batch["events"], self.age_rows[...][age_bucket(age, self.age_buckets)]
         history = GatheredSource(embeddings, self.w_in[...], batch["compared"])
         q = features_of([batch["candidates"]]) @ self.w_in[...][: self.candidate_width]
-        return self._score(history, q, age, batch["length"], batch["side"], [batch["context"]])
+        score = self._read(history, age, batch["length"], [batch["context"]])
+        if not piece:
+            return score(q, batch["side"])[0]
+        requests, candidates = q.shape[:2]
 
-    def _score(self, history, q, age, length, side, context) -> tuple[Logits, SeqOut]:
+        def cut(x):
+            pieces = x.reshape(requests, candidates // piece, piece, *x.shape[2:])
+            return jnp.moveaxis(pieces, 1, 0)
+
+        logits = jax.lax.map(lambda part: score(*part)[0], jax.tree.map(cut, (q, batch["side"])))
+        return jnp.moveaxis(logits, 0, 1).reshape(requests, candidates)
+
+    def _read(self, history, age, length, context) -> Callable[..., tuple[Logits, SeqOut]]:
+        """Reads requests' histories; returns what scores candidates: (q, side) -> logits and what the encoder says."""
         mask = jnp.arange(age.shape[1]) >= age.shape[1] - length[:, None]
-        out = self.encoder(history, mask, age, q, side)
-        tokens = [q, *(out.tokens[:, :, p] for p in range(out.tokens.shape[2]))]
-        if self.products:
-            tokens += [token * q for token in tokens[1:]]
-        if self.matches is not None:
-            fields = self.matches.fields
-            mine, theirs = [history.field(name) for name in fields], [side[name] for name in fields]
-            tokens.append(self.matches(history.features(), mask, mine, theirs))
-        for part in context:
-            tokens.append(jnp.broadcast_to(part[:, None], (*q.shape[:2], part.shape[-1])))
-        return self.head(jnp.concatenate(tokens, axis=-1)), out
+        read = self.encoder.precompute(history, mask, age)
+        gates = None if self.matches is None else self.matches.gates(history.features(), mask)
+
+        def score(q, side):
+            out = self.encoder.score(read, q, side)
+            tokens = [q, *(out.tokens[:, :, p] for p in range(out.tokens.shape[2]))]
+            if self.products:
+                tokens += [token * q for token in tokens[1:]]
+            if self.matches is not None:
+                fields = self.matches.fields
+                mine, theirs = [history.field(name) for name in fields], [side[name] for name in fields]
+                tokens.append(self.matches(gates, mine, theirs))
+            for part in context:
+                tokens.append(jnp.broadcast_to(part[:, None], (*q.shape[:2], part.shape[-1])))
+            return self.head(jnp.concatenate(tokens, axis=-1)), out
+
+        return score
 
     def macs(self, candidates: int) -> dict[str, int]:
         """Multiply-accumulates of encoder and head: once a request and per candidate."""

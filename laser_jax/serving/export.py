@@ -1,8 +1,9 @@
 """Writes a trained model so that it runs without its code: python -m laser_jax.serving.export --workdir=W --out=DIR
 
-Two programs for each of some history lengths, one for a single candidate and one for many, as StableHLO for CPU, CUDA
-and TPU, with the number of requests and candidates left open; tables, dictionaries and settings beside them. The
-best state of the run is taken, or the newest one of a run that was never evaluated.
+Three programs for each of some history lengths, for a single candidate, for many, and for so many that they are scored
+piece by piece, as StableHLO for CPU, CUDA and TPU, with the number of requests and candidates left open; tables,
+dictionaries and settings beside them. The best state of the run is taken, or the newest one of a run that was never
+evaluated.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from laser_jax.pipeline import read_vocabularies
 from laser_jax.requests import Requests as StoredRequests
 from laser_jax.requests import split_type
 from laser_jax.row_placement import places
-from laser_jax.serving.exported import BATCHES, ExportedModel, Requests
+from laser_jax.serving.exported import BATCHES, PIECE, ExportedModel, Requests
 from laser_jax.serving.files import ModelError, begin, commit
 from laser_jax.sharding import MeshConfig, make_mesh
 from laser_jax.state import StateFactory, TrainState
@@ -43,6 +44,8 @@ QUANTIZATIONS = ("none", "bf16", "int8")
 #: From one of these numbers of candidates on the form for many is taken: the first from which the encoder chooses one
 #: order of its sums.
 MANY = (4, 8, 16, 32, 64, 128)
+#: Form of a program -> how many candidates it takes.
+_CANDIDATES = {"one": "1", "many": "c", "pieces": f"{PIECE}*c"}
 #: Of an int8 that is as far from 0 on both sides.
 _LARGEST = 127
 
@@ -120,11 +123,11 @@ def export_model(
         "programs": {},
     }
     os.makedirs(os.path.join(draft, "programs"))
-    for form in ("one", "many"):
+    for form in _CANDIDATES:
         for length in lengths:
             name = f"{form}-{length}"
             with _no_locations():
-                program = export.export(jax.jit(_scoring(run)), platforms=PLATFORMS)(
+                program = export.export(jax.jit(_scoring(run, form)), platforms=PLATFORMS)(
                     *_arguments(run, form, many, length)
                 )
             with open(os.path.join(draft, "programs", f"{name}.bin"), "wb") as file:
@@ -182,11 +185,12 @@ def score_split(model: ExportedModel, config: Config, split: str) -> tuple[np.nd
     return np.concatenate(logits), np.concatenate(labels)
 
 
-def _scoring(run: Run) -> Callable[[list[Any], dict[str, Any]], jax.Array]:
+def _scoring(run: Run, form: str) -> Callable[[list[Any], dict[str, Any]], jax.Array]:
     structure = jax.tree.structure(run.state.params)
+    piece = PIECE if form == "pieces" else 0
 
     def score(weights: list[Any], requests: dict[str, Any]) -> jax.Array:
-        return apply_gathered(run.factory, jax.tree.unflatten(structure, weights), requests)
+        return apply_gathered(run.factory, jax.tree.unflatten(structure, weights), requests, piece)
 
     return score
 
@@ -195,7 +199,7 @@ def _arguments(run: Run, form: str, many: int, length: int) -> tuple[list[Any], 
     """Of a program: weights and requests, their number and that of candidates left open."""
     features, compared = run.config.features, _compared(run)
     constraints = (f"c >= {many}",) if form == "many" else ()
-    b, c = export.symbolic_shape("b, c" if form == "many" else "b, 1", constraints=constraints)
+    b, c = export.symbolic_shape(f"b, {_CANDIDATES[form]}", constraints=constraints)
 
     def ints(*shape):
         return jax.ShapeDtypeStruct(shape, jnp.int32)
@@ -231,7 +235,7 @@ def _many(run: Run) -> int:
     for many in MANY:
         # A comparison of C that holds for some C and not for others cannot be decided.
         with contextlib.suppress(InconclusiveDimensionOperation):
-            jax.eval_shape(_scoring(run), *_arguments(run, "many", many, run.config.data.history_length))
+            jax.eval_shape(_scoring(run, "many"), *_arguments(run, "many", many, run.config.data.history_length))
             return many
     raise ModelError(
         f"{type(run.config.encoder).__name__} chooses between forms at more than {MANY[-1]} candidates: there is no "

@@ -25,6 +25,9 @@ BATCHES = (1, 2, 4, 8, 16, 32)
 #: together than one by one.
 MOST_PAIRS = {"cpu": 128}
 MOST_PAIRS_ELSEWHERE = 2048
+#: Of a single request with more candidates than that, so many are scored at a time; what is read of its history is read
+#: once for all of them.
+PIECE = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +238,8 @@ class ExportedModel:
         batch = next(size for size in BATCHES if size >= requests)
         length = next(size for size in self.lengths if size >= length)
         padded = self.padded(candidates)
-        return _Shape("one" if padded == 1 else "many", batch, padded, length)
+        form = "one" if padded == 1 else "many" if padded <= self.most_pairs else "pieces"
+        return _Shape(form, batch, padded, length)
 
     def padded(self, candidates: int) -> int:
         """What a number of candidates is padded to."""

@@ -20,7 +20,7 @@ import google_crc32c
 from laser_jax.vault.files import sync_path, sync_tree
 
 MANIFEST = "model.json"
-FORMAT, VERSION = "laser_jax.model", 2
+FORMAT, VERSION = "laser_jax.model", 3
 _BLOCK = 1 << 24
 
 

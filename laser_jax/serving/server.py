@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 import grpc
+import jax
 import uvicorn
 import uvloop
 
@@ -30,7 +31,7 @@ from laser_jax.serving.catalog import Catalog, Metrics
 from laser_jax.serving.endpoints import AppendEndpoint, RankEndpoint
 from laser_jax.serving.exported import BATCHES, ExportedModel
 from laser_jax.serving.files import MANIFEST, ModelError
-from laser_jax.serving.memory import settle
+from laser_jax.serving.memory import keep_pages, settle
 from laser_jax.serving.ranker import Ranker
 from laser_jax.serving.request_log import RequestLog
 
@@ -389,6 +390,9 @@ def main(arguments: list[str] | None = None, open_vault: Callable[..., Any] = se
         logger.warning("anybody who reaches %s may rank and append: set LASER_TOKEN", settings.host)
     # The loop that hears calls and the thread that ranks share Python's lock: neither is to wait 5 ms for it.
     sys.setswitchinterval(_SWITCH_S)
+    # A batch is computed in the thread that waits for it: another one would have to be woken for nothing.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    keep_pages()
     started = time.monotonic()
     try:
         uvloop.run(serve(settings, open_vault))

@@ -58,7 +58,10 @@ def test_values_and_gradients_are_those_of_a_loop():
             argnums=(0, 1),
         )
 
-    got, want = loss(lambda layer, *rest: layer(*rest))(params, x), loss(one_by_one)(params, x)
+    def fast(layer, x, mask, *values):
+        return layer(layer.gates(x, mask), *values)
+
+    got, want = loss(fast)(params, x), loss(one_by_one)(params, x)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
     assert all(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(want))
 

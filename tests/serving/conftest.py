@@ -27,5 +27,5 @@ def trained(workdir):
 def model(trained, tmp_path_factory):
     out = tmp_path_factory.mktemp("model") / "v1"
     made = export_model(trained, str(out), lengths=(4,))
-    assert made.programs == 4 and made.bytes > 10_000
+    assert made.programs == 6 and made.bytes > 10_000
     return ExportedModel(made.path)

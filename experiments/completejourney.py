@@ -12,7 +12,7 @@ from laser_jax.config import Config, TrainConfig
 from laser_jax.features import FeatureConfig, FieldConfig
 from laser_jax.models import encoder_config
 from laser_jax.models.base import HeadConfig
-from laser_jax.optim import OptimConfig
+from laser_jax.optim import TO_THE_END, OptimConfig
 from laser_jax.pipeline import DataConfig
 
 
@@ -43,6 +43,6 @@ def get_config(encoder: str = "laser_plus") -> Config:
         # The same for every encoder; products with the candidate help all of them too, the mean most.
         head=HeadConfig(tokens=8, width=64, products=False, matches=("item", "category", "manufacturer")),
         # One pass is 875 steps: a second moment remembered over 10 000 of them would never forget the first ones.
-        optim=OptimConfig(learning_rate=1e-3, b1=0.9, b2=0.999),
+        optim=OptimConfig(learning_rate=2e-3, b1=0.9, b2=0.999, warmup=25, decay=TO_THE_END),
         train=TrainConfig(eval_every=300, save_every=100, log_every=20),
     )

@@ -12,7 +12,7 @@ from laser_jax.config import Config, TrainConfig
 from laser_jax.features import FeatureConfig, FieldConfig
 from laser_jax.models import encoder_config
 from laser_jax.models.base import HeadConfig
-from laser_jax.optim import OptimConfig
+from laser_jax.optim import TO_THE_END, OptimConfig
 from laser_jax.pipeline import DataConfig
 
 
@@ -45,6 +45,6 @@ def get_config(encoder: str = "laser_plus") -> Config:
         encoder=encoder_config(encoder),  # w=10, H=2 (laser) or 4 (laser_plus), d_q=16, M=2
         width=128,  # d
         head=HeadConfig(tokens=16, width=128, matches=("item", "category", "author")),
-        optim=OptimConfig(learning_rate=1e-3, b1=0.9, b2=0.9999),
+        optim=OptimConfig(learning_rate=2e-3, b1=0.9, b2=0.9999, warmup=25, decay=TO_THE_END),
         train=TrainConfig(eval_every=250, save_every=125, log_every=25),
     )

@@ -14,6 +14,7 @@ TABLE_TYPES = ("float32", "bfloat16")
 #: What is computed of so many requests (of 1000 events) fits a core's caches: on one, a step took .4 to .8 of what all
 #: 32 at once took, by encoder; on two .7.
 CPU_REQUESTS = 4
+TO_THE_END = -1
 
 
 @dataclasses.dataclass
@@ -22,7 +23,8 @@ class OptimConfig:
 
     Attributes:
       learning_rate, b1, b2: of Adam. warmup: steps over which it rises linearly. decay: steps after the warm-up over
-        which it falls to zero along a cosine (0: it stays). clip: global norm of dense gradients (0: none).
+        which it falls to zero along a cosine; 0: it stays, TO_THE_END (-1): the rest of the run. clip: global norm of
+        dense gradients (0: none).
       microbatches: parts in which a device takes its requests of a batch, one after the other; gradients are summed, so
         only time and memory depend on it. 0: see `parts`.
       compute: "float32", or "bfloat16": forward and backward in bfloat16, from float32 parameters and rows.
@@ -80,8 +82,11 @@ class OptimConfig:
                 f"optim.table_learning_rate={self.table_learning_rate}, table_b1={self.table_b1}, "
                 f"table_b2={self.table_b2}: give a rate above 0 and decays in [0, 1)"
             )
-        if self.warmup < 0 or self.decay < 0 or self.clip < 0:
-            raise ValueError(f"optim.warmup={self.warmup}, decay={self.decay}, clip={self.clip}: give 0 or more")
+        if self.warmup < 0 or self.decay < TO_THE_END or self.clip < 0:
+            raise ValueError(
+                f"optim.warmup={self.warmup}, decay={self.decay}, clip={self.clip}: give 0 or more, or for decay "
+                f"{TO_THE_END}, to the end of the run"
+            )
         if self.table_accumulator <= 0:
             raise ValueError(f"optim.table_accumulator={self.table_accumulator}: give more than 0, it is divided by")
 
@@ -109,13 +114,29 @@ class OptimConfig:
         return jnp.dtype(self.table_type)
 
 
-def dense_optimizer(config: OptimConfig) -> optax.GradientTransformation:
-    """Adam, after clipping, with a linear warm-up and a cosine decay."""
+def dense_optimizer(config: OptimConfig, steps: int | None = None) -> optax.GradientTransformation:
+    """Adam, after clipping, with a linear warm-up and a cosine decay.
+
+    Args:
+      steps: of the run, for a decay to its end; without them such an optimizer has a state, but makes no step.
+    """
     rates = [optax.linear_schedule(0.0, config.learning_rate, config.warmup)] if config.warmup else []
     if config.decay:
-        rates.append(optax.cosine_decay_schedule(config.learning_rate, config.decay))
+        rates.append(_falling(config, steps))
     elif rates:
         rates.append(optax.constant_schedule(config.learning_rate))
     rate = optax.join_schedules(rates, [config.warmup] * (len(rates) - 1)) if rates else config.learning_rate
     clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
     return optax.chain(clip, optax.adam(rate, b1=config.b1, b2=config.b2))
+
+
+def _falling(config: OptimConfig, steps: int | None) -> optax.Schedule:
+    if config.decay != TO_THE_END:
+        return optax.cosine_decay_schedule(config.learning_rate, config.decay)
+    if steps is not None:
+        return optax.cosine_decay_schedule(config.learning_rate, max(steps - config.warmup, 1))
+
+    def unknown(step: jax.Array) -> jax.Array:
+        raise ValueError(f"optim.decay={TO_THE_END} needs the number of the run's steps: StateFactory(steps=...)")
+
+    return unknown

@@ -35,6 +35,7 @@ class StateFactory:
       make_model: builds the model from its random numbers.
       features: says which tables there are.
       split_from: dense parameters of at least so many elements are split over the mesh's `model` axis.
+      steps: of the run; for who takes steps with optim.decay=TO_THE_END.
 
     Attributes:
       optimizer: of the dense parameters; row_optimizer: of table rows. abstract_model: the model with shapes in place
@@ -48,10 +49,11 @@ class StateFactory:
         optim: OptimConfig,
         mesh: Mesh,
         split_from: int = MeshConfig.split_from,
+        steps: int | None = None,
     ):
         self._make_model, self._tables, self.optim, self.mesh = make_model, features.tables(), optim, mesh
         self.bags = features.bags()
-        self.optimizer, self.row_optimizer = dense_optimizer(optim), optim.row_optimizer()
+        self.optimizer, self.row_optimizer = dense_optimizer(optim, steps), optim.row_optimizer()
         self.abstract_model = nnx.eval_shape(lambda: make_model(nnx.Rngs(0)))
         self._graphdef = nnx.split(self.abstract_model, nnx.Param)[0]
         self._shapes = jax.eval_shape(self._create, jax.random.key(0))

@@ -66,7 +66,12 @@ class _Run:
             for source in self.sources.values():
                 source.least = dict(zip(source.least, hosts.agree(list(source.least.values())), strict=True))
         self.factory = StateFactory(
-            config.build_model, config.features, config.optim, self.mesh, config.mesh.split_from
+            config.build_model,
+            config.features,
+            config.optim,
+            self.mesh,
+            config.mesh.split_from,
+            self.sources["train"].num_batches,
         )
         # Only now: a start that failed above must not occupy the workdir.
         remember(config, workdir, fingerprint(config.data), write=hosts.is_first())

@@ -31,9 +31,8 @@ EXPERIMENTS = sorted(
 def test_every_experiment_builds_and_steps_with_every_encoder(experiment, encoder):
     config = importlib.import_module(f"experiments.{experiment}").get_config(encoder)
     assert config.name == encoder and config.data.recipe is not None
-    factory = StateFactory(
-        config.build_model, config.features, config.optim, make_mesh(MeshConfig(), config.data.batch_size)
-    )
+    mesh = make_mesh(MeshConfig(), config.data.batch_size)
+    factory = StateFactory(config.build_model, config.features, config.optim, mesh, steps=100)
     state = factory.abstract()
     after, counts = jax.eval_shape(make_train_step(factory), state, abstract_batch(config))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)

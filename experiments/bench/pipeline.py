@@ -48,7 +48,7 @@ def main() -> None:
     steps = {}
     for name in args.encoders.split(","):
         config = dataclasses.replace(xhs.get_config(name), data=data)
-        factory = StateFactory(config.build_model, config.features, config.optim, mesh)
+        factory = StateFactory(config.build_model, config.features, config.optim, mesh, steps=source.num_batches)
         train_step = make_train_step(factory)
         state = [factory.create(0)]
         placed = place_batch(made[0].step, mesh)

@@ -4,10 +4,10 @@
   python -m experiments.paper.table2 --data=xhs_synthetic --seeds=3 --models=laser_plus,ta,transformer
 
 Settings are searched on validation, with seed 0 and histories of 200 events (--trials of them a model, 1 for none);
-then the seeds run at full length. Three columns: `tricks` gives every model what is not tied to segments, and is what
-the search is for; `plain` is each model's own card and `matches` adds match readouts to all (layers/matches.py), both
-with the same settings. Differences are paired over users. Writes ROOT/DATA/table2-COLUMN.{md,csv,png}; the same command
-again goes on where it stopped.
+then the seeds run at full length. Two columns: `tricks` gives every model what is not tied to segments, match readouts
+(layers/matches.py) too, and is what the search is for; `plain` is each model's own card, with the same settings.
+Differences are paired over users. Writes ROOT/DATA/table2-COLUMN.{md,csv,png}; the same command again goes on where it
+stopped.
 """
 
 from itertools import zip_longest
@@ -52,8 +52,8 @@ def reference_aucs(outcome: Outcome) -> dict[str, float]:
 def choose(study: Study, column: str, names: list[str], trials: int, run: bool) -> dict[str, Model]:
     """Each model with those of its settings that were best on validation, at SEARCH_LENGTH events and with seed 0.
 
-    Where only one is asked for, or none has been tried yet, it is the first: the model's own defaults. All columns have
-    the settings that were best with all tricks: what differs between columns is then the tricks alone.
+    Where only one is asked for, or none has been tried yet, it is the first: the model's own defaults. Both columns
+    have the settings that were best with all tricks: what differs between them is then the tricks alone.
     """
     settings = {name: models.trials(name)[:trials] for name in names}
 
@@ -78,7 +78,7 @@ def choose(study: Study, column: str, names: list[str], trials: int, run: bool) 
 def main() -> None:
     def add(parser):
         parser.add_argument("--models", default="all", help=f"of {', '.join(models.ORDER)}")
-        parser.add_argument("--columns", default="tricks,plain,matches", help="in what order they run")
+        parser.add_argument("--columns", default="tricks,plain", help="in what order they run")
         parser.add_argument("--trials", type=int, default=4, help="settings tried a model, 1 for none")
         parser.add_argument("--against", default="laser_plus")
 

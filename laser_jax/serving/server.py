@@ -32,6 +32,7 @@ from laser_jax.serving.endpoints import AppendEndpoint, RankEndpoint
 from laser_jax.serving.exported import BATCHES, ExportedModel
 from laser_jax.serving.files import MANIFEST, ModelError
 from laser_jax.serving.memory import keep_pages, settle
+from laser_jax.serving.priority import let_others_first
 from laser_jax.serving.ranker import Ranker
 from laser_jax.serving.request_log import RequestLog
 
@@ -392,6 +393,7 @@ def main(arguments: list[str] | None = None, open_vault: Callable[..., Any] = se
     sys.setswitchinterval(_SWITCH_S)
     # A batch is computed in the thread that waits for it: another one would have to be woken for nothing.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+    let_others_first()
     keep_pages()
     started = time.monotonic()
     try:

@@ -115,6 +115,7 @@ FREE_TO_CHANGE = (
     "mesh.model",
     "mesh.split_from",
     "optim.microbatches",
+    "optim.length_steps",
     "data.path",
     "data.vault",
     "data.threads",

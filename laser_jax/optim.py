@@ -14,6 +14,9 @@ TABLE_TYPES = ("float32", "bfloat16")
 #: What is computed of so many requests (of 1000 events) fits a core's caches: on one, a step took .4 to .8 of what all
 #: 32 at once took, by encoder; on two .7.
 CPU_REQUESTS = 4
+#: Histories of so many events are worth the time that it takes to compile forms for shorter ones as well: with four, a
+#: step of `transformer` took .4 of the time and one of `laser_plus` .75 where histories fill 45 % of 1000 places.
+LONG, LENGTH_STEPS = 512, 4
 TO_THE_END = -1
 
 
@@ -27,6 +30,8 @@ class OptimConfig:
         dense gradients (0: none).
       microbatches: parts in which a device takes its requests of a batch, one after the other; gradients are summed, so
         only time and memory depend on it. 0: see `parts`.
+      length_steps: a part holds requests of like history lengths and has room for its longest, rounded up to one of so
+        many equal steps of L: what is left out is padding. 1: room for L always; 0: see `lengths`.
       compute: "float32", or "bfloat16": forward and backward in bfloat16, from float32 parameters and rows.
       table_optimizer: "adagrad" (element-wise), "adagrad_rowwise", "adam" or "ftrl".
       table_learning_rate: of it. table_accumulator: initial sum of squares (Adagrad, FTRL). Row gradients are those of
@@ -42,6 +47,7 @@ class OptimConfig:
     decay: int = 0
     clip: float = 0.0
     microbatches: int = 0
+    length_steps: int = 0
     compute: str = "float32"
     table_optimizer: str = "adagrad"
     table_learning_rate: float = 0.4
@@ -77,6 +83,8 @@ class OptimConfig:
                 raise ValueError(f"optim.{name}={getattr(self, name)!r} is not one of {TABLE_TYPES}")
         if self.microbatches < 0:
             raise ValueError(f"optim.microbatches={self.microbatches}: give at least 1, or 0 for what is fast here")
+        if self.length_steps < 0:
+            raise ValueError(f"optim.length_steps={self.length_steps}: give at least 1, or 0 for what is fast here")
         if self.table_learning_rate <= 0 or not 0 <= self.table_b1 < 1 or not 0 <= self.table_b2 < 1:
             raise ValueError(
                 f"optim.table_learning_rate={self.table_learning_rate}, table_b1={self.table_b1}, "
@@ -108,6 +116,15 @@ class OptimConfig:
             return 1
         least = min(CPU_REQUESTS, requests)
         return requests // next(size for size in range(least, requests + 1) if requests % size == 0)
+
+    def lengths(self, history_length: int) -> list[int]:
+        """The numbers of events that a part of a batch may have room for, ascending; the last one is `history_length`.
+
+        By itself a CPU has LENGTH_STEPS of them for histories of LONG events and more. Elsewhere there is one.
+        """
+        worth = jax.default_backend() == "cpu" and history_length >= LONG
+        steps = self.length_steps or (LENGTH_STEPS if worth else 1)
+        return sorted({-(-history_length * step // steps) for step in range(1, steps + 1)})
 
     @property
     def table_dtype(self) -> jnp.dtype:

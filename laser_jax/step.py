@@ -6,6 +6,7 @@ where they are split, dense gradients, and counts.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -76,7 +77,9 @@ def make_train_step(factory: StateFactory) -> Callable:
             )
             return objective, counts
 
-        gradients, counts = _summed(jax.grad(loss_fn, argnums=(0, 1), has_aux=True), dense, rows, requests, parts)
+        lengths = optim.lengths(requests["age"].shape[1])
+        gradient = jax.grad(loss_fn, argnums=(0, 1), has_aux=True)
+        gradients, counts = _summed(gradient, dense, rows, requests, parts, lengths)
         counts = jax.tree.map(exchange.sum, counts)
         scale = 1 / jnp.maximum(samples, 1)
         dense_gradients = jax.tree.map(lambda g: g * scale, _parts(gradients[0], factory.specs.params, exchange))
@@ -164,18 +167,34 @@ def apply_gathered(factory: StateFactory, dense: Any, requests: dict[str, Any], 
     return factory.model(dense).logits_gathered(requests, piece).astype(jnp.float32)
 
 
-def _summed(gradient: Callable, dense: Any, rows: Any, requests: dict[str, Any], parts: int) -> tuple[Any, Counts]:
-    """Gradients and counts over a device's requests, taken in parts."""
+def _summed(
+    gradient: Callable, dense: Any, rows: Any, requests: dict[str, Any], parts: int, lengths: list[int]
+) -> tuple[Any, Counts]:
+    """Gradients and counts over a device's requests, taken in parts.
+
+    Args:
+      parts: so many. lengths: numbers of events that one may have room for, see OptimConfig.lengths.
+    """
     if parts == 1:
         return gradient(dense, rows, requests)
+    if len(lengths) > 1:  # those of like lengths together
+        requests = jax.tree.map(lambda x: x[jnp.argsort(requests["length"])], requests)
+    forms = [functools.partial(_of_newest, gradient, length) for length in lengths]
 
     def add(sums, part):
-        return jax.tree.map(jnp.add, sums, gradient(dense, rows, part)), None
+        form = jnp.searchsorted(jnp.array(lengths), jnp.max(part["length"]))
+        return jax.tree.map(jnp.add, sums, jax.lax.switch(form, forms, dense, rows, part)), None
 
     split = jax.tree.map(lambda x: x.reshape(parts, x.shape[0] // parts, *x.shape[1:]), requests)
     first = jax.tree.map(lambda x: x[0], split)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, dense, rows, first))
     return jax.lax.scan(add, zeros, split)[0]
+
+
+def _of_newest(gradient: Callable, length: int, dense: Any, rows: Any, requests: dict[str, Any]) -> tuple[Any, Counts]:
+    """Of requests without the places before the newest `length` ones, which hold no event."""
+    history = {name: index[:, -length:] for name, index in requests["history"].items()}
+    return gradient(dense, rows, requests | {"history": history, "age": requests["age"][:, -length:]})
 
 
 def _split_dimension(where: PartitionSpec) -> int | None:

@@ -75,6 +75,7 @@ def exchanged(encoder: str, mesh: MeshConfig) -> dict[str, int]:
 
 
 WITH_DICTIONARY, EXAMINED = "4x2", "2x4"
+IN_PARTS = {"2x4": {"microbatches": 2, "length_steps": 3}}  # of one request each
 UNIQUE = 32  # rows that a device wants of another
 
 
@@ -101,7 +102,7 @@ if __name__ == "__main__":
     told = {}
     for name in meshes.split(","):
         data, model = map(int, name.split("x"))
-        found = few_steps(path, encoder, int(steps), MeshConfig(data, model))
+        found = few_steps(path, encoder, int(steps), MeshConfig(data, model), **IN_PARTS.get(name, {}))
         if name == WITH_DICTIONARY:  # as it takes as long again
             kept = few_steps(path, encoder, int(steps), MeshConfig(data, model), dictionary_config.get_config)
             np.savez(os.path.join(out, f"{name}-dictionary.npz"), **kept.pop("learned"))

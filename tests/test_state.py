@@ -19,7 +19,7 @@ from laser_jax.sharding import MeshConfig, make_mesh, spec
 from laser_jax.state import StateFactory
 from tests import dictionary_config
 from tests.compilation import with_devices
-from tests.few_steps import EXAMINED, LENGTH, REQUESTS, UNIQUE, WITH_DICTIONARY, few_steps
+from tests.few_steps import EXAMINED, IN_PARTS, LENGTH, REQUESTS, UNIQUE, WITH_DICTIONARY, few_steps
 from tests.small_config import get_config
 
 
@@ -116,22 +116,32 @@ def alone_with_dictionary(known_data):
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_every_mesh_learns_the_same(alone, together, mesh):
-    check_the_same(together[mesh], alone)
+    # Adam divides a gradient by its size: where that is next to nothing, another order of summing shows.
+    check_the_same(together[mesh], alone, 1e-4 if mesh in IN_PARTS else 1e-5)
 
 
 def test_a_growing_dictionary_gives_the_same_rows_on_every_mesh(alone_with_dictionary, together):
     check_the_same(together[WITH_DICTIONARY]["dictionary"], alone_with_dictionary)
 
 
-def check_the_same(told, alone):
+def check_the_same(told, alone, near=1e-5):
     assert (alone["devices"], told["devices"]) == (1, 8)
     np.testing.assert_allclose(told["losses"], alone["losses"], rtol=1e-5)
     assert alone["losses"][0] > 1.2 * alone["losses"][-1]
     for name, want in alone["learned"].items():
-        np.testing.assert_allclose(told["learned"][name], want, rtol=1e-5, atol=1e-5 * np.abs(want).max(), err_msg=name)
+        np.testing.assert_allclose(told["learned"][name], want, rtol=near, atol=near * np.abs(want).max(), err_msg=name)
 
 
-@pytest.mark.parametrize("changes", [{"microbatches": 1}, {"microbatches": 4}, {"compute": "bfloat16"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"microbatches": 1},
+        {"microbatches": 4},
+        {"microbatches": 4, "length_steps": 3},
+        {"microbatches": 16, "length_steps": 20},
+        {"compute": "bfloat16"},
+    ],
+)
 def test_parts_of_a_batch_add_up_and_bfloat16_is_near(alone, known_data, changes):
     told = few_steps(known_data.path, "laser_plus", 5, MeshConfig(), **changes)
     exact = "microbatches" in changes
@@ -204,3 +214,12 @@ def test_a_cpu_takes_a_few_requests_at_a_time(requests, parts):
     assert OptimConfig(microbatches=1).parts(requests) == 1
     with pytest.raises(ValueError, match=f"microbatches={requests + 1} does not divide the {requests} requests"):
         OptimConfig(microbatches=requests + 1).parts(requests)
+
+
+def test_only_long_histories_are_worth_several_lengths():
+    assert OptimConfig().lengths(511) == [511] and OptimConfig().lengths(1000) == [250, 500, 750, 1000]
+    assert OptimConfig(length_steps=3).lengths(20) == [7, 14, 20]
+    assert OptimConfig(length_steps=9).lengths(4) == [1, 2, 3, 4]
+    assert OptimConfig(length_steps=1).lengths(1000) == [1000]
+    with pytest.raises(ValueError, match="optim.length_steps=-1"):
+        OptimConfig(length_steps=-1).check()

@@ -19,7 +19,7 @@ from laser_jax.vault.log import Batch, LogFile, encode_record, log_numbers
 from laser_jax.vault.log_writer import LogWriter, log_keys
 from laser_jax.vault.maintenance import LogPiece, Maintenance, WriterOptions
 from laser_jax.vault.manifest import HeldManifest
-from laser_jax.vault.origins import MOST, Origin, checked_origin, newest, origins_of
+from laser_jax.vault.origins import MOST, Written, checked_origin, joined, newest, origins_of
 from laser_jax.vault.state import State, build_state
 from laser_jax.vault.storage import LocalStorage
 from laser_jax.vault.tail import Tail
@@ -81,7 +81,7 @@ class Appender:
             held = HeldManifest(storage)
             state = build_state(storage, held, dictionaries, state, ())
             tail = self._log.recover(storage, state, dictionaries)
-            self._origins: dict[str, Origin] = origins_of(state.manifest) | tail.origins
+            self._origins = joined(origins_of(state.manifest), tail.origins)
             self._window = Window(state.schema, options.dedup_window)
             self._refill_window(state)
             self.maintenance = Maintenance(
@@ -232,14 +232,17 @@ class Appender:
                 self.maintenance.tail_is_full()
 
     def _fits(self, item: _Item) -> bool:
-        """Checks events anew if the schema has changed since they came; if they do not fit, their future says so."""
+        """Checks what may be otherwise since they came, schema and origin; if they do not fit, their future says so."""
         schema = self._state.schema
-        if item.schema is not schema and item.schema != schema:
-            try:
+        try:
+            if item.schema is not schema and item.schema != schema:
                 item.columns = check_columns(schema, item.events)
-            except SchemaError as error:
-                item.future.set_exception(error)
-                return False
+            if item.origin is not None:
+                client, number = item.origin
+                self._origins.get(client, Written()).check(number)
+        except SchemaError as error:
+            item.future.set_exception(error)
+            return False
         return True
 
     def _write(self, items: list[_Item]) -> list[int]:
@@ -249,14 +252,14 @@ class Appender:
         known = {name: len(dictionary) for name, dictionary in self._dictionaries.items()}
         sequence = tail.next_sequence
         batches, results, keys = [], [], []
-        origins: dict[str, Origin] = {}
+        origins: dict[str, Written] = {}
         pending: set[Any] = set()
         try:
             for item in items:
-                client, number = item.origin or (None, 0)
-                written = origins.get(client) or self._origins.get(client)
-                if client is not None and written is not None and number <= written[0]:
-                    results.append(written[1])  # sent again: its events are there
+                client, number = item.origin or ("", 0)
+                written = origins.get(client) or self._origins.get(client, Written())
+                if client and written.has(number):
+                    results.append(written.sequence)  # sent again: its events are there
                     continue
                 batch, fresh = self._batch(schema, item.columns, sequence, pending)
                 batch.origin = item.origin
@@ -264,11 +267,11 @@ class Appender:
                     batches.append(batch)
                     keys.extend(fresh)
                     sequence += len(batch)
-                if client is not None:
-                    origins[client] = (number, sequence)
+                if client:
+                    origins[client] = written.adding([(number, number)], sequence)
                 results.append(sequence)
             if not batches:
-                self._origins.update(origins)
+                self._origins |= {client: written.trimmed() for client, written in origins.items()}
                 return results
             data = b"".join([encode_record(schema, batch) for batch in batches])
             self._log.write(data, tail.next_sequence, sequence, len(self._state.manifest["schemas"]) - 1)
@@ -279,7 +282,7 @@ class Appender:
             raise
         for batch in batches:
             tail.append(batch.users, batch.columns, batch.origin)
-        self._origins.update(origins)
+        self._origins |= {client: written.trimmed() for client, written in origins.items()}
         if len(self._origins) > 2 * MOST:
             self._origins = newest(self._origins)
         if self._window.active:

@@ -16,7 +16,7 @@ from laser_jax.vault.files import inventory, sync_path, sync_tree, write_strings
 from laser_jax.vault.format import DICTIONARIES, MANIFEST, PARTS, VERSION
 from laser_jax.vault.manifest import HeldManifest, collect_garbage, commit_manifest, read_manifest
 from laser_jax.vault.merge_plan import MergePlan, all_entries, plan_everything, plan_newest
-from laser_jax.vault.origins import newest, origins_of
+from laser_jax.vault.origins import joined, newest, origins_of, to_manifest
 from laser_jax.vault.state import State, build_state
 from laser_jax.vault.storage import LocalStorage
 from laser_jax.vault.tail import Tail
@@ -313,9 +313,9 @@ class Maintenance:
         first = files[-1][0] + 1
         origins = origins_of(self.state.manifest)
         for piece in pieces:
-            origins |= piece.tail.origins
+            origins = joined(origins, piece.tail.origins)
         self.commit(
-            **({"origins": newest(origins)} if origins else {}),
+            **({"origins": to_manifest(newest(origins))} if origins else {}),
             parts=[*self.state.manifest["parts"], {"name": name, "schema": len(schemas) - 1, **entry}],
             next_part=self._next_part(),
             next_sequence=end,

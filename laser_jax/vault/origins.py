@@ -1,19 +1,68 @@
 """Which batches of which clients were written: what makes it harmless to send one again.
 
-A client numbers its batches, one after the other: a number that is not above the last one written is a repetition. The
-log keeps (client, number) with the events; what has left the log is kept in the manifest.
+A client numbers its batches, and may send them in any order. The log keeps (client, number) with the events; what has
+left the log is kept in the manifest: client -> [last number, sequence number], and where others than all numbers up to
+the last one were written, also the runs of those that were, and the number from which on this is known.
 """
 
+import bisect
+import dataclasses
 import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from laser_jax.vault.errors import SchemaError
 
-#: Number of a client's last batch, and the sequence number behind its events.
-Origin = tuple[int, int]
 #: Clients that are remembered: those who wrote last.
 MOST = 4096
+#: Runs of numbers that are remembered of a client: the highest ones.
+MOST_RUNS = 64
 _CLIENT = re.compile(r"[\x21-\x7e]{1,100}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """What is known of one client's batches.
+
+    Attributes:
+      runs: (first, last) of numbers that were written, ascending, with gaps between them.
+      sequence: the sequence number behind the events of the one written last.
+      known_from: of lower numbers it was forgotten which were written.
+    """
+
+    runs: tuple[tuple[int, int], ...] = ()
+    sequence: int = 0
+    known_from: int = 0
+
+    def has(self, number: int) -> bool:
+        """Whether it is known that a batch was written."""
+        place = bisect.bisect_right(self.runs, (number, 2**63)) - 1
+        return place >= 0 and number <= self.runs[place][1]
+
+    def check(self, number: int) -> None:
+        """Raises SchemaError if it was forgotten whether a batch was written."""
+        if number < self.known_from and not self.has(number):
+            raise SchemaError(
+                f"origin: number {number} is far below the client's last one, {self.runs[-1][1]}, and it was forgotten "
+                "which of those were written: number batches as they are sent, or give each stream a client of its own"
+            )
+
+    def adding(self, runs: Iterable[tuple[int, int]], sequence: int, known_from: int = 0) -> "Written":
+        """With more runs, and what is known of them."""
+        joined: list[tuple[int, int]] = []
+        for first, last in sorted([*self.runs, *runs]):
+            if joined and first <= joined[-1][1] + 1:
+                joined[-1] = joined[-1][0], max(joined[-1][1], last)
+            else:
+                joined.append((first, last))
+        return Written(tuple(joined), max(self.sequence, sequence), max(self.known_from, known_from))
+
+    def trimmed(self) -> "Written":
+        """With MOST_RUNS at most."""
+        if len(self.runs) <= MOST_RUNS:
+            return self
+        known_from = max(self.known_from, self.runs[-MOST_RUNS - 1][1] + 1)
+        return Written(self.runs[-MOST_RUNS:], self.sequence, known_from)
 
 
 def checked_origin(origin: Any) -> tuple[str, int] | None:
@@ -31,17 +80,39 @@ def checked_origin(origin: Any) -> tuple[str, int] | None:
             return client, number
     raise SchemaError(
         f"origin={origin!r}: need (client, number), a name of 1 to 100 printable ASCII characters without blanks and "
-        "an integer >= 0 that grows with every batch of that client"
+        "an integer >= 0, another one for every batch of that client"
     )
 
 
-def newest(origins: dict[str, Origin]) -> dict[str, Origin]:
+def joined(first: Mapping[str, Written], second: Mapping[str, Written]) -> dict[str, Written]:
+    """What two know together."""
+    found = dict(first)
+    for client, written in second.items():
+        before = found.get(client, Written())
+        found[client] = before.adding(written.runs, written.sequence, written.known_from).trimmed()
+    return found
+
+
+def newest(origins: dict[str, Written]) -> dict[str, Written]:
     """Those of the clients who wrote last, at most MOST."""
     if len(origins) <= MOST:
         return origins
-    return dict(sorted(origins.items(), key=lambda entry: entry[1][1])[-MOST:])
+    return dict(sorted(origins.items(), key=lambda entry: entry[1].sequence)[-MOST:])
 
 
-def origins_of(manifest: dict[str, Any]) -> dict[str, Origin]:
+def origins_of(manifest: dict[str, Any]) -> dict[str, Written]:
     """Those that a manifest keeps: of events in parts."""
-    return {client: (number, sequence) for client, (number, sequence) in manifest.get("origins", {}).items()}
+    return {client: _written(*entry) for client, entry in manifest.get("origins", {}).items()}
+
+
+def to_manifest(origins: dict[str, Written]) -> dict[str, list[Any]]:
+    """As a manifest keeps them."""
+    return {
+        client: [written.runs[-1][1], written.sequence]
+        + ([] if written.runs[0][0] == 0 and len(written.runs) == 1 else [written.runs, written.known_from])
+        for client, written in origins.items()
+    }
+
+
+def _written(last: int, sequence: int, runs: Any = None, known_from: int = 0) -> Written:
+    return Written(((0, last),) if runs is None else tuple((a, b) for a, b in runs), sequence, known_from)

@@ -247,16 +247,18 @@ class Vault:
 
         Args:
           events: `user`, `time` and every field of the schema, one value (or vector) an event, in any order.
-          origin: (client, number) for who may have to send a batch again, not knowing whether it was written. A client
-            sends one batch after the other, with growing numbers. A batch whose number is not above the last one
-            written is taken for that one, and nothing is written; this outlives crashes, for the 4096 clients who wrote
-            last.
+          origin: (client, number) for who may have to send a batch again, not knowing whether it was written. Every
+            batch of a client has a number of its own, best one after the other; a batch with the number of one that was
+            written is taken for that one, and nothing is written. This outlives crashes, for the 4096 clients who wrote
+            last. They may send several batches at a time, and numbers may be left out; of numbers below the client's
+            64 highest runs it is forgotten which were written.
 
         Returns:
           The sequence number that the next event will get: a read with it as `as_of` sees these events and all before.
 
         Raises:
-          SchemaError: the events do not fit the schema; none of them is taken.
+          SchemaError: the events do not fit the schema, or it was forgotten whether the batch was written; none of them
+            is taken.
           LockedError: another handle, here or in another process, is the writer.
           UnavailableError: the storage refused; none of them is taken.
         """

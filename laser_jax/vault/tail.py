@@ -7,7 +7,7 @@ import numpy as np
 
 from laser_jax.schema import Schema
 from laser_jax.vault import kernels
-from laser_jax.vault.origins import Origin
+from laser_jax.vault.origins import Written
 from laser_jax.vault.unpacking import SEQUENCE
 
 _FIRST_ROWS = 1 << 10
@@ -27,7 +27,7 @@ class Tail:
         self.schema = schema
         self.first_sequence = first_sequence
         self.size = 0
-        self.origins: dict[str, Origin] = {}
+        self.origins: dict[str, Written] = {}
         self._slots: dict[Any, int] = {}
         self._lock = threading.Lock()
         shapes = {"time": (np.dtype(np.int64), ()), "previous": (np.dtype(np.int64), ())}
@@ -92,7 +92,9 @@ class Tail:
             )
             self.size = end
             if origin is not None:
-                self.origins[origin[0]] = (origin[1], self.next_sequence)
+                client, number = origin
+                known = self.origins.get(client, Written())
+                self.origins[client] = known.adding([(number, number)], self.next_sequence).trimmed()
 
     def read(self, user: Any, names: list[str], before: int, as_of: int, n: int) -> dict[str, np.ndarray] | None:
         """The newest n events of a user with time < before and sequence number < as_of, by (time, sequence number).

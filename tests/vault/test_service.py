@@ -11,6 +11,8 @@ import sys
 import threading
 import urllib.request
 
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -18,6 +20,7 @@ from pyarrow import flight
 
 from laser_jax import vault as seqvault
 from laser_jax.schema import Field, Schema
+from laser_jax.vault import appender, origins
 from laser_jax.vault.partitioning import partition_path
 from laser_jax.vault.service import Limits, VaultService
 from tests.vault.conftest import FIELDS, Model, assert_same, random_log, take
@@ -164,9 +167,64 @@ def test_a_batch_sent_again_is_written_once(tmp_path):
                 vault.append(events(9), origin=wrong)
 
 
-def test_only_so_many_clients_are_remembered(tmp_path, monkeypatch):
-    from laser_jax.vault import appender, origins
+def test_batches_of_a_client_may_come_in_any_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(origins, "MOST_RUNS", 3)
+    with seqvault.create(tmp_path / "vault", Schema()):
+        pass
 
+    def append(number, origin=None):
+        return vault.append({"user": [1], "time": [number]}, origin=("a", number if origin is None else origin))
+
+    with seqvault.open(tmp_path / "vault", writing=WRITING) as vault:
+        futures = [vault.append_async({"user": [1], "time": [n]}, origin=("a", n)) for n in (5, 3, 0, 5, 1, 3, 4)]
+        assert sorted({future.result() for future in futures}) == [1, 2, 3, 4, 5]
+        assert vault.get(1)["time"].tolist() == [0, 1, 3, 4, 5]
+    for flush in (False, True):  # after a restart with events in the log, and with events in a part
+        with seqvault.open(tmp_path / "vault", writing=WRITING) as vault:
+            for number in (0, 1, 3, 4, 5):
+                append(99, number)
+            assert vault.num_events == 5
+            if flush:
+                vault.flush()
+                assert vault.manifest["origins"] == {"a": [5, 5, [[0, 1], [3, 5]], 0]}
+    with seqvault.open(tmp_path / "vault", writing=WRITING) as vault:
+        append(2)  # the one that was left out
+        append(7)
+        append(9)
+        append(11)
+        assert vault.get(1)["time"].tolist() == [0, 1, 2, 3, 4, 5, 7, 9, 11]
+        for number in (8, 10, 12):  # runs that are still known
+            append(number)
+        vault.append({"user": [2], "time": [1]}, origin=("b", 7))
+        for number in (9, 11, 13):
+            vault.append({"user": [2], "time": [number]}, origin=("b", number))
+        with pytest.raises(seqvault.SchemaError, match="number 7 is far below the client's last one, 13"):
+            vault.append({"user": [2], "time": [1]}, origin=("b", 7))
+        assert vault.append({"user": [2], "time": [1]}, origin=("b", 9)) == vault.next_sequence
+        vault.flush()
+    with seqvault.open(tmp_path / "vault", writing=WRITING) as vault:
+        assert vault.get(1)["time"].tolist() == [*range(6), *range(7, 13)]
+        assert vault.get(2)["time"].tolist() == [1, 9, 11, 13]
+        with pytest.raises(seqvault.SchemaError, match="number 7 is far below"):
+            vault.append({"user": [2], "time": [1]}, origin=("b", 7))
+
+
+@hypothesis.given(st.lists(st.integers(0, 12), max_size=40), st.integers(0, 40))
+def test_what_is_known_of_a_client_is_what_it_wrote(numbers, cut):
+    known = origins.Written()
+    for number in numbers[:cut]:
+        known = known.adding([(number, number)], 1)
+    rest = origins.Written()
+    for number in numbers[cut:]:
+        rest = rest.adding([(number, number)], 2)
+    both = origins.joined({"a": known}, {"a": rest})["a"]
+    assert [number for number in range(14) if both.has(number)] == sorted(set(numbers))
+    if numbers:
+        kept = origins.to_manifest({"a": both})
+        assert origins.origins_of({"origins": json.loads(json.dumps(kept))}) == {"a": both}
+
+
+def test_only_so_many_clients_are_remembered(tmp_path, monkeypatch):
     monkeypatch.setattr(origins, "MOST", 3)
     monkeypatch.setattr(appender, "MOST", 3)
     with seqvault.create(tmp_path / "vault", Schema()):

@@ -13,11 +13,15 @@ from laser_jax.serving.endpoints import Endpoint
 from laser_jax.serving.ranker import STAGES, RequestError
 from laser_jax.serving.tensors import InferRequest, InputError
 from laser_jax.serving.user_cache import UserCache
-from laser_jax.vault.errors import SchemaError, UnavailableError
+from laser_jax.vault.errors import CorruptionError, SchemaError, UnavailableError
 
 logger = logging.getLogger("laser_jax.serving")
 #: From .1 ms to 9 s, fine enough for percentiles.
 _SECONDS = tuple(round(1e-4 * 1.2**step, 7) for step in range(63))
+
+
+#: Characters of an error that a caller is told: what it names came from the caller, and gRPC has room for 8 KB in all.
+_TEXT = 500
 
 
 class UnknownModelError(LookupError):
@@ -39,7 +43,7 @@ _MEANING = (
     (UnknownModelError, 404, grpc.StatusCode.NOT_FOUND),
     (TooLargeError, 413, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (OverloadedError, 429, grpc.StatusCode.RESOURCE_EXHAUSTED),
-    (UnavailableError, 503, grpc.StatusCode.UNAVAILABLE),
+    ((UnavailableError, CorruptionError), 503, grpc.StatusCode.UNAVAILABLE),
     (DeadlineError, 504, grpc.StatusCode.DEADLINE_EXCEEDED),
 )
 
@@ -48,7 +52,8 @@ def meaning(error: Exception) -> tuple[int, grpc.StatusCode, str]:
     """HTTP status, gRPC status and text for a caller. A mistake in this code is logged; its insides are not told."""
     for kinds, status, code in _MEANING:
         if isinstance(error, kinds):
-            return status, code, str(error)
+            text = str(error)
+            return status, code, text if len(text) <= _TEXT else f"{text[:_TEXT]} ... ({len(text)} characters)"
     logger.error("a mistake", exc_info=error)
     return 500, grpc.StatusCode.INTERNAL, f"a mistake in the server ({type(error).__name__}); its log has more"
 

@@ -8,13 +8,15 @@ from typing import Any, Protocol
 import numpy as np
 
 from laser_jax.schema import Schema, SchemaError
-from laser_jax.serving.batching import Batcher, DeadlineError
+from laser_jax.serving.batching import Batcher, DeadlineError, OverloadedError
 from laser_jax.serving.exported import BATCHES
 from laser_jax.serving.ranker import Ranker, RankRequest
 from laser_jax.serving.request_log import RequestLog
 from laser_jax.serving.tensors import InferRequest, InputError, Tensor, datatype_of
 from laser_jax.vault.partitions import Sequences
 
+#: Appends whose columns are checked, or that wait for room, at a time.
+_APPENDS = 4
 _SIDES = {"candidates": "item", "context": "context"}
 
 
@@ -132,9 +134,14 @@ class AppendEndpoint:
 
     name, version = "append", "1"
 
-    def __init__(self, vault: Any, counted: Callable[[int], None] = lambda events: None):
-        """`counted` is told how many events came in."""
-        self._vault, self._counted = vault, counted
+    def __init__(self, vault: Any, queue: int, counted: Callable[[int], None] = lambda events: None):
+        """
+        Args:
+          vault: that takes the events. queue: calls that may be under way. counted: is told how many events came in.
+        """
+        self._vault, self._queue, self._counted = vault, queue, counted
+        self._under_way = 0
+        self._turns = asyncio.Semaphore(_APPENDS)
         schema = vault.schema
         self.inputs = [Tensor("user", _user_type(schema), (-1,)), Tensor("time", "INT64", (-1,))]
         for field in schema.fields:
@@ -148,6 +155,7 @@ class AppendEndpoint:
 
         Raises:
           InputError, SchemaError: what is wrong with the events; none is taken.
+          OverloadedError: too many calls are under way; none is taken.
           DeadlineError: the time was up; the events may be written all the same.
           VaultError: why they are not taken.
         """
@@ -155,18 +163,38 @@ class AppendEndpoint:
         origin = None
         if "client" in events or "number" in events:
             origin = (_one(events, "client"), _one(events, "number"))
+        for name, values in events.items():
+            if values.ndim < 1:
+                raise InputError(f"input {name!r} has shape []: need one value an event")
         count = len(events.get("time", ()))
         if not count:
             raise SchemaError("no events: input 'time' is missing or empty")
-        loop = asyncio.get_running_loop()
-        # Checking columns and waiting for room take time: not in the loop that hears everybody.
-        future = await loop.run_in_executor(None, lambda: self._vault.append_async(events, origin))
+        if self._under_way >= self._queue:
+            raise OverloadedError(f"{self._under_way} appends are under way, more are not taken: try again in a moment")
+        self._under_way += 1
         try:
-            sequence = await asyncio.wait_for(asyncio.wrap_future(future), max(deadline - time.monotonic(), 0))
+            async with asyncio.timeout(max(deadline - time.monotonic(), 0)):
+                sequence = await self._append(events, origin)
         except TimeoutError as error:
             raise DeadlineError("the time was up before the events were durable; they may be written") from error
+        finally:
+            self._under_way -= 1
         self._counted(count)
         return {"next_sequence": np.array(sequence if isinstance(sequence, Sequences) else [sequence], np.int64)}
+
+    async def _append(self, events: dict[str, np.ndarray], origin: Any) -> int | Sequences:
+        await self._turns.acquire()
+        # Checking columns and waiting for room take time: not in the loop that hears everybody.
+        loop = asyncio.get_running_loop()
+        checking = loop.run_in_executor(None, lambda: self._vault.append_async(events, origin))
+        checking.add_done_callback(self._free_turn)
+        return await asyncio.wrap_future(await asyncio.shield(checking))
+
+    def _free_turn(self, checking: asyncio.Future) -> None:
+        """Not when the caller gives up: a thread that is busy is busy."""
+        self._turns.release()
+        if not checking.cancelled():
+            checking.exception()  # nobody may be there any more to hear of it
 
     def close(self) -> None:
         """Nothing waits here."""

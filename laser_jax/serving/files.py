@@ -84,9 +84,12 @@ def read_manifest(path: str, verify: bool = True) -> dict[str, Any]:
         raise ModelError(f"{name} is damaged: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ModelError(f"{name} is not of format {FORMAT!r}")
-    if content["version"] != VERSION:
-        remedy = "install a newer one" if content["version"] > VERSION else "export the model again"
-        raise ModelError(f"{path} is of version {content['version']}, this code reads {VERSION}: {remedy}")
+    version = content.get("version")
+    if type(version) is not int:
+        raise ModelError(f"{name} is damaged: version={version!r}; export the model again")
+    if version != VERSION:
+        remedy = "install a newer one" if version > VERSION else "export the model again"
+        raise ModelError(f"{path} is of version {version}, this code reads {VERSION}: {remedy}")
     stored = content.pop("checksum", None)
     if stored != google_crc32c.value(json.dumps(content, indent=1, sort_keys=True).encode()):
         raise ModelError(f"{name} is damaged: its checksum does not match; export the model again")

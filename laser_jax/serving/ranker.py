@@ -284,7 +284,8 @@ class Ranker:
             raise RequestError(position, f"{what}: {values[~np.isfinite(values)][0]} is not finite")
         if values.dtype.kind == "u" and values.size and values.max() > np.iinfo(np.int64).max:
             raise RequestError(position, f"{what}: {values.max()} is beyond int64")
-        return values
+        # Of one type in all requests: side by side, unsigned and signed integers would become floats.
+        return values.astype(np.float64 if field.ids in ("log", "vector") else np.int64, copy=False)
 
 
 def _asked(checked: Sequence[RankRequest], group: list[tuple[int, int, int]]) -> Requests:

@@ -6,6 +6,8 @@
 No history is kept: (user, time, as_of) says which events were seen.
 """
 
+import contextlib
+import errno
 import glob
 import json
 import os
@@ -32,11 +34,12 @@ class RequestLog:
 
     def __init__(self, folder: str):
         """Raises OSError: nothing can be written into `folder`."""
-        os.makedirs(folder, exist_ok=True)
         self.folder, self.written, self.lost = folder, 0, 0
         self._queue: queue.Queue = queue.Queue(_WAITING)
         self._number = 0
-        self._file = self._next_file()
+        self._file: Any = None  # unbuffered
+        self._end = 0  # of its last whole line
+        self._begin_file()
         self._thread = threading.Thread(target=self._run, name="request-log", daemon=True)
         self._thread.start()
 
@@ -51,25 +54,50 @@ class RequestLog:
         """Writes what waits."""
         self._queue.put(None)
         self._thread.join()
-        self._file.close()
-
-    def _next_file(self) -> Any:
-        name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{os.getpid()}-{self._number:06d}.jsonl"
-        self._number += 1
-        return open(os.path.join(self.folder, name), "x", encoding="utf-8")
+        self._end_file()
 
     def _run(self) -> None:
         while (entry := self._queue.get()) is not None:
             try:
-                self._file.write(self._line(*entry))
-                if self._queue.empty():
-                    self._file.flush()
+                self._write(self._line(*entry).encode())
                 self.written += 1
-                if self._file.tell() > _FILE_BYTES:
-                    self._file.close()
-                    self._file = self._next_file()
             except OSError:
                 self.lost += 1
+
+    def _write(self, line: bytes) -> None:
+        """Adds a line: whole, or not at all."""
+        # A file without a name is one that somebody has removed.
+        if self._file is None or self._end > _FILE_BYTES or not os.fstat(self._file.fileno()).st_nlink:
+            self._begin_file()
+        try:
+            done = self._file.write(line)
+            if done < len(line):
+                raise OSError(errno.ENOSPC, f"{done} of {len(line)} bytes were written")
+        except OSError:
+            self._cut()
+            raise
+        self._end += len(line)
+
+    def _cut(self) -> None:
+        """Takes away what there is of a line; where that fails, it stays the last one of its file."""
+        try:
+            self._file.truncate(self._end)
+            self._file.seek(self._end)
+        except OSError:
+            self._end_file()
+
+    def _begin_file(self) -> None:
+        self._end_file()
+        name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{os.getpid()}-{self._number:06d}.jsonl"
+        self._number += 1
+        os.makedirs(self.folder, exist_ok=True)
+        self._file, self._end = open(os.path.join(self.folder, name), "xb", buffering=0), 0
+
+    def _end_file(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            with contextlib.suppress(OSError):  # nothing is buffered
+                file.close()
 
     def _line(self, request: RankRequest, answer: Ranking, said: dict[str, str]) -> str:
         entry = {

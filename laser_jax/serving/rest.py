@@ -2,6 +2,7 @@
 
 import asyncio
 import hmac
+import re
 import time
 from collections.abc import Awaitable, Callable
 
@@ -73,7 +74,7 @@ def application(catalog: Catalog, token: str | None, most_bytes: int) -> Starlet
         catalog.find(name, version)  # before a large body is read
         body = await _body(request, most_bytes)
         length = request.headers.get(_LENGTH)
-        if length is not None and not length.isdigit():
+        if length is not None and not re.fullmatch(r"[0-9]{1,18}", length):
             raise InputError(f"{_LENGTH} is {length!r}: need the length of the JSON")
         asked = from_http(body, None if length is None else int(length))
         endpoint, outputs = await catalog.infer(name, version, asked, _remaining(request))
@@ -122,7 +123,7 @@ def _remaining(request: Request) -> float | None:
 async def _body(request: Request, most: int) -> bytes:
     """The whole body, refused as soon as it is known to be too large, or to come too slowly."""
     told = request.headers.get("content-length", "")
-    if told.isdigit() and int(told) > most:
+    if re.fullmatch(r"[0-9]{1,18}", told) and int(told) > most:
         raise TooLargeError(f"the body has {told} bytes; at most {most} are taken")
 
     async def read() -> bytes:

@@ -12,7 +12,9 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import os
+import resource
 import signal
 import socket
 import sys
@@ -32,6 +34,7 @@ from laser_jax.serving.endpoints import AppendEndpoint, RankEndpoint
 from laser_jax.serving.exported import BATCHES, ExportedModel
 from laser_jax.serving.files import MANIFEST, ModelError
 from laser_jax.serving.memory import keep_pages, settle
+from laser_jax.serving.patience import PatientProtocol
 from laser_jax.serving.priority import let_others_first
 from laser_jax.serving.ranker import Ranker
 from laser_jax.serving.request_log import RequestLog
@@ -104,8 +107,13 @@ class Server:
         """
         if not 1 <= settings.max_batch <= BATCHES[-1]:
             raise ValueError(f"max_batch={settings.max_batch}: need 1 to {BATCHES[-1]}")
-        if settings.threads < 1:
-            raise ValueError(f"threads={settings.threads}: need at least 1")
+        for name in ("threads", "queue", "max_bytes", "max_candidates"):
+            if getattr(settings, name) < 1:
+                raise ValueError(f"{name}={getattr(settings, name)}: need at least 1")
+        if not 0 < settings.deadline_s < math.inf:
+            raise ValueError(f"deadline_s={settings.deadline_s}: need a number of seconds above 0")
+        if settings.user_cache_bytes < 0:
+            raise ValueError(f"user_cache_bytes={settings.user_cache_bytes}: need 0 or more")
         if (settings.certificate is None) != (settings.key is None):
             raise ValueError("TLS needs both a certificate and a key")
         self.settings, self._open_vault = settings, open_vault
@@ -113,6 +121,7 @@ class Server:
         self.catalog = Catalog(self.metrics, settings.deadline_s)
         self.addresses: dict[str, str] = {}
         self._path = ""
+        self._files: Any = None
         self._stop = asyncio.Event()
         self._told = time.monotonic()
         self._vault: Any = None
@@ -134,6 +143,9 @@ class Server:
             server_header=False,
             ssl_certfile=settings.certificate,
             ssl_keyfile=settings.key,
+            http=PatientProtocol,
+            ws="none",
+            timeout_graceful_shutdown=math.ceil(settings.deadline_s) + 1,
         )
         web = _Web(config)
         listening = _listen(settings.host, settings.port)
@@ -154,7 +166,7 @@ class Server:
             except _StoppedError:
                 return
             if not settings.read_only:
-                self.catalog.put(AppendEndpoint(self._vault, self.metrics.appended))
+                self.catalog.put(AppendEndpoint(self._vault, settings.queue, self.metrics.appended))
             logger.info("ready", extra={"data": {"model": self._path, **self.addresses}})
             watching = [asyncio.create_task(self._watch())]
             if settings.read_only and self._vault.local:
@@ -164,8 +176,7 @@ class Server:
             self.catalog.stopping = True
             for task in watching:
                 task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await task
+            await asyncio.gather(*watching, return_exceptions=True)  # they have told what they met
             web.should_exit = True
             await remote.stop(settings.deadline_s)
             await serving
@@ -189,7 +200,7 @@ class Server:
 
     def _load(self, path: str) -> RankEndpoint:
         """A model whose programs are compiled."""
-        started, settings = time.monotonic(), self.settings
+        started, settings, files = time.monotonic(), self.settings, files_of(path)
         model = ExportedModel(path, before=self._serving())
         ranker = Ranker(model, self._vault, observe=self.metrics.stage, cache_bytes=settings.user_cache_bytes)
         # What is padded to more than `max_batch` calls has no program.
@@ -200,7 +211,7 @@ class Server:
         )
         told = {"model": path, "version": endpoint.version, "shapes": shapes, "seconds": time.monotonic() - started}
         logger.info("loaded", extra={"data": told})
-        self._path = path
+        self._path, self._files = path, files
         return endpoint
 
     def _serving(self) -> ExportedModel | None:
@@ -237,18 +248,25 @@ class Server:
 
     async def _watch(self) -> None:
         """Loads what is newer than what serves."""
-        loop, path, failed = asyncio.get_running_loop(), "", ""
+        loop, files, failed, told = asyncio.get_running_loop(), None, None, ""
         while True:
             await asyncio.sleep(self.settings.poll_s)
+            path = self.settings.model
             try:
-                path = newest_model(self.settings.model)
-                if path not in (self._path, failed):
+                path = newest_model(path)
+                files = files_of(path)
+                if files not in (self._files, failed):
                     await self._take_over(await loop.run_in_executor(None, self._load, path))
             except _StoppedError:
                 return
-            except (ModelError, ValueError, OSError, seqvault.VaultError) as error:
-                failed = path
-                logger.error("a newer model cannot be loaded: %s", error, extra={"data": {"model": path}})
+            except Exception as error:  # whatever it is: what serves goes on, and what comes next is looked at
+                failed = files  # as it is; it may still be being copied
+                if str(error) == told:
+                    continue
+                told = str(error)
+                known = isinstance(error, (ModelError, ValueError, OSError, seqvault.VaultError))
+                trace, data = None if known else error, {"model": path}
+                logger.error("a newer model cannot be loaded: %s", error, extra={"data": data}, exc_info=trace)
 
     async def _follow(self) -> None:
         """Sees what another process writes into the vault."""
@@ -258,9 +276,10 @@ class Server:
             try:
                 await loop.run_in_executor(None, self._vault.refresh)
                 failing = False
-            except seqvault.VaultError as error:
+            except Exception as error:  # whatever it is: the next time it may be over
                 if not failing:
-                    logger.error("the vault cannot be followed: %s", error)
+                    known = isinstance(error, (OSError, seqvault.VaultError))
+                    logger.error("the vault cannot be followed: %s", error, exc_info=None if known else error)
                 failing = True
 
     def _close(self) -> None:
@@ -285,6 +304,17 @@ def newest_model(path: str) -> str:
     if not found:
         raise ModelError(f"{path} holds no exported model")
     return max(found)[1]
+
+
+def files_of(path: str) -> list[tuple[str, int, int, int]]:
+    """Of a directory and all in it: name, size, time and number of every file, which tell whether one has changed."""
+    found = []
+    for folder, _, names in os.walk(path):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # while it was looked at
+                said = os.stat(os.path.join(folder, name))
+                found.append((os.path.join(folder, name), said.st_size, said.st_mtime_ns, said.st_ino))
+    return sorted(found)
 
 
 class _StoppedError(Exception):
@@ -395,6 +425,8 @@ def main(arguments: list[str] | None = None, open_vault: Callable[..., Any] = se
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     let_others_first()
     keep_pages()
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection is a file
     started = time.monotonic()
     try:
         uvloop.run(serve(settings, open_vault))

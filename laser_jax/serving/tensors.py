@@ -184,6 +184,8 @@ def _shape(name: str, shape: Any) -> tuple[int, ...]:
     known = isinstance(shape, (list, tuple)) and len(shape) <= 4
     if not known or not all(type(size) is int and 0 <= size < 2**31 for size in shape):
         raise InputError(f"input {name!r}: shape {shape!r} is not a list of at most 4 sizes")
+    if math.prod(max(size, 1) for size in shape) >= 2**31:  # numpy refuses such a shape even of nothing
+        raise InputError(f"input {name!r}: shape {shape!r} is too large")
     return tuple(shape)
 
 
@@ -216,16 +218,22 @@ def _from_list(name: str, dtype: np.dtype, values: list[Any]) -> np.ndarray:
         if not isinstance(value, kinds) or (dtype.kind != "b" and isinstance(value, bool)):
             raise InputError(f"input {name!r}: {value!r} is not a value of type {_NAMES[dtype]}")
     if dtype.kind == "O":
-        return _texts(name, [value.encode() if isinstance(value, str) else value for value in values])
+        return _texts(name, values)
     if dtype.kind in "iu":
         limits = np.iinfo(dtype)
         for value in values:
             if not limits.min <= value <= limits.max:
                 raise InputError(f"input {name!r}: {value} does not fit {_NAMES[dtype]}")
     try:
-        return np.array(values, dtype)
+        with np.errstate(over="ignore"):  # told below
+            found = np.array(values, dtype)
     except (OverflowError, ValueError) as error:
         raise InputError(f"input {name!r}: {error}") from error
+    if dtype.kind == "f":
+        for number in np.flatnonzero(np.isinf(found)).tolist():
+            if not math.isinf(values[number]):
+                raise InputError(f"input {name!r}: {values[number]} does not fit {_NAMES[dtype]}")
+    return found
 
 
 def _from_bytes(name: str, dtype: np.dtype, data: bytes) -> np.ndarray:
@@ -248,14 +256,14 @@ def _from_bytes(name: str, dtype: np.dtype, data: bytes) -> np.ndarray:
     return np.frombuffer(data, dtype.newbyteorder("<"))
 
 
-def _texts(name: str, values: list[bytes]) -> np.ndarray:
+def _texts(name: str, values: list[str | bytes]) -> np.ndarray:
     found = np.empty(len(values), object)
     for number, value in enumerate(values):
         try:
-            found[number] = value.decode()
-        except UnicodeDecodeError as error:
-            shown = base64.b64encode(value[:40]).decode()
-            raise InputError(f"input {name!r}: string {number} (base64 {shown}) is not UTF-8") from error
+            found[number] = value.encode().decode() if isinstance(value, str) else value.decode()
+        except UnicodeError as error:  # as text, JSON may hold halves of characters
+            shown = repr(value[:40]) if isinstance(value, str) else f"base64 {base64.b64encode(value[:40]).decode()}"
+            raise InputError(f"input {name!r}: string {number} ({shown}) is not UTF-8") from error
     return found
 
 

@@ -112,6 +112,15 @@ def test_requests_may_come_in_any_mixture(ranker, known_data):
         np.testing.assert_allclose(ranker.rank([request_of(rows[place])])[0].logits, answer.logits, **NEAR)
 
 
+def test_numbers_of_all_requests_are_of_one_type(ranker, known_data):
+    """Concatenated, int64 and uint64 would become floats, and large ids others."""
+    row = known_data.requests["test"][0]
+    for kind in (np.uint64, np.int64, np.int32, np.uint8):
+        candidates = {"item": row["item"].astype(kind), "category": row["category"].astype(kind)}
+        found = ranker.check(request_of(row, candidates=candidates, context={"scene": kind(row["scene"])}))
+        assert {values.dtype for values in (*found.candidates.values(), *found.context.values())} == {np.dtype("int64")}
+
+
 def test_programs_are_compiled_beforehand(model, known_data):
     ranker = Ranker(model, seqvault.open(os.path.join(known_data.path, "vault")))
     # Histories of up to 4 and 16 events, a request or two, 1 candidate or up to 4, 8, 16, 32 or 64 of them.

@@ -4,6 +4,8 @@ import glob
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -112,3 +114,49 @@ def test_a_log_that_cannot_keep_up_loses_lines_and_says_so(logged, model, tmp_pa
     monkeypatch.setattr(log._queue, "maxsize", 1)
     log.add(request, answers[0], "m", "1")
     assert log.lost == 1
+
+
+FILLED = """
+import os, resource, shutil, sys, time
+import numpy as np
+from laser_jax.serving.ranker import Ranking, RankRequest
+from laser_jax.serving.request_log import RequestLog
+
+folder = sys.argv[1]
+log = RequestLog(folder)
+
+def add(user):
+    before = log.written + log.lost
+    answer = Ranking(np.zeros(20, np.float32), np.zeros(20, bool), 3, 4, 5)
+    log.add(RankRequest(user, {"item": np.arange(20)}), answer, "m", "1")
+    while log.written + log.lost == before:
+        time.sleep(0.001)
+
+add(0)
+size = sum(os.path.getsize(os.path.join(folder, name)) for name in os.listdir(folder))
+resource.setrlimit(resource.RLIMIT_FSIZE, (size + 50, resource.RLIM_INFINITY))  # as a disk with 50 bytes left
+add(1)
+add(2)
+assert (log.written, log.lost) == (1, 2)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+add(3)
+os.rename(folder, folder + ".old")  # somebody tidies up
+shutil.copytree(folder + ".old", folder + ".seen")
+shutil.rmtree(folder + ".old")
+add(4)
+open(folder + ".blocked", "w").close()
+shutil.rmtree(folder)
+os.rename(folder + ".blocked", folder)  # a file where the folder was
+add(5)
+os.remove(folder)
+add(6)
+log.close()
+assert (log.written, log.lost) == (4, 3), (log.written, log.lost)
+"""
+
+
+def test_a_full_disk_or_a_folder_that_goes_costs_no_more_than_its_lines(tmp_path):
+    done = subprocess.run([sys.executable, "-c", FILLED, str(tmp_path / "log")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [line["user"] for line in read_log(str(tmp_path / "log.seen"))] == [0, 3]
+    assert [line["user"] for line in read_log(str(tmp_path / "log"))] == [6]

@@ -1,6 +1,7 @@
 """The server as a process: over HTTP and gRPC, right answers, and a reason for everything that has none."""
 
 import asyncio
+import contextlib
 import gc
 import http.client
 import json
@@ -9,6 +10,7 @@ import queue
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -20,10 +22,12 @@ import numpy as np
 import pytest
 
 from laser_jax import vault as seqvault
+from laser_jax.serving.catalog import meaning
 from laser_jax.serving.export import export_model
 from laser_jax.serving.messages import MESSAGES, METHODS, SERVICE
 from laser_jax.serving.request_log import read_log
 from laser_jax.serving.server import Server, Settings
+from laser_jax.serving.tensors import datatype_of
 from tests.compilation import AS_USERS_DO
 from tests.serving.test_ranker import events_of
 
@@ -38,8 +42,8 @@ class Process:
       log: its lines so far. http, grpc: where it listens.
     """
 
-    def __init__(self, *arguments: str, **environment: str):
-        command = [sys.executable, "-m", "laser_jax.serving.server", *arguments]
+    def __init__(self, *arguments: str, module: str = "laser_jax.serving.server", **environment: str):
+        command = [sys.executable, "-m", module, *arguments]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment})
         self.log: list[str] = []
         self._lines: queue.Queue = queue.Queue()
@@ -53,10 +57,12 @@ class Process:
                 self._lines.put(line)
         self._lines.put(None)
 
-    def wait_for(self, message: str) -> dict:
+    def wait_for(self, message: str, begin: bool = False) -> dict:
+        """The next record with this message, or one that begins so."""
         deadline = time.monotonic() + 300
         while (line := self._lines.get(timeout=deadline - time.monotonic())) is not None:
-            if line.startswith("{") and json.loads(line)["message"] == message:
+            said = json.loads(line)["message"] if line.startswith("{") else ""
+            if said == message or begin and said.startswith(message):
                 return json.loads(line)
         raise AssertionError(f"no {message!r} in {''.join(self.log)}")
 
@@ -288,6 +294,11 @@ def test_unknown_users_and_items_are_scored_and_told(server, model, known_data):
         ({"user": {"name": "user", "datatype": "INT64", "shape": [2], "data": [1]}}, "1 values for shape \\[2\\]"),
         ({"user": {"name": "user", "datatype": "INT64", "shape": [-1], "data": [1]}}, "shape"),
         ({"user": {"name": "user", "datatype": "INT64", "shape": "x", "data": [1]}}, "shape"),
+        ({"candidates__item": {**tensor("candidates.item", "INT64", []), "shape": [0, *[2**31 - 1] * 3]}}, "too large"),
+        ({"user": tensor("user", "BYTES", ["\ud800"])}, "is not UTF-8"),
+        ({"context__scene": tensor("context.scene", "FP32", [1e300])}, "1e\\+300 does not fit FP32"),
+        ({"context__scene": tensor("context.scene", "FP16", [70000])}, "70000 does not fit FP16"),
+        ({"n" * 20: tensor("n" * 10_000, "INT64", [1])}, "^input 'n{400,}[^ ]* \\.\\.\\. \\(10[0-9]+ characters\\)$"),
         ({"x": tensor("x", "INT64", [1])}, "input 'x' is none of user, time"),
         ({"candidates__item": None}, "candidates 'item' is missing"),
         ({"candidates__item": tensor("candidates.item", "FP32", [1.0])}, "of type float32: need integers"),
@@ -305,6 +316,7 @@ def test_a_wrong_call_is_told_what_is_wrong(server, channel, model, known_data, 
 def test_other_wrong_calls(server, channel, model, known_data):
     right = asked(known_data.requests["test"][0])
     infer = f"/v2/models/{model.name}/infer"
+    without_axis = {**tensor("time", "INT64", [1]), "shape": []}
     wrong = [
         (404, call(server, "/v2/models/none/infer", right), "there is no model 'none'"),
         (404, call(server, f"/v2/models/{model.name}/versions/9x/infer", right), "not '9x'"),
@@ -316,11 +328,15 @@ def test_other_wrong_calls(server, channel, model, known_data):
         (400, call(server, infer, right | {"outputs": [{"name": "x"}]}), "output 'x' is none of logit"),
         (400, call(server, infer, right | {"id": 5}), "must be a string"),
         (400, call(server, infer, right, Inference_Header_Content_Length="99999"), "Inference-Header"),
+        (400, call(server, infer, right, Inference_Header_Content_Length="\u00b2"), "Inference-Header"),
+        (400, call(server, infer, right, Inference_Header_Content_Length="9" * 5000), "Inference-Header"),
         (400, call(server, infer, right, Timeout_Ms="soon"), "Timeout-Ms"),
         (413, call(server, infer, b" " * 20001), "at most 20000"),
         (504, call(server, infer, right, Timeout_Ms="0.0001"), "time was up"),
         (400, call(server, "/v2/models/append/infer", {"inputs": [tensor("time", "INT64", [1])]}), "missing"),
         (400, call(server, "/v2/models/append/infer", {"inputs": []}), "no events"),
+        (400, call(server, "/v2/models/append/infer", {"inputs": [tensor("time", "INT64", 1)]}), "data"),
+        (400, call(server, "/v2/models/append/infer", {"inputs": [without_axis]}), "input 'time' has shape []"),
     ]
     for status, (found, _, body), message in wrong:
         assert found == status and message in body.decode(), (status, found, body)
@@ -332,11 +348,16 @@ def test_other_wrong_calls(server, channel, model, known_data):
         (codes.INVALID_ARGUMENT, infer_request(model_name=model.name, raw_input_contents=[b"x"]), 60),
         (codes.NOT_FOUND, infer_request(model_name="none"), 60),
         (codes.RESOURCE_EXHAUSTED, infer_request(model_name=model.name, id="x" * 20_001), 60),
+        (codes.NOT_FOUND, infer_request(model_name="\u20ac" * 5000), 60),
     ):
         with pytest.raises(grpc.RpcError) as caught:
             rpc(channel, "ModelInfer", request, timeout)
         assert caught.value.code() == code, caught.value
     assert set(METHODS) == {"ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata", "ModelInfer"}
+
+
+def test_a_damaged_history_is_no_mistake_of_the_server():
+    assert meaning(seqvault.CorruptionError("page 3")) == (503, grpc.StatusCode.UNAVAILABLE, "page 3")
 
 
 def test_no_body_whatever_brings_it_down(server, channel, model, known_data):
@@ -492,6 +513,8 @@ def test_it_can_be_stopped_while_programs_are_compiled(model, vault_path):
         (["--model={model}", "--vault=/none"], "/none is not a vault"),
         (["--model={model}", "--vault={vault}", "--max-batch=64"], "max_batch=64"),
         (["--model={model}", "--vault={vault}", "--tls-key=x"], "TLS needs both"),
+        (["--model={model}", "--vault={vault}", "--deadline-ms=nan"], "deadline_s=nan"),
+        (["--model={model}", "--vault={vault}", "--queue=0"], "queue=0"),
     ],
 )
 def test_what_cannot_be_served_is_told(model, vault_path, known_data, arguments, message):
@@ -499,6 +522,94 @@ def test_what_cannot_be_served_is_told(model, vault_path, known_data, arguments,
     command = [sys.executable, "-m", "laser_jax.serving.server", *filled, "--port=0", "--grpc-port=0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and message in done.stderr
+
+
+def test_appends_of_one_client_may_be_under_way_together(server, channel, known_data):
+    user = int(known_data.requests["test"][1]["user"])
+
+    def events(number):
+        columns = dict(events_of(user, np.array([600 + number]), np.array([number]), np.array([1])))
+        message = MESSAGES["ModelInferRequest"](model_name="append")
+        for name, values in (columns | {"client": None, "number": np.array([number])}).items():
+            if values is None:
+                message.inputs.add(name=name, datatype="BYTES", shape=[1])
+                message.raw_input_contents.append(b"\7\0\0\0streams")
+                continue
+            message.inputs.add(name=name, datatype=datatype_of(values.dtype), shape=values.shape)
+            message.raw_input_contents.append(values.tobytes())
+        return message.SerializeToString()
+
+    infer = channel.unary_unary(f"/{SERVICE}/ModelInfer")
+    before = events_seen(server)
+    sent = [infer.future(events(number), timeout=60) for number in [*range(60), *range(60)]]
+    for answer in sent:
+        answer.result()
+    infer(events(70), timeout=60)
+    infer(events(65), timeout=60)  # never sent, though the client has been at 70
+    assert events_seen(server) - before == 62
+
+
+def events_seen(server) -> int:
+    """In the vault, as the server says."""
+    text = call(server, "/metrics")[2].decode()
+    return int(float(re.search(r"^laser_events (\S+)$", text, re.MULTILINE).group(1)))
+
+
+def test_who_says_nothing_or_does_not_listen_holds_nobody_up(model, vault_path):
+    arguments = (f"--model={model.path}", f"--vault={vault_path}", "--read-only", *FEW)
+    process = Process(*arguments, PYTHONPATH=os.getcwd(), HEAD_S="1", module="tests.serving.impatient_server").start()
+    host, port = process.http.split(":")
+    silent = socket.create_connection((host, int(port)))
+    half = socket.create_connection((host, int(port)))
+    half.sendall(b"GET /v2/health/live HTT")
+    with silent, half:
+        silent.settimeout(20)
+        half.settimeout(20)
+        assert [ended(silent), ended(half)] == [True, True]
+    with socket.socket() as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.connect((host, int(port)))
+        deaf.settimeout(1)
+        with contextlib.suppress(TimeoutError):
+            for _ in range(100_000):
+                deaf.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert call(process, "/v2/health/live")[0] == 200
+        began = time.monotonic()
+        assert process.stop() == 0
+        assert time.monotonic() - began < 20
+
+
+def ended(connection: socket.socket) -> bool:
+    """Whether the other side hangs up before the time is up."""
+    try:
+        return connection.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
+def test_a_model_that_is_still_being_copied_is_taken_when_it_is_whole(trained, known_data, tmp_path):
+    models, vault = tmp_path / "models", os.path.join(known_data.path, "vault")
+    models.mkdir()
+    export_model(trained, str(models / "a"), version="1")
+    process = Process(f"--model={models}", f"--vault={vault}", "--read-only", *FEW).start()
+    try:
+        (models / "b").mkdir()
+        (models / "b" / "model.json").write_text('{"format": "laser_jax.model"}')
+        said = process.wait_for(
+            f"a newer model cannot be loaded: {models}/b/model.json is damaged: version=None", begin=True
+        )
+        assert said["model"] == str(models / "b")
+        export_model(trained, str(tmp_path / "whole"), version="2")
+        shutil.copy(tmp_path / "whole" / "model.json", models / "b" / "model.json")
+        process.wait_for(f"a newer model cannot be loaded: {models}/b/", begin=True)
+        shutil.copytree(tmp_path / "whole", models / "b", dirs_exist_ok=True)
+        process.wait_for("loaded")
+        deadline = time.monotonic() + 60
+        while json.loads(call(process, f"/v2/models/{trained.config.name}")[2])["versions"] != ["2"]:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        assert process.stop() == 0
 
 
 def test_nothing_of_a_model_stays_when_a_newer_one_has_taken_over(trained, known_data, tmp_path):
@@ -510,7 +621,7 @@ def test_nothing_of_a_model_stays_when_a_newer_one_has_taken_over(trained, known
     server, name = Server(Settings(str(models), vault, **small)), trained.config.name
 
     async def until(condition):
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not condition():
             assert time.monotonic() < deadline and not running.done()
             await asyncio.sleep(0.05)

@@ -275,7 +275,7 @@ class Appender:
                 return results
             data = b"".join([encode_record(schema, batch) for batch in batches])
             self._log.write(data, tail.next_sequence, sequence, len(self._state.manifest["schemas"]) - 1)
-        except (VaultError, OSError):
+        except BaseException:
             # No event with these codes was written: the next ones get them.
             for name, size in known.items():
                 self._dictionaries[name].truncate(size)

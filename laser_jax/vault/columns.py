@@ -49,9 +49,10 @@ def check_columns(schema: Schema, columns: Mapping[str, Any]) -> dict[str, Any]:
 def _users(schema: Schema, column: Any) -> Any:
     if schema.user == "string":
         users = _strings("user", column)
-        if "" in users.values:
-            row = np.flatnonzero(users.codes == users.values.index(""))[0]
-            raise SchemaError(f"column 'user', row {row}: null user (an empty string); drop the event")
+        empty = [code for code, value in enumerate(users.values) if not value]
+        rows = np.flatnonzero(np.isin(users.codes, empty)) if empty else ()
+        if len(rows):
+            raise SchemaError(f"column 'user', row {rows[0]}: null user (an empty string); drop the event")
         return users
     array = _array("user", column, 1, np.dtype(np.int64))
     _integers("user", array, "int64")
@@ -105,6 +106,8 @@ def _field(field: Field, column: Any) -> Any:
 
 
 def _array(name: str, column: Any, ndim: int, dtype: np.dtype) -> np.ndarray:
+    if isinstance(column, Coded):
+        raise SchemaError(f"column {name!r} holds strings; the schema says {dtype}")
     if isinstance(column, np.ma.MaskedArray):
         _no_null(name, np.ma.getmaskarray(column))
     array = np.asarray(column)

@@ -11,6 +11,9 @@ import prometheus_client
 from laser_jax.vault.errors import UnavailableError, VaultError
 from laser_jax.vault.service import Limits, VaultService
 
+#: Seconds that calls under way have to end when the service is to stop.
+PATIENCE_S = 5.0
+
 
 def serve(
     path: str,
@@ -46,7 +49,8 @@ def serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     started = time.monotonic()
-    with VaultService(path, f"{scheme}://{host}:{port}", cache_bytes, read_only, token, tls, limits) as service:
+    service = VaultService(path, f"{scheme}://{host}:{port}", cache_bytes, read_only, token, tls, limits)
+    try:
         where = f"{scheme}://{host}:{service.port}"
         vault = service.vault
         said = f"serving {vault.path} ({len(vault):,} users, {vault.num_events:,} events) at {where}"
@@ -60,8 +64,13 @@ def serve(
             print(f"anybody who reaches {where} may read and append: set SEQVAULT_TOKEN", file=sys.stderr, flush=True)
         print(said, flush=True)
         stop.wait()
+    finally:
+        ended = service.close(PATIENCE_S)
     seconds = time.monotonic() - started
     print(f"stopped after {seconds:,.0f} s; everything acknowledged is in {vault.path}", flush=True)
+    if not ended:
+        print("some clients did not end their calls; they are cut off", file=sys.stderr, flush=True)
+        os._exit(0)  # their threads would keep the process
 
 
 def _read(name: str) -> bytes:

@@ -147,11 +147,21 @@ class VaultService(flight.FlightServerBase):
             self._follower = threading.Thread(target=self._follow, name="vault-follow", daemon=True)
             self._follower.start()
 
-    def close(self) -> None:
-        """Ends calls that are under way, and gives up the vault."""
+    def close(self, patience_s: float | None = None) -> bool:
+        """Answers calls that are under way, and gives up the vault.
+
+        Args:
+          patience_s: seconds for that; then the vault is given up all the same. None: as long as it takes.
+
+        Returns:
+          Whether all calls have ended. Those that have not hold threads for as long as their clients like.
+        """
         self._closing.set()
-        self.shutdown()
+        ending = threading.Thread(target=self.shutdown, name="vault-shutdown", daemon=True)
+        ending.start()
+        ending.join(patience_s)
         self._held.close()
+        return not ending.is_alive()
 
     def __exit__(self, *_: Any) -> None:
         self.close()
@@ -195,7 +205,8 @@ class VaultService(flight.FlightServerBase):
             except StopIteration:
                 return
             with self._answering("gather"):
-                users, before, as_of = self._asked_users(chunk.data, vault.schema, asked.get("as_of"))
+                batch = wire.checked(chunk.data)
+                users, before, as_of = self._asked_users(batch, vault.schema, asked.get("as_of"))
                 found = vault.gather(users, before, n, as_of, fields)
                 self._events.labels("gather").inc(found.num_events)
                 answer = wire.histories_batch(found, vault.schema, coded)
@@ -215,7 +226,7 @@ class VaultService(flight.FlightServerBase):
             except StopIteration:
                 return
             with self._answering("append"):
-                batch = chunk.data
+                batch = wire.checked(chunk.data)
                 if batch.nbytes > self.limits.put_bytes:
                     raise SchemaError(
                         f"a batch of {batch.num_rows} events, {batch.nbytes} bytes; at most {self.limits.put_bytes} "
@@ -284,6 +295,8 @@ class VaultService(flight.FlightServerBase):
 
     def _dictionary(self, field: str, start: int = 0) -> list[str]:
         """Values of a string field from a code on."""
+        if type(start) is not int or start < 0:
+            raise SchemaError(f"start={start!r}: need a code, 0 or more")
         return self.vault.dictionary(field)[start:].tolist()
 
     def _codes_since(self, sizes: dict[str, int]) -> dict[str, list[str]]:

@@ -10,11 +10,13 @@ GET = ("user", "n", "before", "as_of", "fields", "where", "max_scan", "at", "cod
 GATHER = ("n", "as_of", "fields", "at", "coded")
 
 
-def parse(data: bytes, known: tuple[str, ...] | None) -> dict[str, Any]:
+def parse(data: bytes | None, known: tuple[str, ...] | None) -> dict[str, Any]:
     """An object from a client; SchemaError says what is wrong with it."""
+    if data is None:
+        raise SchemaError("a descriptor with a path: need one with a command")
     try:
         value = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SchemaError(f"{data[:100]!r} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise SchemaError(f"{data[:100]!r} is not a JSON object")
@@ -22,6 +24,9 @@ def parse(data: bytes, known: tuple[str, ...] | None) -> dict[str, Any]:
         raise SchemaError(f"{sorted(set(value) - set(known))[0]!r} is not one of {', '.join(known)}")
     if value.get("list", "users") != "users":
         raise SchemaError(f"list={value['list']!r}: only users can be listed")
+    for name in ("before", "as_of"):
+        if known is not None and value.get(name) is not None and type(value[name]) is not int:
+            raise SchemaError(f"{name}={value[name]!r}: need an integer")
     if type(value.get("coded", False)) is not bool:
         raise SchemaError(f"coded={value['coded']!r}: need true or false")
     return value

@@ -21,6 +21,8 @@ from laser_jax.vault.history import Histories, History
 ZSTD = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", 1), use_threads=False)
 PLAIN_READ = pa.ipc.IpcReadOptions(use_threads=False)
 _NAMED = re.compile(r"\b([A-Z][A-Za-z]*Error): (.*)", re.DOTALL)
+#: Characters of an error that are sent: gRPC has room for 8 KB in all.
+_TEXT = 500
 #: What gRPC adds behind a message.
 _CONTEXT = re.compile(r"(\. Detail: \w+)?\.? gRPC client debug context: .*|\. Detail: \w+$", re.DOTALL)
 
@@ -71,6 +73,26 @@ def events_batch(schema: Schema, columns: Mapping[str, Any]) -> pa.RecordBatch:
     return pa.record_batch(arrays)
 
 
+def checked(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """A batch that came over the wire, if it is what it says: nothing in it points beyond its own bytes.
+
+    Raises:
+      SchemaError: a column is damaged, or there twice.
+    """
+    names = batch.schema.names
+    for name in names:
+        if names.count(name) > 1:
+            raise SchemaError(f"column {name!r} is there {names.count(name)} times")
+    for name, array in zip(names, batch.columns, strict=True):
+        try:
+            array.validate(full=True)
+        except pa.ArrowException as error:
+            raise SchemaError(f"column {name!r} is damaged: {error}") from error
+        if len(array) != batch.num_rows:
+            raise SchemaError(f"column {name!r} has {len(array)} rows, the batch {batch.num_rows}")
+    return batch
+
+
 def columns_of(batch: pa.RecordBatch) -> dict[str, Any]:
     """The columns of a record batch as numpy arrays, strings as Coded.
 
@@ -103,6 +125,8 @@ def error_to_send(error: VaultError) -> Exception:
     INVALID_ARGUMENT would be the word for the last, but pyarrow sends that with a stack trace of the service.
     """
     text = f"{type(error).__name__}: {error}"
+    if len(text) > _TEXT:
+        text = f"{text[:_TEXT]} ... ({len(text)} characters)"
     if isinstance(error, UnavailableError):
         return flight.FlightUnavailableError(text)
     if isinstance(error, errors.CorruptionError):

@@ -306,6 +306,9 @@ def test_a_client_in_other_words(items):
         (b'{"user": {"a": 1}}', "user"),
         (b'{"user": 1, "coded": "yes"}', "coded"),
         (b'{"user": 1, "at": 5}', "snapshot 5"),
+        (b'{"user": 1, "as_of": [1]}', "as_of=.1.: need an integer"),
+        (b"[" * 100_000, "is not JSON"),
+        (b'{"user": 1, "fields": ["%s"]}' % (b"x" * 20_000), "UnknownFieldError: .* [.]{3} .20[0-9]+ characters"),
     ],
 )
 def test_a_wrong_ticket_is_told_what_is_wrong(items, ticket, message):
@@ -314,6 +317,56 @@ def test_a_wrong_ticket_is_told_what_is_wrong(items, ticket, message):
         client.do_get(flight.Ticket(ticket)).read_all()
     assert "Traceback" not in str(caught.value), "nothing of the service's insides"
     assert client.do_get(flight.Ticket(b'{"user": 1}')).read_all().num_rows == 10
+
+
+def forged(kind: str, codes, data: bytes = b"") -> pa.Array:
+    """What no honest client sends: strings that end beyond their bytes, or codes beyond their dictionary."""
+    if kind == "string":
+        return pa.Array.from_buffers(
+            pa.string(), len(codes) - 1, [None, pa.py_buffer(np.int32(codes)), pa.py_buffer(data)]
+        )
+    return pa.DictionaryArray.from_arrays(pa.array(codes, pa.int32()), pa.array(["p", "q"]), safe=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"brand": forged("string", [0, 2**30, 5], b"abcdefgh")}, "column 'brand' is damaged"),
+        ({"item": forged("string", [0, 2**30, 5], b"abcdefgh")}, "column 'item' is damaged"),
+        ({"brand": forged("string", [0, 1, 2], b"\xff\xfe")}, "column 'brand' is damaged: .*UTF8"),
+        ({"brand": forged("codes", [-1, 0])}, "column 'brand' is damaged"),
+        ({"brand": forged("codes", [7, 0])}, "column 'brand' is damaged"),
+        ({"item": pa.array(["5", "6"])}, "column 'item' holds strings; the schema says int64"),
+        ({"again": pa.array([1, 2])}, "column 'user' is there 2 times"),
+    ],
+)
+def test_a_batch_that_is_not_what_it_says_is_refused(items, changes, message):
+    columns = {"user": pa.array([1, 2]), "time": pa.array([1, 2]), "item": pa.array([5, 5])}
+    columns |= {"brand": pa.array(["b0", "b1"])} | changes
+    batch = pa.record_batch(list(columns.values()), ["user" if name == "again" else name for name in columns])
+    client = flight.connect(url(items))
+    before = items.vault.next_sequence
+    writer, reader = client.do_put(flight.FlightDescriptor.for_command(b"{}"), batch.schema)
+    with pytest.raises(flight.FlightServerError, match=message), writer:
+        writer.write_batch(batch)
+        writer.done_writing()
+        reader.read()
+    assert items.vault.next_sequence == before
+    assert client.do_get(flight.Ticket(b'{"user": 1}')).read_all().num_rows == 10
+
+
+def test_what_a_dictionary_holds_besides_does_not_count(tmp_path):
+    with seqvault.create(tmp_path / "vault", Schema(user="string")):
+        pass
+    with VaultService(str(tmp_path / "vault"), writing=WRITING) as service:
+        users = pa.DictionaryArray.from_arrays(pa.array([0, 0]), pa.array(["u", ""]))
+        batch = pa.record_batch({"user": users, "time": pa.array([1, 2])})
+        writer, reader = flight.connect(url(service)).do_put(flight.FlightDescriptor.for_command(b"{}"), batch.schema)
+        with writer:
+            writer.write_batch(batch)
+            assert json.loads(reader.read().to_pybytes()) == {"next_sequence": 2}
+            writer.done_writing()
+        assert service.vault.get("u")["time"].tolist() == [1, 2]
 
 
 def exchange(client, command, batch):
@@ -576,10 +629,19 @@ def test_the_command_serves_until_it_is_told_to_stop(tmp_path):
             text = answer.read().decode()
         assert 'seqvault_events_total{call="append"} 1.0' in text and "seqvault_next_sequence 1.0" in text
         assert 'seqvault_call_seconds_count{call="get"} 1.0' in text
+        # A client that opens a stream and then says nothing more does not keep the service.
+        batch = pa.record_batch({"user": [2], "time": [1], "item": [6], "brand": ["a"]})
+        writer, reader = flight.connect(where).do_put(flight.FlightDescriptor.for_command(b"{}"), batch.schema)
+        writer.write_batch(batch)
+        assert json.loads(reader.read().to_pybytes()) == {"next_sequence": 2}
         process.send_signal(signal.SIGTERM)
         rest, _ = process.communicate(timeout=60)
         assert process.returncode == 0 and "everything acknowledged is in" in rest
+        with pytest.raises(flight.FlightError):
+            writer.close()
     finally:
         process.kill()
         process.wait()
-    assert seqvault.open(tmp_path / "vault").get(1)["item"].tolist() == [5]
+    with seqvault.open(tmp_path / "vault", writing=WRITING) as vault:
+        vault.begin_writing()
+        assert [vault.get(user)["item"].tolist() for user in (1, 2)] == [[5], [6]]

@@ -15,7 +15,7 @@ TABLE_TYPES = ("float32", "bfloat16")
 #: 32 at once took, by encoder; on two .7.
 CPU_REQUESTS = 4
 #: Histories of so many events are worth the time that it takes to compile forms for shorter ones as well: with four, a
-#: step of `transformer` took .4 of the time and one of `laser_plus` .75 where histories fill 45 % of 1000 places.
+#: step of `transformer` took .4 of the time and one of `laser_plus` .8 where histories fill 45 % of 1000 places.
 LONG, LENGTH_STEPS = 512, 4
 TO_THE_END = -1
 

@@ -44,6 +44,8 @@ logger = logging.getLogger("laser_jax.serving")
 _TELL_S = 5
 #: Seconds after which a thread that computes in Python lets another one do so.
 _SWITCH_S = 0.0005
+#: Open files, and so connections, that a server is content with: more than callers behind a load balancer need.
+_CONNECTIONS = 10_000
 #: Seconds until events of another process are seen.
 _FOLLOW_S = 0.5
 
@@ -373,6 +375,14 @@ async def serve(settings: Settings, open_vault: Callable[..., Any] = seqvault.op
     await server.run()
 
 
+def _allow_connections() -> None:
+    """Lets the process have as many as _CONNECTIONS open files, each connection being one, where the system lets it."""
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _CONNECTIONS if most == resource.RLIM_INFINITY else min(most, _CONNECTIONS)
+    if now != resource.RLIM_INFINITY and now < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+
+
 def main(arguments: list[str] | None = None, open_vault: Callable[..., Any] = seqvault.open) -> int:
     """Runs a server; returns the exit status. See Server for `open_vault`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -425,8 +435,7 @@ def main(arguments: list[str] | None = None, open_vault: Callable[..., Any] = se
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     let_others_first()
     keep_pages()
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection is a file
+    _allow_connections()
     started = time.monotonic()
     try:
         uvloop.run(serve(settings, open_vault))

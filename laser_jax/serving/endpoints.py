@@ -76,6 +76,8 @@ class RankEndpoint:
                     datatype = "FP32"
                 shape = (-1 if side == "candidates" else 1, *(() if width is None else (width,)))
                 self.inputs.append(Tensor(f"{side}.{field.name}", datatype, shape))
+        # A vault elsewhere may have to be asked for the codes of strings: not in the loop that hears everybody.
+        self._far = bool(model.strings) and not ranker.vault.local
         self._names = {side: {field.name for field in fields} for side, fields in self._fields.items()}
         self.outputs = [
             Tensor("logit", "FP32", (-1,)),
@@ -108,7 +110,11 @@ class RankEndpoint:
             if side == "candidates" and len(np.atleast_1d(values)) > self._most:
                 raise InputError(f"input {name!r} has {len(values)} candidates; at most {self._most} are taken")
             sides[side][field] = values if side == "candidates" else _single(name, values)
-        asked = self.ranker.check(RankRequest(user, sides["candidates"], sides["context"], moment))
+        wanted = RankRequest(user, sides["candidates"], sides["context"], moment)
+        if self._far:
+            asked = await asyncio.get_running_loop().run_in_executor(None, self.ranker.check, wanted)
+        else:
+            asked = self.ranker.check(wanted)
         answer = await self._batcher.answer(asked, deadline)
         if self._log is not None:
             self._log.add(asked, answer, self.name, self.version)

@@ -2,8 +2,9 @@
 
 What was asked is written as requests (user, time, sequence number, candidates, context), so that training and
 evaluation see exactly the events that the server saw. A candidate's label is 1 if the user has an event with it after
-the request, within --window; --where says which events count. The logged scores are kept as the reference `live`. A
-share of the requests is scored anew from the vault, and the largest difference to what was answered live is told.
+the request (of its moment or later, and not seen by it), within --window; --where says which events count. The logged
+scores are kept as the reference `live`. A share of the requests is scored anew from the vault, and the largest
+difference to what was answered live is told.
 """
 
 import argparse
@@ -71,6 +72,14 @@ def replay(
     Raises:
       ValueError, RequestsError, VaultError: what is wrong with the log, `out`, or the vault.
     """
+    schema = vault.schema
+    if not 0 < window <= schema.time_limit:
+        raise ValueError(f"window={window}: need 1 to {schema.time_limit}, in {schema.time_unit}")
+    if not 0 <= compare <= 1:
+        raise ValueError(f"compare={compare}: need a share of the requests, 0 to 1")
+    for name in where or {}:
+        if name not in schema.names:
+            raise ValueError(f"where {name!r}: events have the fields {', '.join(schema.names)}")
     fields = {field.name: field for field in model.features.item}
     if item not in fields:
         raise ValueError(f"item {item!r} is none of the candidates' fields {', '.join(fields)}")
@@ -80,12 +89,15 @@ def replay(
     }
     report, every = Report(), max(round(1 / compare), 1) if compare > 0 else 0
     translations = model.translations(vault)
-    with RequestsWriter(out, vault.schema.user, references=(LIVE,), sequence=True, **types) as writer:
+    with RequestsWriter(out, schema.user, references=(LIVE,), sequence=True, **types) as writer:
         for entries in _batches(read_log(log)):
+            for entry in entries:
+                _check(entry, types)
             users, times = [entry["user"] for entry in entries], np.array([entry["time"] for entry in entries])
-            if vault.schema.user == "int64":
+            if schema.user == "int64":
                 users = np.array(users, np.int64)
-            label = _labels(entries, vault, users, times, item, window, where or {})
+            sequence = np.array([entry["as_of"] for entry in entries], np.int64)
+            label = _labels(entries, vault, users, times, sequence, item, window, where or {})
             columns = {
                 name: np.concatenate([_column(entry["candidates"][name], kind) for entry in entries])
                 for name, kind in types["candidates"].items()
@@ -95,7 +107,6 @@ def replay(
                 for name, kind in types["context"].items()
             }
             counts = np.array([len(entry["logits"]) for entry in entries])
-            sequence = np.array([entry["as_of"] for entry in entries], np.int64)
             live = np.concatenate([entry["logits"] for entry in entries]).astype(np.float32)
             writer.write(
                 user=users,
@@ -116,18 +127,42 @@ def replay(
     return report
 
 
+def _check(entry: dict, types: dict[str, dict[str, str]]) -> None:
+    """Raises ValueError if a logged request is not of a model with these fields."""
+    where = f"the request of user {entry['user']!r} at {entry['time']}"
+    for side, fields in types.items():
+        if entry[side].keys() != fields.keys():
+            given, wanted = (", ".join(found) or "none" for found in (entry[side], fields))
+            raise ValueError(f"{where} has the {side} {given}; the model has {wanted}")
+    for name, values in entry["candidates"].items():
+        if not isinstance(values, list) or len(values) != len(entry["logits"]):
+            raise ValueError(f"{where}: candidates {name!r} and logits are of unlike lengths")
+
+
 def _labels(
-    entries: list[dict], vault: Any, users: Any, times: np.ndarray, item: str, window: int, where: dict[str, Any]
+    entries: list[dict],
+    vault: Any,
+    users: Any,
+    times: np.ndarray,
+    sequence: np.ndarray,
+    item: str,
+    window: int,
+    where: dict[str, Any],
 ) -> np.ndarray:
     """1 for candidates of which an event came within the window, else 0; float32 [N]."""
-    found = vault.gather(users, times + window, _EVENTS, fields=list(dict.fromkeys([item, *where])))
+    end = np.minimum(times + window, vault.schema.time_limit)
+    found = vault.gather(users, end, _EVENTS, fields=list(dict.fromkeys([item, *where])))
+    seen = vault.gather(users, times, _EVENTS, as_of=sequence, fields=[])
     labels = []
     allowed = {
         name: allowed_values(name, vault.schema.field(name), value, vault.encode) for name, value in where.items()
     }
     for place, entry in enumerate(entries):
-        events = found[place].columns
-        counts = events["time"] >= entry["time"]
+        events, moment = found[place].columns, entry["time"] - 1
+        counts = events["time"] > moment
+        # Of the request's own moment, those that it saw come first: what came after them is an answer to it.
+        at_once = np.flatnonzero(events["time"] == moment)
+        counts[at_once[np.count_nonzero(seen[place].columns["time"] == moment) :]] = True
         for name, values in allowed.items():
             counts &= np.isin(events[name], values)
         labels.append(np.isin(np.asarray(entry["candidates"][item]), events[item][counts]))
@@ -173,7 +208,7 @@ def _column(values: list[Any], kind: str) -> np.ndarray:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a replay; returns the exit status: 1 also where scores differ by more than 1e-4."""
+    """Runs a replay; returns the exit status: 1 also where scores differ by more than 1e-4, or none was compared."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--log", required=True, help="the server's --request-log")
@@ -206,6 +241,13 @@ def main(arguments: list[str] | None = None) -> int:
         f"{args.out}",
         file=sys.stderr,
     )
+    if report.others and not report.compared:
+        print(
+            f"no score was compared: the {report.others:,} requests that were to be scored anew are of other versions "
+            f"than {model.name} {model.version}; --compare=0 if that is meant",
+            file=sys.stderr,
+        )
+        return 1
     return 1 if report.difference is not None and report.difference > 1e-4 else 0
 
 

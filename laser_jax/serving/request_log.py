@@ -21,6 +21,17 @@ import numpy as np
 
 from laser_jax.serving.ranker import Ranking, RankRequest
 
+#: What a line holds.
+_KINDS = {
+    "user": (int, str),
+    "time": (int,),
+    "as_of": (int,),
+    "candidates": (dict,),
+    "context": (dict,),
+    "logits": (list,),
+    "model": (str,),
+    "version": (str,),
+}
 _FILE_BYTES = 64 << 20
 _WAITING = 10_000
 
@@ -121,14 +132,25 @@ def read_log(folder: str) -> Iterator[dict[str, Any]]:
     if not names:
         raise ValueError(f"{folder} holds no request log (*.jsonl)")
     for name in names:
-        with open(name, encoding="utf-8") as file:
+        with open(name, "rb") as file:
             for number, line in enumerate(file, 1):
-                if not line.endswith("\n"):
+                if not line.endswith(b"\n"):
                     break
                 try:
-                    yield json.loads(line)
+                    yield _entry(line)
                 except ValueError as error:
                     raise ValueError(f"{name}, line {number} is damaged: {error}") from error
+
+
+def _entry(line: bytes) -> dict[str, Any]:
+    """One line; ValueError if it is none of ours."""
+    entry = json.loads(line.decode())
+    if not isinstance(entry, dict):
+        raise ValueError(f"{line.decode().strip()!r} is no JSON object")
+    for name, kinds in _KINDS.items():
+        if type(entry.get(name)) not in kinds:
+            raise ValueError(f"its {name!r} is {entry.get(name)!r}")
+    return entry
 
 
 def _plain(values: Any) -> Any:

@@ -13,13 +13,16 @@ from laser_jax.serving.catalog import Catalog, TokenError, describe, meaning
 from laser_jax.serving.messages import MESSAGES, METHODS, SERVICE
 from laser_jax.serving.tensors import InputError, from_message, to_message
 
+#: Methods for which no token is needed: whoever starts and watches servers has none.
+_OPEN = ("ServerLive", "ServerReady")
+
 
 def server(catalog: Catalog, token: str | None, most_bytes: int) -> grpc.aio.Server:
     """A server without a port, not started.
 
     Args:
       catalog: of the models.
-      token: that callers must send as metadata `authorization: Bearer TOKEN`; None lets everybody in.
+      token: that callers must send as metadata `authorization: Bearer TOKEN`, but for _OPEN; None lets everybody in.
       most_bytes: of a message.
     """
     made = grpc.aio.server(options=[("grpc.max_receive_message_length", most_bytes), ("grpc.so_reuseport", 0)])
@@ -38,7 +41,7 @@ def _guarded(
     async def handle(data: bytes, context: grpc.aio.ServicerContext) -> bytes:
         started, status, model = time.perf_counter(), 200, ""
         try:
-            if token is not None:
+            if token is not None and method not in _OPEN:
                 _check_token(token, context)
             try:
                 request = MESSAGES[f"{method}Request"].FromString(data)

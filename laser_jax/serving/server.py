@@ -38,6 +38,7 @@ from laser_jax.serving.patience import PatientProtocol
 from laser_jax.serving.priority import let_others_first
 from laser_jax.serving.ranker import Ranker
 from laser_jax.serving.request_log import RequestLog
+from laser_jax.vault.credentials import certificate_from, token_from
 
 logger = logging.getLogger("laser_jax.serving")
 #: Seconds between two words about programs that are being compiled.
@@ -48,6 +49,8 @@ _SWITCH_S = 0.0005
 _CONNECTIONS = 10_000
 #: Seconds until events of another process are seen.
 _FOLLOW_S = 0.5
+#: Seconds after which a vault elsewhere is asked how many events it has.
+_COUNT_S = 5.0
 
 
 def threads_here() -> int:
@@ -105,7 +108,7 @@ class Server:
           open_vault: (settings.vault, timeout_s=...) -> what histories are read from and events are appended to.
 
         Raises:
-          ValueError: settings that make no sense.
+          ValueError: settings that make no sense. VaultError: files of TLS that are none.
         """
         if not 1 <= settings.max_batch <= BATCHES[-1]:
             raise ValueError(f"max_batch={settings.max_batch}: need 1 to {BATCHES[-1]}")
@@ -116,8 +119,10 @@ class Server:
             raise ValueError(f"deadline_s={settings.deadline_s}: need a number of seconds above 0")
         if settings.user_cache_bytes < 0:
             raise ValueError(f"user_cache_bytes={settings.user_cache_bytes}: need 0 or more")
-        if (settings.certificate is None) != (settings.key is None):
-            raise ValueError("TLS needs both a certificate and a key")
+        for name in ("port", "grpc_port"):
+            if not 0 <= getattr(settings, name) < 1 << 16:
+                raise ValueError(f"{name}={getattr(settings, name)}: need 0 to 65535")
+        self._tls = certificate_from(settings.certificate, settings.key)
         self.settings, self._open_vault = settings, open_vault
         self.metrics = Metrics()
         self.catalog = Catalog(self.metrics, settings.deadline_s)
@@ -153,7 +158,7 @@ class Server:
         listening = _listen(settings.host, settings.port)
         serving = asyncio.create_task(web.serve([listening]))
         remote = rpc.server(self.catalog, settings.token, settings.max_bytes)
-        port = _add_port(remote, settings)
+        port = _add_port(remote, f"{settings.host}:{settings.grpc_port}", self._tls)
         await remote.start()
         secure = "s" if settings.certificate else ""
         self.addresses = {
@@ -171,7 +176,9 @@ class Server:
                 self.catalog.put(AppendEndpoint(self._vault, settings.queue, self.metrics.appended))
             logger.info("ready", extra={"data": {"model": self._path, **self.addresses}})
             watching = [asyncio.create_task(self._watch())]
-            if settings.read_only and self._vault.local:
+            if not self._vault.local:
+                watching.append(asyncio.create_task(self._count()))
+            elif settings.read_only:
                 watching.append(asyncio.create_task(self._follow()))
             await self._stop.wait()
         finally:
@@ -194,7 +201,8 @@ class Server:
         self._vault = self._open_vault(settings.vault, timeout_s=settings.deadline_s)
         if not settings.read_only and isinstance(self._vault, seqvault.Vault):
             self._vault.begin_writing()
-        self.metrics.events.set_function(lambda: self._vault.num_events)
+        if self._vault.local:
+            self.metrics.events.set_function(lambda: self._vault.num_events)
         if settings.request_log is not None:
             log = self._log = RequestLog(settings.request_log)
             self.metrics.lost.set_function(lambda: log.lost)
@@ -284,6 +292,17 @@ class Server:
                     logger.error("the vault cannot be followed: %s", error, exc_info=None if known else error)
                 failing = True
 
+    async def _count(self) -> None:
+        """Asks a vault elsewhere how many events it has: whoever reads the metrics does not wait for it."""
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                events = await loop.run_in_executor(None, lambda: self._vault.num_events)
+            except seqvault.VaultError:
+                events = math.nan  # as is said of what is not known
+            self.metrics.events.set(events)
+            await asyncio.sleep(_COUNT_S)
+
     def _close(self) -> None:
         self.catalog.close()
         if self._log is not None:
@@ -354,14 +373,12 @@ def _listen(host: str, port: int) -> socket.socket:
     return made
 
 
-def _add_port(remote: grpc.aio.Server, settings: Settings) -> int:
-    where = f"{settings.host}:{settings.grpc_port}"
+def _add_port(remote: grpc.aio.Server, where: str, tls: tuple[bytes, bytes] | None) -> int:
     try:
-        if settings.certificate is None:
+        if tls is None:
             return remote.add_insecure_port(where)
-        with open(settings.key, "rb") as key, open(settings.certificate, "rb") as certificate:
-            credentials = grpc.ssl_server_credentials([(key.read(), certificate.read())])
-        return remote.add_secure_port(where, credentials)
+        certificate, key = tls
+        return remote.add_secure_port(where, grpc.ssl_server_credentials([(key, certificate)]))
     except RuntimeError as error:
         raise ValueError(f"{where} cannot be listened on: {error}") from error
 
@@ -404,6 +421,11 @@ def main(arguments: list[str] | None = None, open_vault: Callable[..., Any] = se
     add("--threads", type=int, default=default.threads, help="batches that are scored at a time")
     add("--user-cache", type=int, default=default.user_cache_bytes >> 20, help="MiB for what was read of users")
     args = parser.parse_args(arguments)
+    try:
+        token = token_from("LASER_TOKEN")
+    except seqvault.VaultError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     logger.addHandler(handler)
@@ -416,7 +438,7 @@ def main(arguments: list[str] | None = None, open_vault: Callable[..., Any] = se
         args.grpc_port,
         args.tls_certificate,
         args.tls_key,
-        os.environ.get("LASER_TOKEN"),
+        token,
         args.deadline_ms / 1000,
         args.queue,
         args.max_bytes,

@@ -19,11 +19,13 @@ from laser_jax.schema import Schema
 from laser_jax.vault import wire
 from laser_jax.vault.arguments import checked_bounds, checked_user, checked_users
 from laser_jax.vault.columns import check_columns
+from laser_jax.vault.credentials import token_from
 from laser_jax.vault.dictionary import Dictionary
 from laser_jax.vault.errors import SchemaError, UnavailableError, UnknownFieldError, VaultError
 from laser_jax.vault.history import Histories, History
 from laser_jax.vault.merging import NO_BOUND
 from laser_jax.vault.origins import checked_origin
+from laser_jax.vault.outage import Outage
 from laser_jax.vault.partitions import string_fields
 
 SCHEMES = ("grpc", "grpc+tcp", "grpc+tls")
@@ -33,6 +35,10 @@ _RECONNECT = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_b
 _LONGEST_PAUSE = 0.5
 #: Appends under way at once, of append_async.
 _APPENDS = 8
+#: Seconds that a service has to say that it is there.
+_HEALTH_S = 1.0
+#: Actions that take as long as they take.
+_LONG = ("merge", "flush", "verify", "forget", "snapshot", "stats")
 
 
 def is_service(path: str) -> bool:
@@ -43,7 +49,9 @@ def is_service(path: str) -> bool:
 class VaultClient:
     """See laser_jax.vault.open and, for the methods, laser_jax.vault.Vault. Safe to share among threads.
 
-    Appends are sent again until the time-out while the service does not answer, each written once. Reads fail at once.
+    Appends are sent again until the time-out while the service does not answer, each written once. Reads fail at once;
+    of a service that did not answer one in time, so do the next ones until it answers (see Outage). Merging and the
+    like take as long as they take, while the service answers others.
 
     Attributes:
       path: URL of the service. at: snapshot that is read from. timeout_s: seconds that a call may take.
@@ -63,21 +71,21 @@ class VaultClient:
         self.at = at
         self.timeout_s = timeout_s
         self._wanted = partition
-        headers = []
-        if token := os.environ.get("SEQVAULT_TOKEN"):
-            headers.append((b"authorization", f"Bearer {token}".encode()))
-        self._options = flight.FlightCallOptions(timeout=timeout_s, headers=headers, read_options=wire.PLAIN_READ)
-        # Merging and reading everything take as long as they take.
-        self._patient = flight.FlightCallOptions(headers=headers)
+        token = token_from("SEQVAULT_TOKEN")
+        self._headers = [] if token is None else [(b"authorization", f"Bearer {token}".encode())]
+        self._options = self._within(timeout_s)
+        self._patient = flight.FlightCallOptions(headers=self._headers)
         authority = os.environ.get("SEQVAULT_CA")
         try:
             roots = None
             if authority:
                 with open(authority, "rb") as file:
                     roots = file.read()
-            self._client = flight.FlightClient(path, tls_root_certs=roots, generic_options=_RECONNECT)
+            client = flight.FlightClient(path, tls_root_certs=roots, generic_options=_RECONNECT)
         except (OSError, pa.ArrowException) as error:
             raise VaultError(f"{path} cannot be used: {error}") from error
+        self._client, health = client, self._within(min(timeout_s, _HEALTH_S))
+        self._outage = Outage(path, lambda: list(client.do_action(flight.Action("health", b""), health)))
         self._described: dict[str, Any] | None = None
         self._schema: Schema | None = None
         self._lock = threading.Lock()
@@ -128,7 +136,7 @@ class VaultClient:
 
     def users(self) -> np.ndarray:
         """As Vault.users."""
-        table = self._read(lambda: self._client.do_get(_ticket(list="users"), self._patient).read_all())
+        table = self._while_there(lambda: self._client.do_get(_ticket(list="users"), self._patient).read_all())
         if self.schema.user == "int64":
             return table["user"].to_numpy()
         keys = np.empty(len(table), object)
@@ -147,10 +155,14 @@ class VaultClient:
 
     def encode(self, field: str, values: Sequence[str]) -> np.ndarray:
         """As Vault.encode."""
-        self._describe()
         self.dictionary(field)
         known = self._dictionaries[field]
         listed = values.tolist() if isinstance(values, np.ndarray) else values
+        codes = np.fromiter((known.code(value) for value in listed), np.int32, len(listed))
+        if (codes >= 0).all():  # a code never changes
+            return codes
+        self._describe()
+        self.dictionary(field)
         return np.fromiter((known.code(value) for value in listed), np.int32, len(listed))
 
     def get(
@@ -233,9 +245,9 @@ class VaultClient:
         batch = wire.events_batch(self.schema, check_columns(self.schema, events))
         given = checked_origin(origin)
         if given is not None:
-            return self.insist(lambda: self._put(batch, given))
+            return self.insist(lambda seconds: self._put(batch, given, seconds))
         with self._own_origin() as origin:
-            return self.insist(lambda: self._put(batch, origin))
+            return self.insist(lambda seconds: self._put(batch, origin, seconds))
 
     def append_async(self, events: Mapping[str, Any], origin: tuple[str, int] | None = None) -> "Future[int]":
         """As append, without waiting; appends of one handle may be written in another order than given."""
@@ -324,22 +336,55 @@ class VaultClient:
     def _values(self, field: str) -> np.ndarray | None:
         return self.dictionary(field) if field in self._sizes else None
 
+    def _within(self, seconds: float) -> flight.FlightCallOptions:
+        return flight.FlightCallOptions(timeout=seconds, headers=self._headers, read_options=wire.PLAIN_READ)
+
     def _read(self, call: Callable[[], Any]) -> Any:
         """What a call that changes nothing returns: tried twice, for a connection may be that of an earlier service."""
         for last in (False, True):
+            self._outage.check()
             try:
                 return call()
             except (flight.FlightError, pa.ArrowException, StopIteration) as error:
-                received = wire.error_received(error, self.path)
                 if last or not isinstance(error, flight.FlightUnavailableError):
-                    raise received from error
+                    raise self._received(error) from error
+
+    def _received(self, error: Exception) -> Exception:
+        """What a call's error says; one that says nothing makes the service suspect."""
+        if isinstance(error, flight.FlightTimedOutError):
+            self._outage.suspect()
+        return wire.error_received(error, self.path)
+
+    def _while_there(self, call: Callable[[], Any]) -> Any:
+        """What a call returns that takes as long as it takes, while the service answers others meanwhile.
+
+        Raises:
+          UnavailableError: it does not, asked twice. What was called for may be done all the same.
+        """
+        result: Future[Any] = Future()
+
+        def run() -> None:
+            try:
+                result.set_result(self._read(call))
+            except Exception as error:  # whoever waits is to hear of it, whatever it is
+                result.set_exception(error)
+
+        # A thread of its own that nobody has to wait for: there is no other way to give such a call up.
+        threading.Thread(target=run, name="vault-call", daemon=True).start()
+        silent = 0
+        while not concurrent.futures.wait([result], self.timeout_s).done:
+            silent = 0 if self._outage.answers() else silent + 1
+            if silent == 2:
+                raise UnavailableError(f"{self.path} does not answer any more")
+        return result.result()
 
     def action(self, name: str, /, **arguments: Any) -> Any:
         """What an action of the service answers; see laser_jax.vault.service."""
         action = flight.Action(name, _dumped(arguments))
-        long = name in ("merge", "flush", "verify", "forget", "snapshot", "stats")
-        options = self._patient if long else self._options
-        results = self._read(lambda: list(self._client.do_action(action, options)))
+        if name in _LONG:
+            results = self._while_there(lambda: list(self._client.do_action(action, self._patient)))
+        else:
+            results = self._read(lambda: list(self._client.do_action(action, self._options)))
         return json.loads(results[0].body.to_pybytes())
 
     @contextlib.contextmanager
@@ -354,23 +399,28 @@ class VaultClient:
             with self._lock:
                 self._origins.append(origin)
 
-    def insist(self, call: Callable[[], Any]) -> Any:
-        """What a call that may be repeated returns: tried again while the service does not answer and there is time."""
+    def insist(self, call: Callable[[float], Any]) -> Any:
+        """What a call that may be repeated returns: tried again while the service does not answer and there is time.
+
+        Args:
+          call: is given the seconds that are left.
+        """
         deadline = time.monotonic() + self.timeout_s
         pause = 0.02
         while True:
             try:
-                return call()
+                self._outage.check()
+                return call(max(deadline - time.monotonic(), pause))
             except (flight.FlightError, pa.ArrowException, StopIteration, UnavailableError) as error:
-                received = wire.error_received(error, self.path)
+                received = self._received(error)
                 if not isinstance(received, UnavailableError) or time.monotonic() + pause > deadline:
                     raise received from error
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
 
-    def _put(self, batch: pa.RecordBatch, origin: tuple[str, int]) -> int:
+    def _put(self, batch: pa.RecordBatch, origin: tuple[str, int], seconds: float) -> int:
         descriptor = flight.FlightDescriptor.for_command(_dumped({"origin": list(origin)}))
-        writer, reader = self._client.do_put(descriptor, batch.schema, self._options)
+        writer, reader = self._client.do_put(descriptor, batch.schema, self._within(seconds))
         with contextlib.ExitStack() as stack:
             stack.callback(writer.close)
             writer.write_batch(batch)

@@ -144,11 +144,14 @@ class PartitionedVault:
         self.partitions = partitions
         self._codes = codes
         self._translations: dict[tuple[int, str], np.ndarray] = {}
-        self._pool = concurrent.futures.ThreadPoolExecutor(
-            min(len(partitions), os.cpu_count() or 1), "vault-partitions"
-        )
+        self._pools = self._threads()
         self._lock: contextlib.ExitStack | None = None
         self._locking = threading.Lock()
+
+    def _threads(self) -> list[concurrent.futures.ThreadPoolExecutor]:
+        """Those that read each partition: the same for all, since what they wait for is a core."""
+        threads = min(len(self.partitions), os.cpu_count() or 1)
+        return [concurrent.futures.ThreadPoolExecutor(threads, "vault-partitions")] * len(self.partitions)
 
     def __reduce__(self):
         return PartitionedVault, (self.path, self.cache_bytes, self.at, self._writing)
@@ -240,7 +243,10 @@ class PartitionedVault:
             number, _, keys, (bound, hidden) = job
             return self.partitions[number].gather(keys, bound, n, hidden, fields)
 
-        results = list(self._pool.map(read, jobs))
+        if len(jobs) == 1:
+            results = [read(jobs[0])]
+        else:
+            results = self._read([(self._pools[job[0]].submit(read, job), job[0]) for job in jobs])
         lengths = np.zeros(size, np.int64)
         for (_, rows, _, _), found in zip(jobs, results, strict=True):
             lengths[rows] = np.diff(found.offsets)
@@ -263,15 +269,17 @@ class PartitionedVault:
     def append(self, events: Mapping[str, Any], origin: tuple[str, int] | None = None) -> Sequences:
         """As Vault.append, in every partition that the events belong to at once.
 
+        If one of them fails, those of the others are written all the same: whoever sends all of them again must give
+        the same `origin` both times, or they are there twice.
+
         Returns:
           Bounds for `as_of` that show these events and all before.
         """
-        return self._written(self._appended(events, origin))
+        return self.append_async(events, origin).result()
 
     def append_async(self, events: Mapping[str, Any], origin: tuple[str, int] | None = None) -> "Future[Sequences]":
         """As append, without waiting."""
-        futures = self._appended(events, origin)
-        return self._pool.submit(self._written, futures)
+        return _when_all_are_done(self._appended(events, origin), self._bounds)
 
     def flush(self) -> None:
         """As Vault.flush."""
@@ -362,12 +370,16 @@ class PartitionedVault:
             for number, rows in _split(schema, checked, len(self.partitions))
         ]
 
-    def _written(self, futures: "list[tuple[int, Future[int]]]") -> Sequences:
-        results = {number: future.result() for number, future in futures}
+    def _bounds(self, written: dict[int, int]) -> Sequences:
+        """Those of all partitions: of some, what an append to them has given."""
         return Sequences(
-            results[number] if number in results else self._known_sequence(number)
+            written[number] if number in written else self._known_sequence(number)
             for number in range(len(self.partitions))
         )
+
+    def _read(self, jobs: "list[tuple[Future[Histories], int]]") -> list[Histories]:
+        """What was found in some partitions."""
+        return [future.result() for future, _ in jobs]
 
     def _known_sequence(self, number: int) -> int:
         """A sequence number that everything written in a partition by this handle lies below."""
@@ -395,6 +407,31 @@ class PartitionedVault:
                     self._translations[number, field] = table
                 found[field] = table[found[field]]
         return found
+
+
+def _when_all_are_done(
+    parts: "list[tuple[int, Future[int]]]", finish: Callable[[dict[int, int]], Sequences]
+) -> "Future[Sequences]":
+    """One future of several, for which no thread has to wait. What went wrong first counts, once all are done."""
+    whole: Future[Sequences] = Future()
+    whole.set_running_or_notify_cancel()  # events that are under way cannot be called back
+    left, counting = [len(parts)], threading.Lock()
+
+    def done(_: Any = None) -> None:
+        with counting:
+            left[0] -= 1
+            if left[0] > 0:
+                return
+        try:
+            whole.set_result(finish({number: part.result() for number, part in parts}))
+        except Exception as error:  # whoever waits is to hear of it, whatever it is
+            whole.set_exception(error)
+
+    for _, part in parts:
+        part.add_done_callback(done)
+    if not parts:
+        done()
+    return whole
 
 
 def _split(schema: Schema, checked: dict[str, Any], partitions: int) -> list[tuple[int, np.ndarray]]:

@@ -8,6 +8,7 @@ import time
 
 import prometheus_client
 
+from laser_jax.vault.credentials import certificate_from, token_from
 from laser_jax.vault.errors import UnavailableError, VaultError
 from laser_jax.vault.service import Limits, VaultService
 
@@ -40,10 +41,10 @@ def serve(
     Raises:
       VaultError: what is wrong with the vault, the port or the files.
     """
-    if (certificate is None) != (key is None):
-        raise VaultError("TLS needs both a certificate and a key")
-    tls = None if certificate is None else (_read(certificate), _read(key))
-    token = os.environ.get("SEQVAULT_TOKEN")
+    for name, value in (("port", port), ("port of metrics", metrics_port or 0)):
+        if not 0 <= value < 1 << 16:
+            raise VaultError(f"{name} {value}: need 0 to 65535")
+    tls, token = certificate_from(certificate, key), token_from("SEQVAULT_TOKEN")
     scheme = "grpc" if tls is None else "grpc+tls"
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -71,11 +72,3 @@ def serve(
     if not ended:
         print("some clients did not end their calls; they are cut off", file=sys.stderr, flush=True)
         os._exit(0)  # their threads would keep the process
-
-
-def _read(name: str) -> bytes:
-    try:
-        with open(name, "rb") as file:
-            return file.read()
-    except OSError as error:
-        raise UnavailableError(f"{name} cannot be read: {error}") from error

@@ -1,13 +1,19 @@
 """A partitioned vault behind one service a partition, with the face of laser_jax.vault.Vault."""
 
+import concurrent.futures
 import contextlib
 import threading
+from concurrent.futures import Future
 
 from laser_jax.schema import Schema
 from laser_jax.vault.client import TIMEOUT_S, VaultClient
 from laser_jax.vault.dictionary import Dictionary
 from laser_jax.vault.errors import UnavailableError, VaultError
+from laser_jax.vault.history import Histories
 from laser_jax.vault.partitions import PartitionedVault, string_fields
+
+#: Batches that are read from a partition at once.
+_READS = 8
 
 
 def connect(path: str, at: str | None = None, timeout_s: float = TIMEOUT_S) -> "VaultClient | ServedPartitions":
@@ -49,6 +55,22 @@ class ServedPartitions(PartitionedVault):
         if self._schema is None:
             raise UnavailableError(f"none of the services {path} answers: {lost[0]}") from lost[0]
         self._hold(clients, _ServedCodes(clients[0], string_fields(self._schema)))
+
+    def _threads(self) -> list[concurrent.futures.ThreadPoolExecutor]:
+        """As many for each partition as any needs: one that does not answer keeps its own waiting."""
+        return [
+            concurrent.futures.ThreadPoolExecutor(_READS, f"vault-partition-{number}")
+            for number in range(len(self.partitions))
+        ]
+
+    def _read(self, jobs: "list[tuple[Future[Histories], int]]") -> list[Histories]:
+        waiting = concurrent.futures.wait([future for future, _ in jobs], self.timeout_s).not_done
+        for future in waiting:
+            future.cancel()
+        for future, number in jobs:
+            if future in waiting:
+                raise UnavailableError(f"{self.partitions[number].path} did not answer in time")
+        return super()._read(jobs)
 
     def __reduce__(self):
         return ServedPartitions, (self.path, self.at, self.timeout_s)
@@ -103,10 +125,10 @@ class _ServedCodes:
     def add(self, values: dict[str, list[str]]) -> None:
         """As Codebook.add."""
         if self._new(values):
-            self._client.insist(self.follow)
+            self._client.insist(lambda _: self.follow())
             if new := self._new(values):
-                self._client.insist(lambda: self._client.action("add_codes", values=new))
-                self._client.insist(self.follow)
+                self._client.insist(lambda _: self._client.action("add_codes", values=new))
+                self._client.insist(lambda _: self.follow())
 
     def _new(self, values: dict[str, list[str]]) -> dict[str, list[str]]:
         new = {

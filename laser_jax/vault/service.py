@@ -103,7 +103,8 @@ class VaultService(flight.FlightServerBase):
 
         Raises:
           LockedError: somebody else is the writer.
-          VaultError: the path holds no vault, or one in partitions: each of these has its own service.
+          VaultError: the path holds no vault, or one in partitions: each of these has its own service. Or the location
+            cannot be listened on.
         """
         if is_partitioned(path):
             raise VaultError(
@@ -141,7 +142,10 @@ class VaultService(flight.FlightServerBase):
                 strings = [field.name for field in self.vault.schema.fields if field.type == "string"]
                 self._codes = Codebook(os.path.join(parent, CODES), strings)
             middleware = {"token": _TokenCheck(token)} if token else None
-            super().__init__(location, tls_certificates=[tls] if tls else None, middleware=middleware)
+            try:
+                super().__init__(location, tls_certificates=[tls] if tls else None, middleware=middleware)
+            except (OSError, ValueError, pa.ArrowException) as error:
+                raise VaultError(f"{location} cannot be listened on: {error}") from error
             self._held = stack.pop_all()
         if read_only:
             self._follower = threading.Thread(target=self._follow, name="vault-follow", daemon=True)

@@ -1,5 +1,6 @@
-"""One of two services is killed and restarted under load: nothing acknowledged is lost, nothing wrong is answered."""
+"""One of two services is killed, or halted: nothing acknowledged is lost, nothing wrong answered, nobody else waits."""
 
+import concurrent.futures
 import pathlib
 import signal
 import socket
@@ -159,3 +160,83 @@ def test_one_of_two_services_is_killed_under_load(tmp_path, killed):
         for user in range(USERS):
             found = local.get(user, 10**5)
             load.check(user, found["item"].tolist(), found["brand"].tolist(), load.sent[user])
+
+
+def test_a_halted_service_holds_up_its_own_users_only(tmp_path):
+    with seqvault.create(tmp_path / "vault", SCHEMA, partitions=2):
+        pass
+    paths = [partition_path(str(tmp_path / "vault"), number) for number in range(2)]
+    ports = [free_port() for _ in paths]
+    services = [start(path, port) for path, port in zip(paths, ports, strict=True)]
+    owner = partition_of(SCHEMA, np.arange(USERS), 2).tolist()
+    kept, lost = (owner.index(number) for number in range(2))
+    everybody = np.arange(USERS)
+
+    def event(user: int, number: int) -> dict:
+        return {"user": [user], "time": [number], "item": [number], "brand": ["b"]}
+
+    try:
+        vault = seqvault.open(",".join(f"grpc://127.0.0.1:{port}" for port in ports), timeout_s=5)
+        for user in range(USERS):
+            vault.append(event(user, 0))
+        services[1].send_signal(signal.SIGSTOP)
+        # As many as wait for a partition, and more: neither reads nor appends of the others stand in line behind them.
+        with concurrent.futures.ThreadPoolExecutor(24) as pool:
+            began = time.monotonic()
+            waiting = [pool.submit(vault.gather, everybody) for _ in range(20)]
+            appends = [vault.append_async(event(lost, number)) for number in (1, 2)]
+            time.sleep(0.2)
+            found = [len(vault.get(kept)), len(vault.gather([kept])[0])]
+            vault.append_async(event(kept, 1)).result()
+            assert found == [1, 1] and not any(future.done() for future in waiting)
+            assert time.monotonic() - began < 5
+            for future in [*waiting, *appends]:
+                with pytest.raises(seqvault.UnavailableError):
+                    future.result(60)
+        # It is known by now: whoever asks for its users hears so before the time is up.
+        began = time.monotonic()
+        for call in [lambda: vault.get(lost), lambda: vault.gather(everybody)] * 5:
+            with pytest.raises(seqvault.UnavailableError, match="did not answer in time; it is asked again"):
+                call()
+        assert time.monotonic() - began < 5
+        for call in (vault.partitions[1].stats, vault.partitions[1].users):
+            with pytest.raises(seqvault.UnavailableError):
+                call()
+        services[1].send_signal(signal.SIGCONT)
+        deadline = time.monotonic() + 60
+        while not readable(vault, lost):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        before = len(vault.get(lost))
+        vault.append(event(lost, 9))
+        # Those that nobody vouched for may be there or not, each at most once.
+        assert vault.get(lost)["item"].tolist() in ([0, 9], [0, 1, 9], [0, 2, 9], [0, 1, 2, 9]) and before <= 3
+    finally:
+        for service in services:
+            service.kill()
+            service.wait()
+
+
+def test_merging_ends_when_the_service_is_halted(tmp_path):
+    with seqvault.create(tmp_path / "vault", SCHEMA):
+        pass
+    port = free_port()
+    service = start(str(tmp_path / "vault"), port)
+    try:
+        vault = seqvault.open(f"grpc://127.0.0.1:{port}", timeout_s=1)
+        vault.append({"user": [1], "time": [1], "item": [1], "brand": ["b"]})
+        vault.merge()
+        service.send_signal(signal.SIGSTOP)
+        for call in (vault.merge, vault.flush, vault.users, vault.verify):
+            with pytest.raises(seqvault.UnavailableError, match="does not answer any more"):
+                call()
+    finally:
+        service.kill()
+        service.wait()
+
+
+def readable(vault, user: int) -> bool:
+    try:
+        return len(vault.get(user)) > 0
+    except seqvault.UnavailableError:
+        return False

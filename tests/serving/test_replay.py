@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from laser_jax import vault as seqvault
 from laser_jax.requests import Requests as StoredRequests
 from laser_jax.requests import RequestsError
 from laser_jax.serving.ranker import Ranker
-from laser_jax.serving.replay import replay
+from laser_jax.serving.replay import main, replay
 from laser_jax.serving.request_log import RequestLog, read_log
 from tests.serving.test_ranker import WRITING, events_of, request_of
 
@@ -96,6 +97,65 @@ def test_what_a_crash_left_is_read_and_damage_is_named(logged, model, tmp_path):
     (tmp_path / "there").mkdir()
     with pytest.raises(RequestsError, match="exists"):
         replay(log, vault, model, str(tmp_path / "there"), "item", 5)
+
+
+def test_a_click_of_the_same_second_is_an_answer(model, known_data, tmp_path):
+    """A request without a time sees what happened up to now, and a click may come before the second is over."""
+    shutil.copytree(os.path.join(known_data.path, "vault"), tmp_path / "vault")
+    row, log = known_data.requests["test"][0], RequestLog(str(tmp_path / "log"))
+    with seqvault.open(tmp_path / "vault", writing=WRITING) as vault:
+        now = row["time"]
+        ranker = Ranker(model, vault, clock=lambda: now)
+        vault.append(events_of(row["user"], [now], row["item"][:1], row["category"][:1]))
+        request = ranker.check(replace(request_of(row), time=None))
+        answer = ranker.rank([request])[0]
+        log.add(request, answer, model.name, model.version)
+        vault.append(events_of(row["user"], [now, now - 1], row["item"][1:3], row["category"][1:3]))
+        log.close()
+        report = replay(str(tmp_path / "log"), vault, model, str(tmp_path / "requests"), "item", 50, compare=1.0)
+        assert answer.time == now + 1 and report.difference < 1e-5
+    # The first one it saw; the third happened before it, and came late.
+    label = StoredRequests.open(str(tmp_path / "requests")).read(np.arange(1)).label
+    np.testing.assert_array_equal(label, np.arange(len(row["item"])) == 1)
+
+
+def test_arguments_and_lines_that_make_no_sense_are_told(logged, model, tmp_path):
+    log, vault, _, _ = logged
+
+    def refused(message, folder=log, window=50, **options):
+        with pytest.raises(ValueError, match=message):
+            replay(folder, vault, model, str(tmp_path / "out"), "item", window, **options)
+        assert not (tmp_path / "out").exists()
+
+    for window in (0, -5, 2**63 - 1, 10**20):
+        refused(f"window={window}: need 1 to", window=window)
+    for share in (-1.0, 2.0, float("nan")):
+        refused(f"compare={share}", compare=share)
+    refused("where 'time': events have the fields", where={"time": 5})
+    (tmp_path / "log").mkdir()
+    first, second = list(read_log(log))[:2]
+    missing = {**second, "candidates": {"item": second["candidates"]["item"]}}
+    for wrong, message in (
+        ("[]", "a.jsonl, line 2 is damaged: '\\[\\]' is no JSON object"),
+        ('{"user": 1}', "a.jsonl, line 2 is damaged: its 'time' is None"),
+        (json.dumps({**second, "time": None}), "line 2 is damaged: its 'time' is None"),
+        ("\xff", "a.jsonl, line 2 is damaged: 'utf-8' codec"),
+        (json.dumps(missing), "has the candidates item; the model has item, category"),
+        (json.dumps({**second, "logits": [0.0]}), "candidates 'item' and logits are of unlike lengths"),
+    ):
+        (tmp_path / "log" / "a.jsonl").write_bytes(f"{json.dumps(first)}\n{wrong}\n".encode("latin-1"))
+        refused(message, folder=str(tmp_path / "log"))
+
+
+def test_a_log_of_another_version_is_not_taken_for_one_that_was_compared(logged, model, tmp_path, capsys):
+    log, vault, _, _ = logged
+    (tmp_path / "log").mkdir()
+    lines = [json.dumps({**line, "version": "0"}) + "\n" for line in read_log(log)]
+    (tmp_path / "log" / "a.jsonl").write_text("".join(lines))
+    arguments = [f"--log={tmp_path}/log", f"--vault={vault.path}", f"--model={model.path}", "--compare"]
+    assert main([*arguments, "1", f"--out={tmp_path}/all"]) == 1
+    assert "the 40 requests that were to be scored anew are of other versions" in capsys.readouterr().err
+    assert main([*arguments, "0", f"--out={tmp_path}/none"]) == 0
 
 
 def test_a_log_that_cannot_keep_up_loses_lines_and_says_so(logged, model, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The server as a process: over HTTP and gRPC, right answers, and a reason for everything that has none."""
 
 import asyncio
+import concurrent.futures
 import contextlib
 import gc
 import http.client
@@ -26,7 +27,7 @@ from laser_jax.serving.catalog import meaning
 from laser_jax.serving.export import export_model
 from laser_jax.serving.messages import MESSAGES, METHODS, SERVICE
 from laser_jax.serving.request_log import read_log
-from laser_jax.serving.server import Server, Settings
+from laser_jax.serving.server import Server, Settings, main
 from laser_jax.serving.tensors import datatype_of
 from tests.compilation import AS_USERS_DO
 from tests.serving.test_ranker import events_of
@@ -443,8 +444,12 @@ def test_a_newer_model_takes_over_and_no_call_is_lost(trained, known_data, tmp_p
     try:
         process.start()
         assert call(process, f"/v2/models/{trained.config.name}/infer", request)[0] == 401
-        with grpc.insecure_channel(process.grpc) as channel, pytest.raises(grpc.RpcError) as caught:
-            rpc(channel, "ServerMetadata", metadata=(("authorization", "Bearer Secret"),))
+        with grpc.insecure_channel(process.grpc) as channel:
+            # Whoever watches servers needs no token, over HTTP neither.
+            assert rpc(channel, "ServerLive").live and rpc(channel, "ServerReady").ready
+            assert call(process, "/v2/health/ready")[0] == call(process, "/metrics")[0] == 200
+            with pytest.raises(grpc.RpcError) as caught:
+                rpc(channel, "ServerMetadata", metadata=(("authorization", "Bearer Secret"),))
         assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
         threads = [threading.Thread(target=ask) for _ in range(3)]
         for thread in threads:
@@ -515,13 +520,66 @@ def test_it_can_be_stopped_while_programs_are_compiled(model, vault_path):
         (["--model={model}", "--vault={vault}", "--tls-key=x"], "TLS needs both"),
         (["--model={model}", "--vault={vault}", "--deadline-ms=nan"], "deadline_s=nan"),
         (["--model={model}", "--vault={vault}", "--queue=0"], "queue=0"),
+        (["--model={model}", "--vault={vault}", "--port=70000"], "port=70000: need 0 to 65535"),
+        (["--model={model}", "--vault={vault}", "--tls-key=/none", "--tls-certificate=/none"], "/none cannot be read"),
+        (
+            ["--model={model}", "--vault={vault}", f"--tls-key={__file__}", f"--tls-certificate={__file__}"],
+            "are no certificate and its key",
+        ),
     ],
 )
 def test_what_cannot_be_served_is_told(model, vault_path, known_data, arguments, message):
     filled = [text.format(model=model.path, vault=os.path.join(known_data.path, "vault")) for text in arguments]
-    command = [sys.executable, "-m", "laser_jax.serving.server", *filled, "--port=0", "--grpc-port=0"]
+    command = [sys.executable, "-m", "laser_jax.serving.server", "--port=0", "--grpc-port=0", *filled]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("token", ["", "two words", "schl\u00fcssel"])
+def test_a_token_that_nobody_can_send_is_refused(token, monkeypatch, capsys):
+    monkeypatch.setenv("LASER_TOKEN", token)
+    assert main(["--model=/none", "--vault=/none"]) == 1
+    assert "LASER_TOKEN" in capsys.readouterr().err
+
+
+def test_a_vault_elsewhere_may_halt_or_die(model, known_data, tmp_path):
+    """Who asks for metrics or health does not wait for it, and who ranks is told."""
+    shutil.copytree(os.path.join(known_data.path, "vault"), tmp_path / "vault")
+    command = [sys.executable, "-m", "laser_jax.vault", "serve", str(tmp_path / "vault"), "--port=0"]
+    vault = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    with vault, vault.stdout:
+        where = vault.stdout.readline().split()[-1]
+        server = Process(f"--model={model.path}", f"--vault={where}", *FEW, "--deadline-ms=20000")
+        try:
+            server.start()
+            request = asked(known_data.requests["test"][3], time=None)
+            path = f"/v2/models/{model.name}/infer"
+            assert call(server, path, request)[0] == 200
+            wait_until(lambda: events_seen(server) > 0)
+            vault.send_signal(signal.SIGSTOP)
+            with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                ranking = pool.submit(call, server, path, request)
+                for path_of_all in ("/metrics", "/v2/health/live", "/v2/health/ready") * 5:
+                    assert call(server, path_of_all)[0] == 200
+                assert not ranking.done(), "they were answered while it waits"
+                vault.kill()
+                vault.wait()
+                assert ranking.result(60)[0] == 503
+            assert call(server, path, request)[0] == 503
+            wait_until(lambda: np.isnan(events_seen(server)))
+            assert call(server, "/v2/health/live")[0] == 200
+        finally:
+            vault.kill()
+            assert server.stop() == 0
+    assert not [line for line in server.log if "Traceback" in line]
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_appends_of_one_client_may_be_under_way_together(server, channel, known_data):
@@ -549,10 +607,10 @@ def test_appends_of_one_client_may_be_under_way_together(server, channel, known_
     assert events_seen(server) - before == 62
 
 
-def events_seen(server) -> int:
+def events_seen(server) -> float:
     """In the vault, as the server says."""
     text = call(server, "/metrics")[2].decode()
-    return int(float(re.search(r"^laser_events (\S+)$", text, re.MULTILINE).group(1)))
+    return float(re.search(r"^laser_events (\S+)$", text, re.MULTILINE).group(1))
 
 
 def test_who_says_nothing_or_does_not_listen_holds_nobody_up(model, vault_path):

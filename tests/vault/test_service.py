@@ -21,6 +21,7 @@ from pyarrow import flight
 from laser_jax import vault as seqvault
 from laser_jax.schema import Field, Schema
 from laser_jax.vault import appender, origins
+from laser_jax.vault.__main__ import main
 from laser_jax.vault.partitioning import partition_path
 from laser_jax.vault.service import Limits, VaultService
 from tests.vault.conftest import FIELDS, Model, assert_same, random_log, take
@@ -561,6 +562,37 @@ def test_what_goes_over_the_wire_can_be_encrypted(tmp_path, certificate, monkeyp
         monkeypatch.setenv("SEQVAULT_CA", str(tmp_path / "none"))
         with pytest.raises(seqvault.VaultError, match="cannot be used"):
             seqvault.open(where)
+
+
+def test_where_and_how_it_cannot_listen_is_told(tmp_path, items, certificate, monkeypatch, capsys):
+    with seqvault.create(tmp_path / "vault", Schema()):
+        pass
+    (tmp_path / "pem").write_text("no certificate")
+    public, private = certificate
+    wrong = ((tmp_path / "pem", private), (public, tmp_path / "pem"), (private, public), (public, public))
+    monkeypatch.delenv("SEQVAULT_TOKEN", raising=False)
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # they are those of the tests
+    for flags, message in (
+        ([f"--port={items.port}"], "cannot be listened on"),
+        (["--host=nowhere.invalid", "--port=0"], "cannot be listened on"),
+        (["--port=70000"], "port 70000: need 0 to 65535"),
+        (["--port=0", "--metrics-port=70000"], "port of metrics 70000"),
+        (["--port=0", "--tls-key=/none"], "needs both"),
+        (["--port=0", "--tls-key=/none", "--tls-certificate=/none"], "/none cannot be read"),
+        (["--port=0", f"--tls-key={tmp_path}", f"--tls-certificate={tmp_path}"], "cannot be read"),
+        *(
+            (["--port=0", f"--tls-certificate={one}", f"--tls-key={other}"], "are no certificate and its key")
+            for one, other in wrong
+        ),
+    ):
+        assert main(["serve", str(tmp_path / "vault"), *flags]) == 1
+        assert message in capsys.readouterr().err
+    for token in ("", "two words", "line\n", "schl\u00fcssel"):
+        monkeypatch.setenv("SEQVAULT_TOKEN", token)
+        assert main(["serve", str(tmp_path / "vault"), "--port=0"]) == 1
+        assert "SEQVAULT_TOKEN" in capsys.readouterr().err
+        with pytest.raises(seqvault.VaultError, match="SEQVAULT_TOKEN"):
+            seqvault.open(url(items))
 
 
 def test_what_cannot_be_opened(tmp_path, items):

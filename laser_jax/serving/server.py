@@ -18,6 +18,7 @@ import resource
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -47,6 +48,8 @@ _TELL_S = 5
 _SWITCH_S = 0.0005
 #: Open files, and so connections, that a server is content with: more than callers behind a load balancer need.
 _CONNECTIONS = 10_000
+#: Seconds that what is being opened has, when the server is to stop.
+_GIVE_UP_S = 10.0
 #: Seconds until events of another process are seen.
 _FOLLOW_S = 0.5
 #: Seconds after which a vault elsewhere is asked how many events it has.
@@ -169,7 +172,7 @@ class Server:
         try:
             try:
                 # Under no name: this frame stays, and would keep the first model for ever.
-                await self._take_over(await loop.run_in_executor(None, self._open))
+                await self._take_over(await self._opened())
             except _StoppedError:
                 return
             if not settings.read_only:
@@ -194,6 +197,22 @@ class Server:
     def stop(self) -> None:
         """Ends `run`. To be called in its loop."""
         self._stop.set()
+
+    async def _opened(self) -> RankEndpoint:
+        """What _open gives; raises _StoppedError if the server is to stop meanwhile."""
+        settings, loop = self.settings, asyncio.get_running_loop()
+        logger.info("opening", extra={"data": {"vault": settings.vault, "model": settings.model}})
+        result: asyncio.Future[RankEndpoint] = loop.create_future()
+        # A thread of its own, for which the process does not wait: a vault elsewhere may let it wait for long.
+        threading.Thread(target=_run_into, args=(self._open, loop, result), name="open", daemon=True).start()
+        stopping = asyncio.create_task(self._stop.wait())
+        await asyncio.wait([result, stopping], return_when=asyncio.FIRST_COMPLETED)
+        if not result.done():
+            await asyncio.wait([result], timeout=_GIVE_UP_S)
+        stopping.cancel()
+        if not result.done():
+            raise _StoppedError
+        return result.result()
 
     def _open(self) -> RankEndpoint:
         """Opens the vault and makes the first model ready."""
@@ -336,6 +355,25 @@ def files_of(path: str) -> list[tuple[str, int, int, int]]:
                 said = os.stat(os.path.join(folder, name))
                 found.append((os.path.join(folder, name), said.st_size, said.st_mtime_ns, said.st_ino))
     return sorted(found)
+
+
+def _run_into(call: Callable[[], Any], loop: asyncio.AbstractEventLoop, result: asyncio.Future) -> None:
+    """Gives a call's result, or its error, to a future of a loop."""
+
+    def give(value: Any, error: BaseException | None) -> None:
+        if result.cancelled():
+            return
+        if error is None:
+            result.set_result(value)
+        else:
+            result.set_exception(error)
+
+    try:
+        found = (call(), None)
+    except BaseException as error:  # whoever waits is to hear of it, whatever it is
+        found = (None, error)
+    with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits any more
+        loop.call_soon_threadsafe(give, *found)
 
 
 class _StoppedError(Exception):

@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import json
+import math
 import os
 import threading
 import time
@@ -65,12 +66,23 @@ class VaultClient:
         at: str | None = None,
         timeout_s: float = TIMEOUT_S,
         partition: tuple[int, int] | None = None,
+        check: Callable[[str, dict[str, Any]], None] | None = None,
     ):
-        """`partition`: (number, count) that the service must say that it is."""
+        """
+        Args:
+          path, at, timeout_s: as said.
+          partition: (number, count) that the service must say that it is.
+          check: is given what else it says of itself, and raises VaultError if it is the wrong one.
+
+        Raises:
+          VaultError: arguments that make no sense.
+        """
+        if not isinstance(timeout_s, (int, float)) or isinstance(timeout_s, bool) or not 0 < timeout_s < math.inf:
+            raise VaultError(f"timeout_s={timeout_s!r}: need a number of seconds above 0")
         self.path = path
         self.at = at
         self.timeout_s = timeout_s
-        self._wanted = partition
+        self._wanted, self._check = partition, check
         token = token_from("SEQVAULT_TOKEN")
         self._headers = [] if token is None else [(b"authorization", f"Bearer {token}".encode())]
         self._options = self._within(timeout_s)
@@ -316,6 +328,8 @@ class VaultClient:
             serves = "no partition" if partition is None else f"partition {partition[0]} of {partition[1]}"
             number, count = self._wanted
             raise VaultError(f"{self.path} serves {serves}; by its place it must serve partition {number} of {count}")
+        if self._check is not None:
+            self._check(self.path, found)
         self._schema = Schema.from_json(found["schema"])
         self._described = found
         self._heard({"sizes": found["sizes"], "as_of": found["next_sequence"]})

@@ -88,7 +88,7 @@ class HeldManifest:
         """
         self._descriptor = -1
         self.identity: tuple[int, ...] | None = None
-        name = MANIFEST if at is None else f"{SNAPSHOTS}/{checked_name(at)}.json"
+        self._name = name = MANIFEST if at is None else f"{SNAPSHOTS}/{checked_name(at)}.json"
         where = storage.path(name)
         if storage.local:
             data = self._read_locked(storage, name, at)
@@ -126,11 +126,11 @@ class HeldManifest:
         raise UnavailableError(f"{path} is being replaced all the time: try again")
 
     def is_current(self, storage: LocalStorage | KvStorage) -> bool:
-        """Whether the vault still has this manifest; unknown, so false, for a key-value store."""
+        """Whether the vault, or its snapshot, still has this manifest; unknown, so false, for a key-value store."""
         if self.identity is None:
             return False
         try:
-            found = os.stat(storage.path(MANIFEST))
+            found = os.stat(storage.path(self._name))
         except OSError:
             return False
         return (found.st_dev, found.st_ino, found.st_mtime_ns) == self.identity

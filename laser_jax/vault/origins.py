@@ -2,11 +2,13 @@
 
 A client numbers its batches, and may send them in any order. The log keeps (client, number) with the events; what has
 left the log is kept in the manifest: client -> [last number, sequence number], and where others than all numbers up to
-the last one were written, also the runs of those that were, and the number from which on this is known.
+the last one were written, also the runs of those that were (the first number, then by turns how far it is to the run's
+last one and to the next run's first), and the number from which on this is known.
 """
 
 import bisect
 import dataclasses
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -15,8 +17,11 @@ from laser_jax.vault.errors import SchemaError
 
 #: Clients that are remembered: those who wrote last.
 MOST = 4096
-#: Runs of numbers that are remembered of a client: the highest ones.
+#: Runs of numbers that are remembered of a client in any case: the highest ones.
 MOST_RUNS = 64
+#: Numbers up to a client's highest of which it is known in any case whether they were written: a partition of a vault
+#: gets every P-th one, so that there are as many gaps as numbers.
+WINDOW = 1024
 _CLIENT = re.compile(r"[\x21-\x7e]{1,100}")
 
 
@@ -49,6 +54,9 @@ class Written:
 
     def adding(self, runs: Iterable[tuple[int, int]], sequence: int, known_from: int = 0) -> "Written":
         """With more runs, and what is known of them."""
+        runs = tuple(runs)
+        if len(runs) == 1 and self.runs and runs[0][0] > self.runs[-1][1] + 1:  # as most often, where there are gaps
+            return Written(self.runs + runs, max(self.sequence, sequence), max(self.known_from, known_from))
         joined: list[tuple[int, int]] = []
         for first, last in sorted([*self.runs, *runs]):
             if joined and first <= joined[-1][1] + 1:
@@ -58,11 +66,14 @@ class Written:
         return Written(tuple(joined), max(self.sequence, sequence), max(self.known_from, known_from))
 
     def trimmed(self) -> "Written":
-        """With MOST_RUNS at most."""
+        """Without the runs that lie below WINDOW, but for the highest MOST_RUNS."""
         if len(self.runs) <= MOST_RUNS:
             return self
-        known_from = max(self.known_from, self.runs[-MOST_RUNS - 1][1] + 1)
-        return Written(self.runs[-MOST_RUNS:], self.sequence, known_from)
+        below = bisect.bisect_left(self.runs, self.runs[-1][1] - WINDOW, key=lambda run: run[1])
+        first = min(below, len(self.runs) - MOST_RUNS)
+        if not first:
+            return self
+        return Written(self.runs[first:], self.sequence, max(self.known_from, self.runs[first - 1][1] + 1))
 
 
 def checked_origin(origin: Any) -> tuple[str, int] | None:
@@ -109,10 +120,20 @@ def to_manifest(origins: dict[str, Written]) -> dict[str, list[Any]]:
     """As a manifest keeps them."""
     return {
         client: [written.runs[-1][1], written.sequence]
-        + ([] if written.runs[0][0] == 0 and len(written.runs) == 1 else [written.runs, written.known_from])
+        + ([] if written.runs[0][0] == 0 and len(written.runs) == 1 else [_steps(written.runs), written.known_from])
         for client, written in origins.items()
     }
 
 
+def _steps(runs: tuple[tuple[int, int], ...]) -> list[int]:
+    ends = [end for run in runs for end in run]
+    return ends[:1] + [after - before for before, after in itertools.pairwise(ends)]
+
+
 def _written(last: int, sequence: int, runs: Any = None, known_from: int = 0) -> Written:
-    return Written(((0, last),) if runs is None else tuple((a, b) for a, b in runs), sequence, known_from)
+    if runs is None:
+        return Written(((0, last),), sequence, known_from)
+    if isinstance(runs[0], list):  # as they were written once
+        return Written(tuple((a, b) for a, b in runs), sequence, known_from)
+    ends = list(itertools.accumulate(runs))
+    return Written(tuple(zip(ends[::2], ends[1::2], strict=True)), sequence, known_from)

@@ -29,6 +29,11 @@ def is_partitioned(path: str) -> bool:
 
 def read_count(path: str) -> int:
     """Number of partitions; errors as for opening a vault."""
+    return read_partitions(path)["partitions"]
+
+
+def read_partitions(path: str) -> dict[str, Any]:
+    """What partitions.json says; errors as for opening a vault."""
     name = os.path.join(path, PARTITIONS)
     try:
         with open(name, "rb") as file:
@@ -42,7 +47,7 @@ def read_count(path: str) -> int:
     checksum = content.pop("checksum", None) if isinstance(content, dict) else None
     if checksum is None or checksum != crc32c(dump(content)) or content.get("format") != FORMAT:
         raise CorruptionError(f"{name} is damaged: its checksum does not match")
-    return content["partitions"]
+    return content
 
 
 def partition_path(path: str, number: int) -> str:

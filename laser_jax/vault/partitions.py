@@ -1,6 +1,6 @@
 """A vault in P partitions by the hash of the user: each a vault of its own, all behind one face.
 
-    partitions.json      number of partitions and schema; written last
+    partitions.json      number of partitions and a name for the whole that no other vault has; written last
     codes.log            codes of strings that hold for all partitions (see laser_jax.vault.codebook)
     partition-00000/     a vault
 
@@ -12,6 +12,7 @@ import contextlib
 import os
 import shutil
 import threading
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -104,7 +105,7 @@ class PartitionedWriter:
                     os.remove(target)
 
     def _commit(self) -> None:
-        content = {"format": FORMAT, "version": 1, "partitions": self._partitions}
+        content = {"format": FORMAT, "version": 1, "partitions": self._partitions, "vault": uuid.uuid4().hex}
         target = os.path.join(self.path, PARTITIONS)
         try:
             with open(target + ".draft", "wb") as file:
@@ -251,15 +252,21 @@ class PartitionedVault:
         for (_, rows, _, _), found in zip(jobs, results, strict=True):
             lengths[rows] = np.diff(found.offsets)
         offsets = np.concatenate(([0], np.cumsum(lengths)))
+        # While `evolve` goes through the partitions, some have a field, or a wider type, that others have not yet.
+        types = [{name: column.dtype for name, column in found.columns.items()} for found in results]
+        common = {
+            name: np.result_type(*(one[name] for one in types)) for name in types[0] if all(name in t for t in types)
+        }
         columns: dict[str, np.ndarray] = {}
         for (number, rows, _, _), found in zip(jobs, results, strict=True):
             starts = offsets[rows]
             counts = np.diff(found.offsets)
             target = np.arange(found.num_events) + np.repeat(starts - found.offsets[:-1], counts)
             for name, column in self._translated(number, found.columns).items():
-                if name not in columns:
-                    columns[name] = np.empty((int(offsets[-1]), *column.shape[1:]), column.dtype)
-                columns[name][target] = column
+                if name in common:
+                    if name not in columns:
+                        columns[name] = np.empty((int(offsets[-1]), *column.shape[1:]), common[name])
+                    columns[name][target] = column
         seen = {number: found.as_of for (number, *_), found in zip(jobs, results, strict=True)}
         everywhere = (
             seen[number] if number in seen else self._known_sequence(number) for number in range(len(self.partitions))

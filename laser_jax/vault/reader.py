@@ -325,8 +325,12 @@ class Vault:
         self._write(lambda writer: administration.retain(writer, events, age))
 
     def refresh(self) -> None:
-        """Takes in what another handle or process has written since; nothing to do for the writer itself."""
-        if self._appender is not None or self.at is not None:
+        """Takes in what another handle or process has written since; nothing to do for the writer itself.
+
+        At a snapshot: who was forgotten since, and one that was made anew under the same name; VaultError if it was
+        dropped.
+        """
+        if self._appender is not None:
             return
         with self._lock:
             if not self._state.held.is_current(self._storage):
@@ -377,7 +381,7 @@ class Vault:
                 return state
             except (CorruptionError, UnavailableError):
                 # Forgetting removes files even from under a manifest that is held.
-                if self.at is not None or not self._storage.local or held.is_current(self._storage):
+                if not self._storage.local or held.is_current(self._storage):
                     raise
         raise UnavailableError(f"{self.path} changes all the time: try again")
 
@@ -392,7 +396,7 @@ class Vault:
                 if newest.stamp != state.stamp:
                     state = newest
                     continue
-                if self.at is None and self.local and not state.held.is_current(self._storage):
+                if self.local and not state.held.is_current(self._storage):
                     raise UnavailableError(
                         f"{self.path} has changed since this handle was opened or refreshed, and files of it are gone: "
                         "call refresh() and read again"

@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import threading
 from concurrent.futures import Future
+from typing import Any
 
 from laser_jax.schema import Schema
 from laser_jax.vault.client import TIMEOUT_S, VaultClient
@@ -44,7 +45,12 @@ class ServedPartitions(PartitionedVault):
         self.at = at
         self.timeout_s = timeout_s
         urls = path.split(",")
-        clients = [VaultClient(url, at, timeout_s, (number, len(urls))) for number, url in enumerate(urls)]
+        if not all(urls):
+            raise VaultError(f"{path}: need a URL between any two commas, grpc://host:port of each partition in order")
+        self._whole: Any = None
+        clients = [
+            VaultClient(url, at, timeout_s, (number, len(urls)), self._check_whole) for number, url in enumerate(urls)
+        ]
         self._schema: Schema | None = None
         lost = []
         for client in clients:
@@ -71,6 +77,14 @@ class ServedPartitions(PartitionedVault):
             if future in waiting:
                 raise UnavailableError(f"{self.partitions[number].path} did not answer in time")
         return super()._read(jobs)
+
+    def _check_whole(self, url: str, found: dict[str, Any]) -> None:
+        """Raises VaultError if what a service says of itself is not of the vault that the others serve."""
+        schema = found["schema"]
+        whole = found.get("vault"), schema.get("user"), schema.get("time_unit")
+        self._whole = self._whole or whole
+        if self._whole != whole:
+            raise VaultError(f"{url} serves a partition of another vault than the other services of {self.path}")
 
     def __reduce__(self):
         return ServedPartitions, (self.path, self.at, self.timeout_s)

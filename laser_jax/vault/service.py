@@ -40,9 +40,10 @@ from laser_jax.vault.errors import SchemaError, UnavailableError, UnknownFieldEr
 from laser_jax.vault.files import writer_lock
 from laser_jax.vault.maintenance import WriterOptions
 from laser_jax.vault.merging import NO_BOUND
-from laser_jax.vault.partitioning import is_partitioned, partition_path, read_count
+from laser_jax.vault.partitioning import is_partitioned, partition_path, read_count, read_partitions
 from laser_jax.vault.partitions import CODES
 from laser_jax.vault.reader import Vault
+from laser_jax.vault.storage import LocalStorage
 from laser_jax.vault.tickets import GATHER, GET, field_names, parse
 from laser_jax.vault.warm_up import warm_up
 
@@ -128,6 +129,8 @@ class VaultService(flight.FlightServerBase):
         self._closing = threading.Event()
         self._read_only = read_only
         self._partition = _partition_of(self.vault.path)
+        parent = os.path.dirname(self.vault.path)
+        self._identity = None if self._partition is None else read_partitions(parent).get("vault")
         self._codes: Codebook | None = None
         with contextlib.ExitStack() as stack:
             stack.callback(self.vault.close)
@@ -135,7 +138,6 @@ class VaultService(flight.FlightServerBase):
                 self.vault.begin_writing()
             warm_up(self.vault.schema)
             if self._partition is not None and self._partition[0] == 0:
-                parent = os.path.dirname(self.vault.path)
                 if not read_only:
                     # The first partition's service gives all partitions' strings their codes.
                     stack.enter_context(writer_lock(parent))
@@ -294,6 +296,7 @@ class VaultService(flight.FlightServerBase):
             "users": len(vault),
             "sizes": self._sizes(vault, vault.schema.names),
             "partition": self._partition,
+            "vault": self._identity,
             "limits": dataclasses.asdict(self.limits),
         }
 
@@ -390,7 +393,11 @@ class VaultService(flight.FlightServerBase):
         if name is None:
             return self.vault
         with self._lock:
-            found = self._snapshots.pop(name, None) or Vault(self.vault.path, 0, at=name)
+            found = self._snapshots.pop(name, None)
+            if found is None:
+                found = Vault(self.vault.path, 0, at=name)
+            else:
+                found.refresh()  # it may have been changed by forgetting, made anew, or dropped
             self._snapshots[name] = found
             if len(self._snapshots) > _SNAPSHOTS:
                 del self._snapshots[next(iter(self._snapshots))]
@@ -408,16 +415,27 @@ class VaultService(flight.FlightServerBase):
     def _writing(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def checked(**arguments: Any) -> Any:
             self._must_write()
-            return call(**arguments)
+            try:
+                return call(**arguments)
+            finally:
+                self._give_up_snapshots()
 
         checked.__doc__ = call.__doc__
         return checked
+
+    def _give_up_snapshots(self) -> None:
+        """Holds no files that a snapshot does not name any more: forgotten users are to leave the disk."""
+        with self._lock:
+            for name, found in list(self._snapshots.items()):
+                if not found.state.held.is_current(LocalStorage(self.vault.path)):
+                    del self._snapshots[name]
 
     def _follow(self) -> None:
         while not self._closing.wait(_FOLLOW_S):
             # What is wrong, the calls that read will say.
             with contextlib.suppress(VaultError):
                 self.vault.refresh()
+            self._give_up_snapshots()
 
     @contextlib.contextmanager
     def _answering(self, call: str) -> Iterator[None]:

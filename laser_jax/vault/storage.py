@@ -119,6 +119,8 @@ class KvStorage:
 
 
 _CONTEXT: list[Any] = []
+#: Five more tries take half a minute: whoever throttles or restarts is met again, whoever is not there is told of.
+_RETRIES = {name: {"max_retries": 5} for name in ("http_request_retries", "s3_request_retries", "gcs_request_retries")}
 
 
 def shared_context() -> Any:
@@ -126,7 +128,7 @@ def shared_context() -> Any:
     import tensorstore as ts
 
     if not _CONTEXT:
-        _CONTEXT.append(ts.Context())
+        _CONTEXT.append(ts.Context(_RETRIES))
     return _CONTEXT[0]
 
 

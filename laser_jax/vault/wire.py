@@ -79,7 +79,10 @@ def checked(batch: pa.RecordBatch) -> pa.RecordBatch:
     Raises:
       SchemaError: a column is damaged, or there twice.
     """
-    names = batch.schema.names
+    try:
+        names = batch.schema.names
+    except UnicodeDecodeError as error:
+        raise SchemaError(f"the name of a column is not UTF-8: {error}") from error
     for name in names:
         if names.count(name) > 1:
             raise SchemaError(f"column {name!r} is there {names.count(name)} times")

@@ -575,6 +575,12 @@ def test_a_vault_elsewhere_may_halt_or_die(model, known_data, tmp_path):
     assert not [line for line in server.log if "Traceback" in line]
 
 
+def test_it_can_be_stopped_while_a_vault_elsewhere_does_not_answer(model):
+    process = Process(f"--model={model.path}", "--vault=http://127.0.0.1:9/vault", "--read-only", *FEW)
+    process.wait_for("opening")
+    assert process.stop() == 0
+
+
 def wait_until(condition) -> None:
     deadline = time.monotonic() + 60
     while not condition():

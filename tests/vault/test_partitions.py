@@ -123,3 +123,39 @@ def test_one_writer_and_no_half_made_vault(tmp_path):
     assert len(seqvault.open(tmp_path / "vault").get(1)) == 3
     with pytest.raises(seqvault.VaultError, match="partitions=0"):
         seqvault.create(tmp_path / "other", schema, partitions=0)
+
+
+def test_a_batch_may_be_sent_again_much_later(tmp_path):
+    """Each partition sees some of a client's numbers only."""
+    with seqvault.create(tmp_path / "vault", Schema(), partitions=2):
+        pass
+    rng = np.random.default_rng(0)
+    users = rng.integers(0, 1000, 600).tolist()
+    with seqvault.open(tmp_path / "vault") as vault:
+        for number in range(600):
+            if number != 5:
+                vault.append({"user": [users[number]], "time": [number]}, origin=("a", number))
+        vault.flush()
+    with seqvault.open(tmp_path / "vault") as vault:
+        for number in (5, 5, 0, 1, 599, 300):
+            vault.append({"user": [users[number]], "time": [number]}, origin=("a", number))
+        assert vault.num_events == 600
+        assert 5 in vault.get(users[5])["time"].tolist()
+
+
+def test_partitions_of_which_some_are_evolved_already(tmp_path):
+    old = Schema(fields=(Field("item", "int32"),))
+    new = Schema(fields=(Field("item", "int64"), Field("price", "float64", default=7.5)))
+    users = np.arange(40)
+    with seqvault.create(tmp_path / "vault", old, partitions=3) as writer:
+        writer.write({"user": users, "time": users, "item": users})
+    with seqvault.open(tmp_path / "vault") as vault:
+        for number in (2, 0):
+            vault.partitions[number].evolve(new)
+            found = vault.gather(users)
+            assert sorted(found.columns) == ["item", "time"]
+            assert found.columns["item"].dtype == np.int64 and found.columns["item"].tolist() == users.tolist()
+            with pytest.raises(seqvault.UnknownFieldError, match="partition-0000.* has no field 'price'"):
+                vault.gather(users, fields=["price"])
+        vault.evolve(new)
+        assert vault.gather(users).columns["price"].tolist() == [7.5] * 40

@@ -1,14 +1,17 @@
 """A vault behind a service answers as the vault itself does; and any Flight client can use it."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import datetime
 import json
+import os
 import pickle
 import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 
 import hypothesis
@@ -170,6 +173,7 @@ def test_a_batch_sent_again_is_written_once(tmp_path):
 
 def test_batches_of_a_client_may_come_in_any_order(tmp_path, monkeypatch):
     monkeypatch.setattr(origins, "MOST_RUNS", 3)
+    monkeypatch.setattr(origins, "WINDOW", 0)
     with seqvault.create(tmp_path / "vault", Schema()):
         pass
 
@@ -187,7 +191,7 @@ def test_batches_of_a_client_may_come_in_any_order(tmp_path, monkeypatch):
             assert vault.num_events == 5
             if flush:
                 vault.flush()
-                assert vault.manifest["origins"] == {"a": [5, 5, [[0, 1], [3, 5]], 0]}
+                assert vault.manifest["origins"] == {"a": [5, 5, [0, 1, 2, 2], 0]}
     with seqvault.open(tmp_path / "vault", writing=WRITING) as vault:
         append(2)  # the one that was left out
         append(7)
@@ -223,6 +227,72 @@ def test_what_is_known_of_a_client_is_what_it_wrote(numbers, cut):
     if numbers:
         kept = origins.to_manifest({"a": both})
         assert origins.origins_of({"origins": json.loads(json.dumps(kept))}) == {"a": both}
+        kept = {"a": [max(numbers), both.sequence, [list(run) for run in both.runs], 0]}  # as it was kept once
+        assert origins.origins_of({"origins": kept}) == {"a": both}
+
+
+@hypothesis.given(st.lists(st.integers(0, 40), max_size=60))
+def test_what_was_forgotten_of_a_client_is_never_guessed(numbers):
+    known, written = origins.Written(), set()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(origins, "WINDOW", 8)
+        patch.setattr(origins, "MOST_RUNS", 2)
+        for number in numbers:
+            try:
+                known.check(number)
+            except seqvault.SchemaError:
+                assert number < max(written) - 8, "within the window all is known"
+                continue
+            assert known.has(number) == (number in written)
+            known = known.adding([(number, number)], len(written)).trimmed()
+            written.add(number)
+            assert len(known.runs) <= 6
+
+
+def test_a_snapshot_changes_under_who_reads_it(tmp_path):
+    """Forgotten users leave it, one that was dropped is gone, and a name may come back for another one."""
+    with seqvault.create(tmp_path / "vault", Schema()) as writer:
+        writer.write({"user": [1, 2], "time": [5, 6]})
+    with VaultService(str(tmp_path / "vault")) as service, seqvault.open(url(service)) as vault:
+        vault.snapshot("s")
+        at, here = seqvault.open(url(service), at="s"), seqvault.open(tmp_path / "vault", at="s")
+        assert [at.get(user)["time"].tolist() for user in (1, 2)] == [[5], [6]]
+        reading = VaultService(str(tmp_path / "vault"), read_only=True)
+        far = seqvault.open(url(reading), at="s")
+        assert len(far.get(1)) == 1
+        assert vault.forget([1]) > 0
+        for other in (at, seqvault.open(url(service), at="s"), far):
+            assert len(other.get(1)) == 0 and len(other.gather([1, 2])[1]) == 1
+        here.refresh()
+        assert len(here.get(1)) == 0 and len(here.get(2)) == 1
+        vault.append({"user": [2], "time": [7]})
+        vault.drop_snapshot("s")
+        for other in (at, far):
+            with pytest.raises(seqvault.VaultError, match="no snapshot 's'"):
+                other.get(2)
+        with pytest.raises(seqvault.VaultError, match="no snapshot 's'"):
+            here.refresh()
+        vault.snapshot("s")
+        assert at.get(2)["time"].tolist() == far.get(2)["time"].tolist() == [6, 7]
+        here.refresh()
+        assert here.get(2)["time"].tolist() == [6, 7]
+        vault.drop_snapshot("s")
+        del here
+        vault.merge()
+        deadline = time.monotonic() + 60
+        while held_of(tmp_path):  # the reading service looks now and then
+            assert time.monotonic() < deadline, held_of(tmp_path)
+            time.sleep(0.05)
+        reading.close()
+
+
+def held_of(folder) -> list[str]:
+    """Files below a folder that have no name any more, and are open."""
+    found = []
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            found.append(os.readlink(f"/proc/self/fd/{number}"))
+    return [name for name in found if name.startswith(str(folder)) and name.endswith(" (deleted)")]
 
 
 def test_only_so_many_clients_are_remembered(tmp_path, monkeypatch):
@@ -608,6 +678,17 @@ def test_what_cannot_be_opened(tmp_path, items):
             seqvault.open(url(service))
         with pytest.raises(seqvault.VaultError, match="serves no partition; by its place .* partition 1 of 2"):
             seqvault.open(f"{url(service)},{url(items)}").gather(np.arange(100))
+    # Partitions of another vault, though as many.
+    with seqvault.create(tmp_path / "other", Schema(), partitions=2):
+        pass
+    with VaultService(first) as one, VaultService(partition_path(str(tmp_path / "other"), 1)) as two:
+        with pytest.raises(seqvault.VaultError, match="serves a partition of another vault"):
+            seqvault.open(f"{url(one)},{url(two)}").gather(np.arange(100))
+    with pytest.raises(seqvault.VaultError, match="need a URL between any two commas"):
+        seqvault.open(f"{url(items)},")
+    for seconds in (0, -1, float("nan"), float("inf"), None, "1"):
+        with pytest.raises(seqvault.VaultError, match="timeout_s"):
+            seqvault.open(url(items), timeout_s=seconds)
     with pytest.raises(seqvault.VaultError, match="when it is started"):
         seqvault.open(url(items), writing=WRITING)
     with pytest.raises(seqvault.NotAVaultError):

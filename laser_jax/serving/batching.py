@@ -9,8 +9,6 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from laser_jax.vault.errors import VaultError
-
 
 class OverloadedError(Exception):
     """The queue is full."""
@@ -50,7 +48,8 @@ class Batcher:
     ):
         """
         Args:
-          answer: a batch of requests -> an answer each. most: requests of a batch. queue: requests that may wait.
+          answer: a batch of requests -> an answer each, or the error that it has instead. most: requests of a batch.
+          queue: requests that may wait.
           size_of: a request -> its size. most_size: of the requests of a batch together, but for a single one: whoever
             is small does not wait for whoever is large.
           threads: batches that are answered at a time.
@@ -147,17 +146,12 @@ class Batcher:
     def _finish(self, items: list[_Item]) -> None:
         try:
             answers = self._answer([item.request for item in items])
-        except VaultError as error:
-            if len(items) > 1:  # perhaps the history of one of them alone cannot be read
-                for item in items:
-                    self._finish([item])
-                return
-            _set(items[0], error=error)
-        except Exception as error:  # a mistake in this code: who waits must hear of it
-            for item in items:
-                _set(item, error=error)
-        else:
-            for item, answer in zip(items, answers, strict=True):
+        except Exception as error:  # whatever it is: who waits must hear of it
+            answers = [error] * len(items)
+        for item, answer in zip(items, answers, strict=True):
+            if isinstance(answer, Exception):
+                _set(item, error=answer)
+            else:
                 _set(item, answer)
 
 

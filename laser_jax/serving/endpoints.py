@@ -63,7 +63,7 @@ class RankEndpoint:
         model, schema = ranker.model, ranker.vault.schema
         self.name, self.version = model.name, model.version
         self.ranker, self._most, self._log = ranker, most_candidates, log
-        self._batcher = Batcher(ranker.rank, most_calls, queue, ranker.size_of, model.most_pairs, threads)
+        self._batcher = Batcher(ranker.rank_each, most_calls, queue, ranker.size_of, model.most_pairs, threads)
         self._fields = {side: getattr(model.features, name) for side, name in _SIDES.items()}
         self.inputs = [Tensor("user", _user_type(schema), (1,)), Tensor("time", "INT64", (1,))]
         for side, fields in self._fields.items():

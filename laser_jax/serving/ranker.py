@@ -12,7 +12,8 @@ from laser_jax.assembly import Columns
 from laser_jax.features import FieldConfig
 from laser_jax.serving.exported import BATCHES, ExportedModel, Requests
 from laser_jax.serving.user_cache import UserCache
-from laser_jax.vault.partitions import Sequences
+from laser_jax.vault.errors import UnavailableError, VaultError
+from laser_jax.vault.partitions import PartitionedVault, Sequences
 
 #: Candidates of a request that are scored together; one with more is cut into pieces.
 MOST_CANDIDATES = 512
@@ -142,11 +143,28 @@ class Ranker:
           RequestError: a request makes no sense; none is scored.
           UnavailableError, CorruptionError: of the vault.
         """
+        answers = self.rank_each(requests)
+        for answer in answers:
+            if isinstance(answer, VaultError):
+                raise answer
+        return answers
+
+    def rank_each(self, requests: Sequence[RankRequest]) -> list[Ranking | VaultError]:
+        """As `rank`, but a request whose history cannot be read gets the error for an answer, and the others theirs."""
         if not requests:
             return []
         checked = [self.check(request, position) for position, request in enumerate(requests)]
         began = time.perf_counter()
-        histories = self._histories(checked)
+        answers: list[Any] = self._histories(checked)
+        read = [place for place, answer in enumerate(answers) if not isinstance(answer, VaultError)]
+        if read:
+            rankings = self._scored([checked[place] for place in read], [answers[place] for place in read], began)
+            for place, ranking in zip(read, rankings, strict=True):
+                answers[place] = ranking
+        return answers
+
+    def _scored(self, checked: list[RankRequest], histories: list[tuple[Columns, int]], began: float) -> list[Ranking]:
+        """The answers to requests whose histories were read since `began`."""
         if any(len(self.vault.dictionary(name)) > len(codes) for name, codes in self._translations.items()):
             self._translations = self.model.translations(self.vault)  # strings have come since
         looked_up = time.perf_counter()
@@ -182,15 +200,50 @@ class Ranker:
             for position, request in enumerate(checked)
         ]
 
-    def _histories(self, requests: Sequence[RankRequest]) -> list[tuple[Columns, int]]:
-        """The columns of each request's history, and what was seen."""
-        vault, length, fields = self.vault, self.model.history_length, self.model.event_fields
-        if vault.local or len(requests) == 1:
-            found = [vault.get(request.user, length, request.time, fields=fields) for request in requests]
-            return [(history.columns, history.as_of) for history in found]
+    def _histories(self, requests: Sequence[RankRequest]) -> list[tuple[Columns, int] | VaultError]:
+        """The columns of each request's history, and what was seen; or why it cannot be read."""
+        if self.vault.local or len(requests) == 1:
+            return [self._history(request) for request in requests]
+        try:
+            return self._gathered(requests)
+        except VaultError as error:
+            failed = error
+        # It may be that of one partition, or of one user.
+        parts = self._by_partition(requests)
+        if len(parts) == 1:
+            lost = isinstance(failed, UnavailableError)
+            return [failed if lost else self._history(request) for request in requests]
+        answers: list[Any] = [None] * len(requests)
+        for places in parts:
+            found = self._histories([requests[place] for place in places])
+            for place, answer in zip(places, found, strict=True):
+                answers[place] = answer
+        return answers
+
+    def _history(self, request: RankRequest) -> tuple[Columns, int] | VaultError:
+        try:
+            found = self.vault.get(
+                request.user, self.model.history_length, request.time, fields=self.model.event_fields
+            )
+        except VaultError as error:
+            return error
+        return found.columns, found.as_of
+
+    def _by_partition(self, requests: Sequence[RankRequest]) -> list[list[int]]:
+        """Which of the requests are of users of the same partition."""
+        if not isinstance(self.vault, PartitionedVault):
+            return [list(range(len(requests)))]
+        owners = self.vault.partition_of(self._users(requests))
+        return [np.flatnonzero(owners == owner).tolist() for owner in np.unique(owners)]
+
+    def _users(self, requests: Sequence[RankRequest]) -> Any:
         users = [request.user for request in requests]
-        if vault.schema.user == "int64":
-            users = np.array(users, np.int64)
+        return np.array(users, np.int64) if self.vault.schema.user == "int64" else users
+
+    def _gathered(self, requests: Sequence[RankRequest]) -> list[tuple[Columns, int]]:
+        """The histories of all of them in one call."""
+        vault, length, fields = self.vault, self.model.history_length, self.model.event_fields
+        users = self._users(requests)
         times = np.array([request.time for request in requests], np.int64)
         batch = vault.gather(users, times, length, fields=fields)
         owners = vault.partition_of(users) if isinstance(batch.as_of, Sequences) else None

@@ -49,15 +49,13 @@ def test_who_does_not_fit_into_the_queue_is_told():
     assert told[:2] == ["1!", "2!"] and isinstance(told[2], OverloadedError) and batches == [[1, 2]]
 
 
-def test_one_history_that_cannot_be_read_costs_nobody_else_an_answer():
+def test_who_gets_an_error_for_an_answer_hears_it_and_nobody_else():
     def answer(requests):
-        if 3 in requests:
-            raise UnavailableError("of user 3")
-        return [f"{request}!" for request in requests]
+        return [UnavailableError("of user 3") if request == 3 else f"{request}!" for request in requests]
 
     told, batches = together([1, 3, 2], answer=answer)
     assert told[0] == "1!" and told[2] == "2!" and isinstance(told[1], UnavailableError)
-    assert batches == [[1, 3, 2], [1], [3], [2]]
+    assert batches == [[1, 3, 2]]
 
 
 def test_time_that_is_up_is_told():

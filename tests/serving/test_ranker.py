@@ -12,6 +12,8 @@ from laser_jax.requests import RequestsWriter
 from laser_jax.schema import Field, Schema
 from laser_jax.serving.ranker import Ranker, RankRequest, RequestError
 from laser_jax.step import make_eval_step
+from laser_jax.vault.partitioning import partition_paths
+from laser_jax.vault.service import VaultService
 
 WRITING = seqvault.WriterOptions(background=False)
 NEAR = dict(rtol=1e-5, atol=1e-5)
@@ -110,6 +112,56 @@ def test_requests_may_come_in_any_mixture(ranker, known_data):
     together = ranker.rank([request_of(rows[place]) for place in order])
     for place, answer in zip(order, together, strict=True):
         np.testing.assert_allclose(ranker.rank([request_of(rows[place])])[0].logits, answer.logits, **NEAR)
+
+
+def test_a_history_that_cannot_be_read_costs_nobody_else_an_answer(ranker, known_data, monkeypatch):
+    rows = known_data.requests["valid"][:6]
+    wanted = ranker.rank([request_of(row) for row in rows])
+    get, damaged = ranker.vault.get, int(rows[2]["user"])
+
+    def reads(user, *arguments, **options):
+        if user == damaged:
+            raise seqvault.CorruptionError("page 3")
+        return get(user, *arguments, **options)
+
+    monkeypatch.setattr(ranker.vault, "get", reads)
+    answers = ranker.rank_each([request_of(row) for row in rows])
+    for row, answer, before in zip(rows, answers, wanted, strict=True):
+        if row["user"] == damaged:
+            assert isinstance(answer, seqvault.CorruptionError)
+        else:
+            np.testing.assert_allclose(answer.logits, before.logits, **NEAR)
+    with pytest.raises(seqvault.CorruptionError):
+        ranker.rank([request_of(row) for row in rows])
+
+
+def test_a_lost_partition_costs_its_own_users_their_answers_only(ranker, model, known_data, tmp_path):
+    rows = known_data.requests["valid"][:30]
+    requests = [request_of(row) for row in rows]
+    wanted = ranker.rank(requests)
+    with seqvault.create(tmp_path / "parted", ranker.vault.schema, partitions=2) as writer:
+        users = ranker.vault.users()
+        found = ranker.vault.gather(users, fields=ranker.vault.schema.names)
+        writer.write({"user": np.repeat(users, np.diff(found.offsets)), **found.columns})
+    services = [VaultService(path) for path in partition_paths(str(tmp_path / "parted"))]
+    try:
+        vault = seqvault.open(",".join(f"grpc://127.0.0.1:{service.port}" for service in services), timeout_s=30)
+        served = Ranker(model, vault)
+        owners = vault.partition_of(np.array([row["user"] for row in rows]))
+        assert set(owners.tolist()) == {0, 1}
+        for answer, before in zip(served.rank(requests), wanted, strict=True):
+            np.testing.assert_allclose(answer.logits, before.logits, **NEAR)
+        services[1].close()
+        for owner, answer, before in zip(owners, served.rank_each(requests), wanted, strict=True):
+            if owner:
+                assert isinstance(answer, seqvault.UnavailableError)
+            else:
+                np.testing.assert_allclose(answer.logits, before.logits, **NEAR)
+        services[0].close()
+        assert all(isinstance(answer, seqvault.UnavailableError) for answer in served.rank_each(requests))
+    finally:
+        for service in services:
+            service.close()
 
 
 def test_numbers_of_all_requests_are_of_one_type(ranker, known_data):

@@ -20,6 +20,7 @@ import socket
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -50,6 +51,8 @@ _SWITCH_S = 0.0005
 _CONNECTIONS = 10_000
 #: Seconds that what is being opened has, when the server is to stop.
 _GIVE_UP_S = 10.0
+#: How often it is looked whether somebody still holds a model that has been replaced, and the seconds in between.
+_PATIENCE, _PATIENCE_S = 50, 0.1
 #: Seconds until events of another process are seen.
 _FOLLOW_S = 0.5
 #: Seconds after which a vault elsewhere is asked how many events it has.
@@ -267,12 +270,14 @@ class Server:
         for name in self.catalog.names():  # models of other names than the new one's
             if name not in (endpoint.name, AppendEndpoint.name):
                 olds.append(self.catalog.remove(name))
-        loop = asyncio.get_running_loop()
-        while olds:
-            old = olds.pop()
-            if old is not None:
-                await loop.run_in_executor(None, old.close)
-        del old  # or it would stay
+        loop, replaced = asyncio.get_running_loop(), [weakref.ref(old) for old in olds if old is not None]
+        await loop.run_in_executor(None, _close_all, olds)
+        # Whoever was answered last may hold it for a moment still, and what is held while memory settles stays until
+        # the next model comes.
+        for _ in range(_PATIENCE):
+            if not any(old() for old in replaced):
+                break
+            await asyncio.sleep(_PATIENCE_S)
         await loop.run_in_executor(None, settle)
 
     async def _watch(self) -> None:
@@ -374,6 +379,15 @@ def _run_into(call: Callable[[], Any], loop: asyncio.AbstractEventLoop, result: 
         found = (None, error)
     with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits any more
         loop.call_soon_threadsafe(give, *found)
+
+
+def _close_all(endpoints: list[Any]) -> None:
+    """Takes them out of the list one by one, so that nobody holds what is closed."""
+    while endpoints:
+        endpoint = endpoints.pop()
+        if endpoint is not None:
+            endpoint.close()
+        del endpoint
 
 
 class _StoppedError(Exception):

@@ -11,10 +11,11 @@ trained, since that makes no difference to time:
 
 A client process sends gRPC requests of C candidates for users by Zipf(.9), histories of 1000 events (serving_load.py);
 it shares the cores with the server it asks, the other servers lie idle. Load goes round from server to server. For each
-C: what one request takes while nothing else is under way; how many a second are answered at most; then an open loop at
-half of that, latency from when a request should have been sent; and ours and the Transformer's both at half of what the
-slower one of them can do. Stages are those of a batch, as the server counts them.
-Cold is a user's first request of a server's life, warm any other; files are in the kernel's cache either way.
+C: what one request takes while nothing else is under way; how many a second are answered at most; then open loops at
+half of that, latency from when a request should have been sent, yesterday's at half of ours too, and ours and the
+Transformer's both at half of what the slower one of them can do. Each of these is measured in pieces, which take turns.
+Stages are those of a batch, as the server counts them. Cold is a user's first request of a server's life, warm any
+other; files are in the kernel's cache either way.
 
 The last line is one JSON object.
 """
@@ -28,6 +29,7 @@ import shutil
 import subprocess
 import sys
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,6 +50,8 @@ CANDIDATES = (1, 10, 100, 500)
 EXPERIMENT = "experiments/xhs.py"
 #: Requests that a client takes turns with.
 REQUESTS = 500
+#: Pieces that an open load is cut into.
+TURNS = 4
 
 
 def prepare(folder: str) -> dict[str, str]:
@@ -202,31 +206,51 @@ def measure(served: dict[str, Served], requests: Requests, seconds: float) -> di
         of = {name: draws[server.model == "transformer"] for name, server in served.items()}
         for name, server in served.items():  # warm
             server.load("saturation", of[name], seconds=2, in_flight=8)
+        answered, spent = dict.fromkeys(served, 0), dict.fromkeys(served, 0.0)
+        for _ in range(TURNS):
+            for name, server in served.items():
+                full = server.load("saturation", of[name], seconds=seconds / TURNS, in_flight=32)
+                answered[name] += len(full["milliseconds"])
+                spent[name] += full["seconds"]
         for name, server in served.items():
             idle = server.load("idle", of[name], seconds=seconds, most=300)
-            full = server.load("saturation", of[name], seconds=seconds, in_flight=32)
-            found[name][candidates] = {"idle": idle, "rate": len(full["milliseconds"]) / full["seconds"]}
-        for name, server in served.items():
-            rate = found[name][candidates]["rate"] / 2
-            # Enough of them for a 99th percentile, within reason.
-            long = min(max(seconds, 400 / rate), 4 * seconds)
-            found[name][candidates]["half"] = server.load("open", of[name], seconds=long, rate=rate, seed=candidates)
-        rate = found["ours"][candidates]["rate"] / 2
-        long = min(max(seconds, 400 / rate), 4 * seconds)
-        same = served["yesterday"].load("open", of["yesterday"], seconds=long, rate=rate, seed=candidates)
-        found["yesterday"][candidates]["our load"] = same
-        # The faster one of our model and the Transformer, at half of what the slower one can do.
-        name, other = sorted(("ours", "transformer"), key=lambda name: found[name][candidates]["rate"], reverse=True)
-        rate = found[other][candidates]["rate"] / 2
-        long = min(max(seconds, 400 / rate), 4 * seconds)
-        same = served[name].load("open", of[name], seconds=long, rate=rate, seed=candidates)
-        found[name][candidates]["same load"], found[other][candidates]["same load"] = (
-            same,
-            found[other][candidates]["half"],
-        )
-        rates = [f"{name} {found[name][candidates]['rate']:.1f}/s" for name in served]
-        tell(f"C={candidates}: {', '.join(rates)}")
+            found[name][candidates] = {"idle": idle, "rate": answered[name] / spent[name]}
+        rates = {name: found[name][candidates]["rate"] / 2 for name in served}
+        # The faster one of our model and the Transformer also at half of what the slower one can do.
+        slower, faster = sorted(("ours", "transformer"), key=rates.get)
+        loads = {(name, "half"): rates[name] for name in served}
+        loads |= {("yesterday", "our load"): rates["ours"], (faster, "same load"): rates[slower]}
+        for (name, load), answer in in_turns(loads, served, of, seconds, candidates).items():
+            found[name][candidates][load] = answer
+        found[slower][candidates]["same load"] = found[slower][candidates]["half"]
+        told = [f"{name} {2 * rate:.1f}/s" for name, rate in rates.items()]
+        tell(f"C={candidates}: {', '.join(told)}")
     return found
+
+
+def in_turns(
+    loads: dict[tuple[str, str], float], served: dict[str, Served], of: dict[str, list[str]], seconds: float, seed: int
+) -> dict[tuple[str, str], dict[str, Any]]:
+    """Open loads, a piece of each at a time: what else happens on the machine meanwhile happens to all of them.
+
+    Args:
+      loads: (server, name of the load) -> requests a second. of: server -> its requests.
+      seconds: of each load, or more if it takes more for a 99th percentile, within reason.
+    """
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for turn in range(TURNS):
+        for key, rate in loads.items():
+            long = min(max(seconds, 400 / rate), 4 * seconds) / TURNS
+            piece = served[key[0]].load("open", of[key[0]], seconds=long, rate=rate, seed=TURNS * seed + turn)
+            found[key] = joined(found[key], piece) if turn else piece
+    return found
+
+
+def joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """What two pieces of a load say together."""
+    stages = {name: (bounds, counts + second["stages"][name][1]) for name, (bounds, counts) in first["stages"].items()}
+    refused = dict(Counter(first["refused"]) + Counter(second["refused"]))
+    return {"milliseconds": first["milliseconds"] + second["milliseconds"], "refused": refused, "stages": stages}
 
 
 def report(found: dict[str, Any], served: dict[str, Served]) -> dict[str, Any]:

@@ -129,7 +129,9 @@ def check_the_same(told, alone, near=1e-5):
     np.testing.assert_allclose(told["losses"], alone["losses"], rtol=1e-5)
     assert alone["losses"][0] > 1.2 * alone["losses"][-1]
     for name, want in alone["learned"].items():
-        np.testing.assert_allclose(told["learned"][name], want, rtol=near, atol=near * np.abs(want).max(), err_msg=name)
+        # Adam divides by what may be next to nothing: rounding, another on every kind of CPU, counts for more there.
+        room = 5 * near * np.abs(want).max()
+        np.testing.assert_allclose(told["learned"][name], want, rtol=near, atol=room, err_msg=name)
 
 
 @pytest.mark.parametrize(

@@ -174,34 +174,39 @@ class ExportedModel:
 
     def assemble(self, events: Sequence[Events], requests: Requests) -> "Assembled":
         """Requests and their users' events, in the order of both, as a program takes them."""
+        offsets = requests.offsets.tolist()
         counts = np.diff(requests.offsets)
         shape = self._shape(len(counts), int(counts.max()), max(len(found) for found in events))
-        arrays = self._empty(shape)
         units = 1000 if self.schema.time_unit == "ms" else 1
         ages = [
             np.minimum((moment - found.time) // units, np.iinfo(np.int32).max)
             for moment, found in zip(requests.time.tolist(), events, strict=True)
         ]
-        arrays["events"] = _newest_last([found.embeddings for found in events], arrays["events"])
-        arrays["age"] = _newest_last(ages, arrays["age"])
-        arrays["length"][: len(counts)] = [len(found) for found in events]
-        for name, empty in arrays["compared"].items():
-            arrays["compared"][name] = _newest_last([found.compared[name] for found in events], empty)
         candidates = self._embeddings.rows(self.features.item, self._coded(requests.candidates))
         context = self._embeddings.rows(self.features.context, self._coded(requests.context))
-        real = np.arange(shape.candidates) < counts[:, None]
-        total = int(requests.offsets[-1])
-        arrays["candidates"][: len(counts)][real] = self._embeddings.of(self.features.item, candidates, total)
-        arrays["context"][: len(counts)] = self._embeddings.of(self.features.context, context, len(counts))
-        for name, rows in self._rows_compared(candidates).items():
-            arrays["side"][name][: len(counts)][real] = rows
-        return Assembled(shape, counts, self._unseen(candidates, total), arrays)
+        compared = self._rows_compared(candidates)
+        of_item = self._embeddings.of(self.features.item, candidates, offsets[-1])
+        of_context = self._embeddings.of(self.features.context, context, len(counts))
+        history, pairs = (shape.batch, shape.length), (shape.batch, shape.candidates)
+        arrays = {
+            "events": _newest_last([found.embeddings for found in events], history, np.float32),
+            "age": _newest_last(ages, history, np.int32),
+            "length": _padded([len(found) for found in events], shape.batch),
+            "candidates": _by_request(of_item, offsets, pairs),
+            "context": _padded(of_context, shape.batch),
+            "compared": {
+                name: _newest_last([found.compared[name] for found in events], history, np.int32) for name in compared
+            },
+            "side": {name: _by_request(rows, offsets, pairs) for name, rows in compared.items()},
+        }
+        return Assembled(shape, counts, self._unseen(candidates, offsets[-1]), arrays)
 
     def run(self, assembled: "Assembled") -> Float[np.ndarray, "N"]:
         """The logits of what was assembled, request after request."""
-        shape, counts = assembled.shape, assembled.counts
+        shape = assembled.shape
         logits = np.asarray(self._programs[shape.form, shape.length].call(self._weights, assembled.arrays))
-        return logits[: len(counts)][np.arange(shape.candidates) < counts[:, None]]
+        rows = zip(logits, assembled.counts.tolist(), strict=False)
+        return joined([row[:count] for row, count in rows])
 
     def compile(
         self, requests: int, candidates: int, progress: Callable[[int, int], None] = lambda done, shapes: None
@@ -336,10 +341,32 @@ class Assembled:
     arrays: dict[str, Any]
 
 
-def _newest_last(parts: Sequence[np.ndarray], into: np.ndarray) -> np.ndarray:
-    """Each part at the end of its row of `into`, which has nothing in it; a part that is all of it is not copied."""
-    if len(into) == 1 and into.shape[1:] == parts[0].shape and into.dtype == parts[0].dtype:
+def joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Arrays one after the other; of a single one no copy."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _newest_last(parts: Sequence[np.ndarray], shape: tuple[int, int], dtype: Any) -> np.ndarray:
+    """[B, L, ...] with each part at the end of its row, zeros before; a single part that is all of it is not copied."""
+    if shape == (1, len(parts[0])) and parts[0].dtype == dtype:
         return parts[0][None]
-    for row, part in zip(into, parts, strict=False):
+    out = np.zeros((*shape, *parts[0].shape[1:]), dtype)
+    for row, part in zip(out, parts, strict=False):
         row[len(row) - len(part) :] = part
-    return into
+    return out
+
+
+def _by_request(values: np.ndarray, offsets: list[int], shape: tuple[int, int]) -> np.ndarray:
+    """Values of candidates, request after request -> [B, C, ...], zeros behind each request's."""
+    out = np.zeros((*shape, *values.shape[1:]), values.dtype)
+    for row, start, stop in zip(out, offsets[:-1], offsets[1:], strict=False):
+        row[: stop - start] = values[start:stop]
+    return out
+
+
+def _padded(values: Any, rows: int) -> np.ndarray:
+    """Values of requests, float32 or int32, with zeros behind them up to so many."""
+    values = np.asarray(values)
+    out = np.zeros((rows, *values.shape[1:]), np.float32 if values.dtype.kind == "f" else np.int32)
+    out[: len(values)] = values
+    return out

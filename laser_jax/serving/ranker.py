@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from jaxtyping import Bool, Float
 
 from laser_jax.assembly import Columns
 from laser_jax.features import FieldConfig
-from laser_jax.serving.exported import BATCHES, ExportedModel, Requests
+from laser_jax.serving.exported import BATCHES, ExportedModel, Requests, joined
 from laser_jax.serving.user_cache import UserCache
 from laser_jax.vault.errors import UnavailableError, VaultError
 from laser_jax.vault.partitions import PartitionedVault, Sequences
@@ -182,17 +183,18 @@ class Ranker:
             scores = self.model.run(assembled)
             spent += middle - started
             scoring += time.perf_counter() - middle
-            ends = np.cumsum(assembled.counts)
-            for (position, _, _), end, count in zip(group, ends.tolist(), assembled.counts.tolist(), strict=True):
-                logits[position].append(scores[end - count : end])
-                unseen[position].append(assembled.unseen[end - count : end])
+            stop = 0
+            for (position, _, _), count in zip(group, assembled.counts.tolist(), strict=True):
+                start, stop = stop, stop + count
+                logits[position].append(scores[start:stop])
+                unseen[position].append(assembled.unseen[start:stop])
         self._observe("assembly", spent)
         self._observe("scoring", scoring)
         self._observe("history", looked_up - began + spent)
         return [
             Ranking(
-                logits=np.concatenate(logits[position]),
-                unseen=np.concatenate(unseen[position]),
+                logits=joined(logits[position]),
+                unseen=joined(unseen[position]),
                 events=len(events[position]),
                 time=request.time,
                 as_of=histories[position][1],
@@ -344,15 +346,15 @@ class Ranker:
 def _asked(checked: Sequence[RankRequest], group: list[tuple[int, int, int]]) -> Requests:
     """What a group of (request, first candidate, behind the last) asks."""
     positions = [position for position, _, _ in group]
-    pieces = [
-        {name: values[start:stop] for name, values in checked[position].candidates.items()}
-        for position, start, stop in group
-    ]
+    first = checked[positions[0]]
     return Requests(
         np.array([checked[position].time for position in positions], np.int64),
-        np.concatenate(([0], np.cumsum([stop - start for _, start, stop in group]))),
-        {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]},
-        {name: np.concatenate([checked[p].context[name] for p in positions]) for name in checked[0].context},
+        np.array([0, *accumulate(stop - start for _, start, stop in group)]),
+        {
+            name: joined([checked[p].candidates[name][start:stop] for p, start, stop in group])
+            for name in first.candidates
+        },
+        {name: joined([checked[position].context[name] for position in positions]) for name in first.context},
     )
 
 

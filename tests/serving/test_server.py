@@ -415,13 +415,13 @@ def test_metrics(server, model, known_data):
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="nice values of threads are Linux's")
 def test_threads_that_compute_give_way_to_those_that_hear_calls(server):
     folder = f"/proc/{server.process.pid}/task"
-    nice = {"tf_XLAEigen": set(), "python": set()}
+    computing, others = set(), set()
     for thread in os.listdir(folder):
         with open(os.path.join(folder, thread, "stat")) as file:
             name, rest = re.fullmatch(r"\d+ \((.*)\) (.*)\n", file.read()).groups()
-        nice.get(name, set()).add(int(rest.split()[16]))
-    assert nice["tf_XLAEigen"] and nice["python"]
-    assert min(nice["tf_XLAEigen"]) > max(nice["python"])
+        (computing if name == "tf_XLAEigen" else others).add(int(rest.split()[16]))
+    assert computing and others
+    assert min(computing) > max(others)
 
 
 def test_a_newer_model_takes_over_and_no_call_is_lost(trained, known_data, tmp_path):

@@ -42,7 +42,7 @@ def get_config(encoder: str = "laser_plus") -> Config:
             context=(FieldConfig("scene", width=4, rows=4),),
             age_width=8,
         ),
-        encoder=encoder_config(encoder),  # w=10, H=2 (laser) or 4 (laser_plus), d_q=16, M=2
+        encoder=encoder_config(encoder),  # laser: w=10, H=2, d_q=16, M=2; laser_plus: H=4, horizons
         width=128,  # d
         head=HeadConfig(tokens=16, width=128, matches=("item", "category", "author")),
         optim=OptimConfig(learning_rate=2e-3, b1=0.9, b2=0.9999, warmup=25, decay=TO_THE_END),

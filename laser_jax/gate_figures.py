@@ -1,7 +1,7 @@
 """What the gates of a segmented model listen to: how many segments stay silent, loudness by age and by match."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from laser_jax import hosts
 from laser_jax.batch import Batch
-from laser_jax.layers.segment_sums import cut_segments
+from laser_jax.layers.segment_runs import Run, over_segments
 from laser_jax.pipeline import BatchSource, Peers
 from laser_jax.sharding import place_batch
 from laser_jax.state import TrainState
@@ -40,11 +40,11 @@ class GateFigures:
     segments: int
 
 
-def segment_facts(batch: Batch, fields: list[str], width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What is in each segment, cut like the model cuts them.
+def segment_facts(batch: Batch, fields: list[str], runs: Sequence[Run]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What is in each segment.
 
     Args:
-      fields: of candidates and events, the one that says most first. width: w.
+      fields: of candidates and events, the one that says most first. runs: how the model cuts histories.
 
     Returns:
       match [B, C, S]: place in `fields` of the first field in which an event equals the candidate, len(fields) where
@@ -53,17 +53,23 @@ def segment_facts(batch: Batch, fields: list[str], width: int) -> tuple[np.ndarr
     step = batch.step
     length = step["age"].shape[1]
     mask = np.arange(length) >= length - step["length"][:, None]
-    real = np.asarray(cut_segments(mask, width))
-    age = np.where(real, np.asarray(cut_segments(step["age"], width)), np.iinfo(np.int32).max).min(axis=-1)
-    match = np.full((*step["mask"].shape, real.shape[1]), len(fields))
+
+    def any_of(real):
+        return np.asarray(over_segments(real, runs, lambda events: events.any(axis=-1)))
+
+    never = np.iinfo(np.int32).max
+    left = np.where(mask, never - step["age"], 0)
+    age = never - np.asarray(over_segments(left, runs, lambda events: events.max(axis=-1)))
+    alive = any_of(mask)
+    match = np.full((*step["mask"].shape, alive.shape[1]), len(fields))
     for place in reversed(range(len(fields))):
-        events = np.asarray(cut_segments(step["history"][fields[place]], width))
+        events = step["history"][fields[place]]
         candidates = step["candidates"][fields[place]]
         known = batch.known("candidates", fields[place])  # row 0 is everything never seen
         for c in range(candidates.shape[1]):
-            equal = ((events == candidates[:, c, None, None]) & real).any(axis=-1) & known[:, c, None]
+            equal = any_of((events == candidates[:, c, None]) & mask) & known[:, c, None]
             match[:, c][equal] = place
-    return match, age, real.any(axis=-1)
+    return match, age, alive
 
 
 def gate_figures(
@@ -77,7 +83,7 @@ def gate_figures(
     """Over the first batches of a split, this process's part of them; None for encoders without segments.
 
     Args:
-      encoder: its config; `segment` is the width of its segments. peers: see BatchSource.stream.
+      encoder: its config; `runs` says how it cuts a history. peers: see BatchSource.stream.
     """
     fields = [field.name for field in source.features.item]
     names = [*fields, OTHER]
@@ -88,7 +94,7 @@ def gate_figures(
         _, diag = eval_step(state, place_batch(batch.step, mesh))
         if "loudness" not in diag:
             return None
-        match, age, alive = segment_facts(batch, fields, encoder.segment)
+        match, age, alive = segment_facts(batch, fields, encoder.runs(batch.step["age"].shape[1]))
         loudness = hosts.local(diag["loudness"]).astype(np.float64)
         seen = batch.step["mask"][:, :, None] & alive[:, None]
         mean = np.where(seen, loudness, 0).sum(axis=-1, keepdims=True) / np.maximum(seen.sum(axis=-1, keepdims=True), 1)

@@ -7,6 +7,7 @@ import numpy as np
 from laser_jax import gate_figures as gf
 from laser_jax.batch import Batch
 from laser_jax.gate_figures import AGE_NAMES, OTHER, SILENT, gate_figures, segment_facts
+from laser_jax.layers.segment_runs import segment_runs
 from laser_jax.row_placement import places
 
 B, C, L, W = 3, 4, 10, 4
@@ -52,7 +53,7 @@ def naive_facts(batch, b, c, n):
 
 def test_segment_facts_are_those_of_the_events():
     batch = make_batch()
-    match, age, alive = segment_facts(batch, FIELDS, W)
+    match, age, alive = segment_facts(batch, FIELDS, segment_runs((L,), W))
     seen = set()
     for b in range(B):
         for c in range(C):
@@ -80,7 +81,9 @@ def test_figures_are_means_over_what_was_seen(monkeypatch):
         k = next(k for k, batch in enumerate(batches) if batch.step is step)
         return None, {"loudness": loudness[k]}
 
-    got = gate_figures(eval_step, None, source, None, types.SimpleNamespace(segment=W))
+    got = gate_figures(
+        eval_step, None, source, None, types.SimpleNamespace(runs=lambda length: segment_runs((length,), W))
+    )
     relative, by_match, by_age = [], {}, {}
     for batch, loud in zip(batches, loudness, strict=True):
         for b, c in zip(*np.nonzero(batch.step["mask"]), strict=True):

@@ -1,4 +1,4 @@
-"""Figure 3: more GSTA layers (M = 1..4), and longer histories.
+"""Figure 3: more GSTA layers (M = 1..4, of laser), and longer histories.
 
   python -m experiments.paper.figure3 --data=completejourney --seeds=3
   python -m experiments.paper.figure3 --data=xhs_long --seeds=3 --lengths=1000,4000,10000
@@ -50,7 +50,9 @@ def main() -> None:
     def add(parser):
         parser.add_argument("--lengths", default="50,200,1000")
         parser.add_argument("--models", default="laser_plus,ta,mean", help="whose growth with length is drawn")
-        parser.add_argument("--layers", action=argparse.BooleanOptionalAction, default=True, help="also M = 1..4")
+        parser.add_argument(
+            "--layers", action=argparse.BooleanOptionalAction, default=True, help="also M = 1..4 of laser"
+        )
 
     args, study = parse(__doc__, add)
     lengths = [int(length) for length in args.lengths.split(",")]
@@ -61,7 +63,7 @@ def main() -> None:
     found = {name: {n: study.finished(at_length(name, n), args.seeds) for n in lengths} for name in names}
     texts = [tabulate_lengths(study, found)]
     if args.layers:
-        base = models.model("laser_plus", "tricks")
+        base = models.model("laser", "tricks")
         rows = [base, *(base.but(f"M={m}", encoder__layers=m) for m in LAYERS if m != 2)]
         texts.append(variants.tabulate(study, "figure3-layers", rows, args.seeds, not args.only_report))
     print("\n\n".join(texts))

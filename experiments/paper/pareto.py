@@ -24,12 +24,12 @@ COUNTS = (1, 100)  # candidates a request
 def forms() -> list[Model]:
     """laser_plus, cheaper and dearer."""
     base = models.model("laser_plus", "tricks")
-    nothing = dict(encoder__layers=0, encoder__pool=False, encoder__recency="none")
+    gsta = dict(encoder__segment=10, encoder__recency="age", encoder__pool=True, encoder__layers=2)
     return [
-        base.but("laser_plus horizons only", **nothing),
-        base.but("laser_plus w=20", encoder__segment=20),
-        base.but("laser_plus 1x FFN, recent", encoder__segment_ffn=1, encoder__recent=1),
-        base.but("laser_plus 4x FFN, recent", encoder__segment_ffn=4, encoder__recent=1),
+        base.but("laser_plus, whole history only", encoder__horizons=(1000,)),
+        base.but("laser_plus, 2 heads", encoder__heads=2),
+        base.but("laser_plus with GSTA", **gsta),
+        base.but("laser_plus with GSTA, FFN 1x, recent", **gsta, encoder__segment_ffn=1, encoder__recent=1),
     ]
 
 

@@ -2,8 +2,8 @@
 
   python -m experiments.paper.table3 --data=completejourney --seeds=3 --base=laser_plus
 
-The paper's ablations (recency, fusion, FFN and LayerNorm, LayerNorm, softmax for sigmoid), and those of what laser_plus
-adds. Differences are paired over users. Writes ROOT/DATA/table3-BASE.{md,csv,png}.
+Of laser the paper's ablations: recency, fusion, FFN and LayerNorm, LayerNorm, softmax for sigmoid. Of laser_plus its
+horizons, and what it has no more. Differences are paired over users. Writes ROOT/DATA/table3-BASE.{md,csv,png}.
 """
 
 from experiments.paper import variants
@@ -17,24 +17,24 @@ def ablations(base: Model) -> list[Model]:
     other_gate = "softmax" if config.gate == "sigmoid" else "sigmoid"
     rows = [
         base,
-        base.but("no recency", encoder__recency="none"),
-        base.but("no fusion", encoder__pool=False, encoder__recent=0, encoder__horizons=()),
-        base.but("no max pool", encoder__pool=False),
-        base.but("no LayerNorm", encoder__norm="none"),
         base.but(f"{other_gate} gates", encoder__gate=other_gate),
         base.but("untied", encoder__tied=False),
     ]
-    if config.segment_ffn:
-        rows.append(base.but("no FFN, no LayerNorm", encoder__segment_ffn=0, encoder__norm="none"))
-    else:
-        rows.append(base.but("with FFN 1x", encoder__segment_ffn=1))
-    if config.mass_logit:
-        rows.append(base.but("no mass in GSTA", encoder__mass_logit=False))
-    if config.horizons:
+    if config.layers:
         rows += [
-            base.but("no horizons", encoder__horizons=()),
-            base.but("no GSTA", encoder__layers=0),
-            base.but("horizons only", encoder__layers=0, encoder__pool=False, encoder__recency="none"),
+            base.but("no recency", encoder__recency="none"),
+            base.but("no fusion", encoder__pool=False, encoder__recent=0, encoder__horizons=()),
+            base.but("no max pool", encoder__pool=False),
+            base.but("no LayerNorm", encoder__norm="none"),
+            base.but("no FFN, no LayerNorm", encoder__segment_ffn=0, encoder__norm="none"),
+        ]
+    if config.horizons:
+        tokens = dict(encoder__segment=10, encoder__recency="age", encoder__pool=True)
+        rows += [
+            base.but("the whole history only", encoder__horizons=(1000,)),
+            base.but("also max pool", **tokens),
+            base.but("also max pool and GSTA", **tokens, encoder__layers=2),
+            base.but("also max pool, GSTA and FFN 1x", **tokens, encoder__layers=2, encoder__segment_ffn=1),
         ]
     return rows
 

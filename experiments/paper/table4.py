@@ -1,8 +1,9 @@
 """Table 4: segment widths.
 
-  python -m experiments.paper.table4 --data=completejourney --seeds=3 --base=laser_plus
+  python -m experiments.paper.table4 --data=completejourney --seeds=3
 
-w = 5, 10, 20, as in the paper, and 50. Writes ROOT/DATA/table4-BASE.{md,csv,png}.
+w = 5, 10, 20, as in the paper, and 50; of laser, since the width changes nothing in what laser_plus computes. Writes
+ROOT/DATA/table4-BASE.{md,csv,png}.
 """
 
 from experiments.paper import variants
@@ -17,4 +18,4 @@ def widths(base: Model) -> list[Model]:
 
 
 if __name__ == "__main__":
-    variants.main(__doc__, "table4", widths, base="laser_plus")
+    variants.main(__doc__, "table4", widths, base="laser")

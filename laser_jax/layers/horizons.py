@@ -13,17 +13,6 @@ from laser_jax.layers.mlp import weight
 _SILENT = -1e30
 
 
-def newest_segments(horizons: tuple[int, ...], segment: int, num_segments: int) -> tuple[int, ...]:
-    """How many segments hold the newest so many events, for each horizon and for the whole history.
-
-    Args:
-      horizons: in events; those that reach as far as the history, or as another one, count once.
-      segment: w. num_segments: S of the longest history; where a longer one is read, the last horizon stays this long.
-    """
-    counts = {-(-events // segment) for events in horizons}
-    return (*sorted(count for count in counts if count < num_segments), num_segments)
-
-
 def read_horizons(s, log_mass, alive, newest: tuple[int, ...], gate: str):
     """What the gates let through of the newest events, for each horizon.
 
@@ -75,11 +64,13 @@ class HorizonReadout(nnx.Module):
     """A token a horizon, what the gates let through of it, and one token of how much gate and how many events it holds.
 
     Args:
-      width: d. heads: H. newest: K numbers of segments. segment: w. gate: see read_horizons.
+      width: d. heads: H. reaches: K numbers of events, the horizons. newest: in segments. gate: see read_horizons.
     """
 
-    def __init__(self, width: int, heads: int, newest: tuple[int, ...], segment: int, gate: str, *, rngs: nnx.Rngs):
-        self.newest, self.segment, self.gate, self.heads = newest, segment, gate, heads
+    def __init__(
+        self, width: int, heads: int, reaches: tuple[int, ...], newest: tuple[int, ...], gate: str, *, rngs: nnx.Rngs
+    ):
+        self.reaches, self.newest, self.gate, self.heads = reaches, newest, gate, heads
         self.num_tokens = len(newest) + 1
         self.w_mass = weight(rngs, (len(newest) * (heads + 1), width))
 
@@ -90,7 +81,7 @@ class HorizonReadout(nnx.Module):
         within = jnp.arange(segments) >= segments - jnp.asarray(self.newest)[:, None]
         events = jnp.sum(jnp.where(within, num_events[:, None], 0), axis=-1)  # [B, K]
         # Both as parts of a full horizon: of order 1, and a count stays a count whatever the history's length.
-        full = jnp.log(jnp.asarray(self.newest, jnp.float32) * self.segment)
+        full = jnp.log(jnp.asarray(self.reaches, jnp.float32))
         mass = jnp.where((events > 0)[:, None, :, None], mass - full[:, None], 0.0)
         filled = jnp.log(jnp.maximum(events, 1)) - full
         filled = jnp.broadcast_to(filled[:, None, :, None], (b, c, len(self.newest), 1))

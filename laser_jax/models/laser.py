@@ -11,10 +11,19 @@ import jax.numpy as jnp
 from flax import nnx
 
 from laser_jax.layers import segment_attention as sta
-from laser_jax.layers.horizons import HorizonReadout, newest_segments
+from laser_jax.layers.horizons import HorizonReadout
 from laser_jax.layers.mlp import FeedForward, weight
 from laser_jax.layers.recency import SegmentRecency
-from laser_jax.layers.segment_sums import GATES, cut_segments, loudest_value
+from laser_jax.layers.segment_runs import (
+    Run,
+    newest_segments,
+    num_segments,
+    over_segments,
+    part,
+    reaches_of,
+    segment_runs,
+)
+from laser_jax.layers.segment_sums import GATES, loudest_value
 from laser_jax.layers.target_attention import TargetAttention, masked_softmax
 from laser_jax.models.base import SeqOut, SequenceEncoder, TokenSource, residual_scale
 
@@ -26,7 +35,8 @@ class LaserConfig:
     """Sizes and the points that the paper (arXiv 2602.11562) leaves open.
 
     Attributes:
-      segment: w, events a segment. heads: H of STA and GSTA. key_width: d_q of a head in STA.
+      segment: w, events a segment; where a horizon ends one is cut short. heads: H of STA and GSTA. key_width: d_q of a
+        head in STA.
       layers: M, GSTA layers (0: none). segment_ffn: hidden width of the segment feed-forward over d (0: none).
       gsta_ffn: the same for the target's feed-forward in GSTA.
       gate: "sigmoid" (may stay silent) or "softmax" inside a segment.
@@ -66,6 +76,10 @@ class LaserConfig:
     kernel: str = "xla"
     chunk: int = 0
 
+    def runs(self, length: int) -> tuple[Run, ...]:
+        """How a history of so many events is cut into segments."""
+        return segment_runs(reaches_of(self.horizons, length), self.segment)
+
     def build(self, *, width_in: int, width: int, history_length: int, rngs: nnx.Rngs) -> "LaserEncoder":
         return LaserEncoder(self, width_in, width, history_length, rngs=rngs)
 
@@ -76,13 +90,14 @@ def laser(**overrides) -> LaserConfig:
 
 
 def laser_plus(**overrides) -> LaserConfig:
-    """Hierarchical softmax: softmax gates in a segment, its log-sum-exp in the GSTA score, pre-LN, and horizons.
+    """Target attention over several horizons for the price of one: softmax gates in a segment, and its log-sum-exp.
 
-    Segments let the head see the attention over several horizons for the price of one. With that, a feed-forward on
-    segment tokens, most of what `laser` costs a candidate, gains nothing more, nor do the newest segment tokens.
+    That is all that attention over any run of whole segments needs: how wide they are changes what it costs, and not
+    what comes out. With the horizons, GSTA layers, the loudest values, newest segment tokens and feed-forwards on
+    segment tokens, most of what `laser` costs a candidate, gain nothing more.
     """
-    settings = dict(gate="softmax", mass_logit=True, norm="pre", heads=4, segment_ffn=0, recency="age", recent=0)
-    settings |= dict(horizons=(20, 50, 200, 1000))
+    settings = dict(gate="softmax", norm="pre", heads=4, segment=200, segment_ffn=0, recency="none", recent=0)
+    settings |= dict(mass_logit=True, layers=0, pool=False, horizons=(20, 50, 200, 1000))
     return LaserConfig(**{**settings, **overrides})
 
 
@@ -107,14 +122,13 @@ class LaserEncoder(SequenceEncoder):
         if width % config.heads:
             raise ValueError(f"width={width} is not a multiple of heads={config.heads}")
         self.config, self.width_in = config, width_in
-        self.num_segments = -(-history_length // config.segment)
+        self.history_length, self.num_segments = history_length, num_segments(config.runs(history_length))
         if not 0 <= config.recent <= self.num_segments:
             raise ValueError(f"recent={config.recent} is not within the {self.num_segments} segments of the history")
-        newest = newest_segments(config.horizons, config.segment, self.num_segments)
+        reaches = reaches_of(config.horizons, history_length)
+        newest = newest_segments(reaches, config.segment)
         self.horizons = (
-            HorizonReadout(width, config.heads, newest, config.segment, config.gate, rngs=rngs)
-            if config.horizons
-            else None
+            HorizonReadout(width, config.heads, reaches, newest, config.gate, rngs=rngs) if config.horizons else None
         )
         self.num_tokens = int(config.layers > 0) + int(config.pool) + config.recent
         self.num_tokens += self.horizons.num_tokens if self.horizons is not None else 0
@@ -146,14 +160,19 @@ class LaserEncoder(SequenceEncoder):
         )
 
     def precompute(self, history: TokenSource, mask, age):
-        config = self.config
-        segment_mask = cut_segments(mask, config.segment)
+        config, runs = self.config, self._runs(mask)
+        num_events = over_segments(mask, runs, lambda real: real.sum(axis=-1))
         # The least age of a segment's real events: right for any mask, not only where the newest event is real.
-        ages = jnp.where(segment_mask, cut_segments(age, config.segment), jnp.iinfo(jnp.int32).max)
-        newest_age = jnp.min(ages, axis=-1)
+        never = jnp.iinfo(jnp.int32).max
+        newest_age = never - over_segments(jnp.where(mask, never - age, 0), runs, lambda left: left.max(axis=-1))
         recency = None if self.recency is None else self.recency(newest_age)
         events = history if config.chunk else history.features()
-        return events, history.w_in, mask, segment_mask.sum(axis=-1), recency
+        return events, history.w_in, mask, num_events, recency
+
+    def _runs(self, mask) -> tuple[Run, ...]:
+        """Of these histories; the last horizon is as long as the encoder was built for, nothing beyond it is read."""
+        length = mask.shape[1]
+        return self.config.runs(min(length, self.history_length) if self.config.horizons else length)
 
     def score(self, ctx, q, side) -> SeqOut:
         events, w_in, mask, num_events, recency = ctx
@@ -161,18 +180,11 @@ class LaserEncoder(SequenceEncoder):
         wk = jnp.einsum("fd,dhk->fhk", w_in, self.wk[...])
         wv = jnp.einsum("fd,dhv->fhv", w_in, self.wv[...])
         bias = jnp.zeros((config.heads,)) if self.gate_bias is None else self.gate_bias[...]
-        weights, form = (self.wq[...], wk, wv, bias), dict(width=config.segment, gate=config.gate)
-        fold = self._fold(q.shape[1])
-        if config.chunk and fold:
-            s, log_mass = sta.segment_attention_chunked(
-                q, events.rows, events.indices, mask, *weights, **form, chunk=config.chunk, compute=config.compute
-            )
-        else:
-            x = (events.features() if config.chunk else events).astype(config.compute)
-            if fold:
-                s, log_mass = sta.segment_attention_folded(q, x, mask, *weights, **form, kernel=config.kernel)
-            else:
-                s, log_mass = sta.segment_attention_shared(q, x, mask, *weights, **form)
+        weights, fold = (self.wq[...], wk, wv, bias), self._fold(q.shape[1])
+        found = [self._attend(q, events, mask, run, weights, fold) for run in self._runs(mask)]
+        s, log_mass = (
+            jnp.concatenate(arrays, axis) for arrays, axis in zip(zip(*found, strict=True), (2, 3), strict=True)
+        )
         sums, s, tokens = s, self._refine(s, recency), []
         if config.layers:
             t = q
@@ -190,7 +202,20 @@ class LaserEncoder(SequenceEncoder):
             tokens.append(newest[:, :, : -1 - config.recent : -1])
         if self.horizons is not None:
             tokens.append(self.horizons(sums, log_mass, alive, num_events))
-        return SeqOut(tokens=jnp.concatenate(tokens, axis=2), diag={"loudness": self._loudness(log_mass, alive)})
+        return SeqOut(tokens=jnp.concatenate(tokens, axis=2), diag={"loudness": self._loudness(log_mass, num_events)})
+
+    def _attend(self, q, events, mask, run, weights, fold):
+        """Gated sums and log mass of a run's segments."""
+        config, mask = self.config, part(mask, run)
+        form = dict(width=run.width, gate=config.gate)
+        if config.chunk and fold:
+            indices = [part(index, run) for index in events.indices]
+            form |= dict(chunk=config.chunk, compute=config.compute)
+            return sta.segment_attention_chunked(q, events.rows, indices, mask, *weights, **form)
+        x = part(events.features() if config.chunk else events, run).astype(config.compute)
+        if fold:
+            return sta.segment_attention_folded(q, x, mask, *weights, **form, kernel=config.kernel)
+        return sta.segment_attention_shared(q, x, mask, *weights, **form)
 
     def _refine(self, s, recency):
         """Gated sums [B, C, S, d] -> segment tokens."""
@@ -200,21 +225,24 @@ class LaserEncoder(SequenceEncoder):
             s = self.norm(s)
         return s if recency is None else s + recency[:, None]
 
-    def _loudness(self, log_mass, alive):
-        """[B, C, S]: mean sigmoid gate of a segment's events, or a segment's share of the softmax attention."""
+    def _loudness(self, log_mass, num_events):
+        """[B, C, S]: mean gate of a segment's events; with softmax gates the attention that an event of it gets."""
+        alive = (num_events > 0)[:, None]
         if self.config.gate == "sigmoid":
-            loudness = jnp.mean(jnp.exp(log_mass), axis=2) / self.config.segment
-            return jnp.where(alive[:, None], loudness, 0.0)
-        return jnp.mean(masked_softmax(log_mass, alive[:, None, None]), axis=2)
+            mass = jnp.where(alive, jnp.mean(jnp.exp(log_mass), axis=2), 0.0)
+        else:
+            mass = jnp.mean(masked_softmax(log_mass, alive[:, :, None]), axis=2)
+        return mass / jnp.maximum(num_events, 1)[:, None]
 
     def _fold(self, candidates: int) -> bool:
         _, heads, key = self.wk.shape
-        return sta.use_fold(candidates, self.width_in, heads, key, self.wv.shape[2], self.config.segment)
+        events = self.history_length // self.num_segments
+        return sta.use_fold(candidates, self.width_in, heads, key, self.wv.shape[2], max(events, 1))
 
     def macs(self, candidates: int, length: int) -> tuple[int, int]:
         config = self.config
         d, heads, key = self.wk.shape
-        segments = -(-length // config.segment)
+        segments = num_segments(config.runs(length))
         if self._fold(candidates):
             once = 0
             each = d * heads * key + self.width_in * heads * (key + 2 * length) + segments * self.width_in * d

@@ -27,21 +27,22 @@ def target_attention(q, x, mask, wq, wk, wv, offset=None):
     return out, mass
 
 
-def segments(length, width):
-    """Places of each segment's events, cut from the newest event backwards, oldest segment first."""
+def segments(length, width, horizons=()):
+    """Places of each segment's events, cut from the newest event backwards and at horizons, oldest segment first."""
     cut = []
     end = length
     while end > 0:
-        cut.append(range(max(end - width, 0), end))
-        end -= width
+        begin = max(end - width, 0, *(length - events for events in horizons if length - events < end))
+        cut.append(range(begin, end))
+        end = begin
     return cut[::-1]
 
 
-def segment_attention(q, x, mask, wq, wk, wv, bias, width, gate):
+def segment_attention(q, x, mask, wq, wk, wv, bias, width, gate, horizons=()):
     """The paper, one gate after the other: tokens [B, C, S, H * dv], log mass [B, C, H, S] (-inf where nothing is)."""
     q, x, wq, wk, wv, bias = (np.asarray(a, np.float64) for a in (q, x, wq, wk, wv, bias))
     heads, value = wq.shape[1], wv.shape[2]
-    cut = segments(x.shape[1], width)
+    cut = segments(x.shape[1], width, horizons)
     tokens = np.zeros((*q.shape[:2], len(cut), heads * value))
     log_mass = np.full((*q.shape[:2], heads, len(cut)), -np.inf)
     for b in range(q.shape[0]):

@@ -15,7 +15,7 @@ SEGMENT = 4
 BRANDS = 3
 SMALL = {
     "laser": dict(segment=SEGMENT, key_width=3, layers=2, segment_ffn=2),
-    "laser_plus": dict(segment=SEGMENT, key_width=3, layers=2, horizons=(5, 9)),
+    "laser_plus": dict(segment=SEGMENT, key_width=3, horizons=(5, 9)),
     "ta": dict(heads=2),
     "din": dict(hidden=5),
     "mean": {},

@@ -55,7 +55,7 @@ def _din(module, h, mask, age, q):
 def _laser(module, h, mask, age, q):
     config = module.config
     post = config.norm == "post"
-    cut = naive.segments(h.shape[1], config.segment)
+    cut = naive.segments(h.shape[1], config.segment, config.horizons)
     s, log_mass = naive.segment_attention(
         q,
         h,
@@ -66,12 +66,13 @@ def _laser(module, h, mask, age, q):
         0.0 * module.wq[0, :, 0] if module.gate_bias is None else module.gate_bias[...],
         config.segment,
         config.gate,
+        config.horizons,
     )
     alive = np.array([[any(mask[b, i] for i in places) for places in cut] for b in range(len(h))])
     if module.ffn is not None:
         s = s + _feed_forward(module.ffn, s if post else _norm(module.norm, s))
     s = _norm(module.norm, s) if post else s
-    for n, places in enumerate(cut):
+    for n, places in enumerate(cut if module.recency is not None else ()):
         for b in range(len(h)):
             s[b, :, n] += _recency(
                 module.recency, min((age[b, i] for i in places if mask[b, i]), default=0), len(cut) - 1 - n
@@ -87,9 +88,10 @@ def _laser(module, h, mask, age, q):
                 t = _norm(layer.norm_attention, t) if post else t
                 t = t + _feed_forward(layer.ffn, t if post else _norm(layer.norm_ffn, t))
                 t = _norm(layer.norm_ffn, t) if post else t
-            tokens = [t[0, 0] if post else t[0, 0] - q[b, c]]
+            tokens = [t[0, 0] if post else t[0, 0] - q[b, c]] if config.layers else []
             real = s[b, c][alive[b]]
-            tokens.append(real.max(0) if len(real) else np.zeros(q.shape[2]))
+            if config.pool:
+                tokens.append(real.max(0) if len(real) else np.zeros(q.shape[2]))
             for back in range(config.recent):
                 n = len(cut) - 1 - back
                 tokens.append(s[b, c, n] if n >= 0 and alive[b, n] else np.zeros(q.shape[2]))
@@ -103,8 +105,7 @@ def _horizons(module, h, mask, q):
         return []
     wq, wk, wv = (np.asarray(p[...], np.float64) for p in (module.wq, module.wk, module.wv))
     tokens, masses = [], []
-    for reach in module.horizons.newest:
-        size = reach * module.config.segment
+    for size in module.horizons.reaches:
         newest = [i for i in range(len(h)) if mask[i] and i >= len(h) - size]
         token = []
         for head in range(wq.shape[1]):

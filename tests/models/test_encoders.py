@@ -87,7 +87,9 @@ def test_candidates_are_independent(name):
 FORMS = [
     *((name, {}) for name in NAMES),
     ("ta", {"mass": True}),
-    ("laser_plus", {"segment_ffn": 1, "recent": 2}),
+    ("laser_plus", {"segment": 200}),
+    ("laser_plus", {"layers": 2, "pool": True, "recency": "age"}),
+    ("laser_plus", {"layers": 2, "pool": True, "recency": "age", "segment_ffn": 1, "recent": 2}),
     ("din", {"softmax": True}),
     ("din", {"softmax": False}),
 ]

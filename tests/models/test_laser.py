@@ -21,7 +21,7 @@ def build(config, history_length=harness.LONGEST):
 def test_laser_plus_contains_exact_target_attention(length):
     # Softmax inside segments, log-sum-exp across them: once GSTA asks nothing of its own and the feed-forwards and
     # recency are silent, the global token is one softmax over all events.
-    module = build(laser_plus(segment=4, layers=1, segment_ffn=0, gsta_ffn=0, recency="none"))
+    module = build(laser_plus(segment=4, layers=1, gsta_ffn=0))
     module.gsta[0].attention.wq[...] = np.zeros_like(module.gsta[0].attention.wq[...])
     x, mask, age, q = harness.histories(length=length)
     x[0, 3] *= -1
@@ -34,16 +34,16 @@ def test_laser_plus_contains_exact_target_attention(length):
     assert np.abs(want - np.asarray(h)[:, -1:]).max() > 0.1
 
 
+@pytest.mark.parametrize("segment", [1, 4, 200])
 @pytest.mark.parametrize("horizons", [(4,), (2, 8, 5), (100,)])
-def test_horizons_are_exact_target_attention_over_the_newest_events(horizons):
-    config = laser_plus(segment=4, layers=0, segment_ffn=0, pool=False, recent=0, horizons=horizons)
-    module = build(config, history_length=12)
+def test_horizons_are_exact_target_attention_over_the_newest_events(horizons, segment):
+    module = build(laser_plus(segment=segment, horizons=horizons), history_length=12)
     x, mask, age, q = harness.histories(length=12)
     mask[-1] = False
     q *= 5
     source = harness.source(x, harness.normal(np.random.default_rng(0), harness.FEATURES, harness.WIDTH))
     tokens = np.asarray(jax.jit(lambda x: module(source, mask, age, q, {}).tokens)(x))
-    reaches = sorted({-(-events // 4) * 4 for events in horizons if events < 9} | {12})
+    reaches = sorted({events for events in horizons if events < 12} | {12})
     assert tokens.shape[2] == len(reaches) + 1 == module.num_tokens
     for k, reach in enumerate(reaches):
         newest = mask & (np.arange(12) >= 12 - reach)
@@ -100,7 +100,18 @@ def test_loudness_tells_which_segment_holds_what_is_asked_for(name):
     assert (np.asarray(loudness)[1, 0] == 0).tolist() == [True, False, False]  # six events: the oldest segment is empty
     assert (loudness >= 0).all() and (loudness <= 1).all()
     if name == "laser_plus":
-        np.testing.assert_allclose(loudness.sum(-1), 1, rtol=1e-5)
+        events = np.array([[4, 4, 4], [0, 2, 4]])
+        np.testing.assert_allclose((loudness * events[:, None]).sum(-1), 1, rtol=1e-5)
+
+
+def test_loudness_is_even_where_nothing_is_asked_for_however_wide_segments_are():
+    module = build(laser_plus(segment=200, horizons=(2, 5)), history_length=12)
+    x, mask, age, q = harness.histories(length=12)
+    source = harness.source(x, np.eye(harness.FEATURES, harness.WIDTH, dtype=np.float32))
+    loudness = np.asarray(jax.jit(lambda q: module(source, mask, age, q, {}).diag["loudness"])(0 * q))
+    alive = np.stack([mask[:, :7].any(axis=1), mask[:, 7:10].any(axis=1), mask[:, 10:].any(axis=1)], axis=1)
+    even = alive / mask.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(loudness, np.broadcast_to(even[:, None], loudness.shape), rtol=1e-5)
 
 
 def test_the_gates_of_a_segment_sum_to_about_one_at_init():

@@ -6,7 +6,7 @@ Four comparisons in one interleaved run, medians of rounds, B=128, L=1000, d=128
   core     h given, gradients to h, q and all weights: folded against naive;
   gather   events are rows of tables (128 k ids a batch), gradients to the rows: chunked and folded against naive;
   ragged   the same with Zipf lengths: packed and chunked against folded over padded histories;
-  laser_plus   the whole encoder, forward, one request: 50 candidates against one.
+  laser_plus   the whole encoder as it is by default, forward, one request: 50 candidates against one.
 Naive builds keys and values, as the paper's equation reads. The last line is one JSON object. Runs with huge pages for
 large allocations (GLIBC_TUNABLES; set it to nothing to see all without).
 """
@@ -125,8 +125,7 @@ def candidates(s: Sizes, counts: tuple[int, ...]) -> dict[str, Callable]:
     """The encoder of laser_plus for one request with so many candidates, forward."""
     a = s.a
     rows = sum(size for _, size in TABLES)
-    config = encoder_config("laser_plus", segment=a.w)
-    module = config.build(width_in=rows, width=a.d, history_length=a.L, rngs=nnx.Rngs(0))
+    module = encoder_config("laser_plus").build(width_in=rows, width=a.d, history_length=a.L, rngs=nnx.Rngs(0))
     graph, params = nnx.split(module)
     rng = np.random.default_rng(1)
     w_in = jnp.asarray(rng.normal(size=(rows, a.d), scale=rows**-0.5).astype(np.float32))

@@ -58,7 +58,7 @@ def segment_facts(batch: Batch, fields: list[str], runs: Sequence[Run]) -> tuple
         return np.asarray(over_segments(real, runs, lambda events: events.any(axis=-1)))
 
     never = np.iinfo(np.int32).max
-    left = np.where(mask, never - step["age"], 0)
+    left = np.where(mask, never - np.maximum(step["age"], 0), 0)
     age = never - np.asarray(over_segments(left, runs, lambda events: events.max(axis=-1)))
     alive = any_of(mask)
     match = np.full((*step["mask"].shape, alive.shape[1]), len(fields))

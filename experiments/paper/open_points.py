@@ -14,17 +14,22 @@ def choices(base: Model) -> list[Model]:
     """The base, and one row for every other choice of an open point."""
     config = encoder_config(base.encoder)
     points = {
-        "recent": (0, 1, 3, 10),
-        "recency": ("none", "age", "position", "both"),
-        "norm": ("pre", "post"),
-        "segment_ffn": (0, 1, 4),
         "horizons": ((), (20, 50, 200, 1000), (10, 20, 50, 100, 200, 500, 1000)),
-        "gsta_ffn": (0, 1, 4),
         "heads": (1, 2, 4, 8),
         "key_width": (8, 16, 32),
-        "mass_logit": (False, True),
         "gate": ("sigmoid", "softmax"),
     }
+    if config.layers:
+        points |= {
+            "recent": (0, 1, 3, 10),
+            "recency": ("none", "age", "position", "both"),
+            "norm": ("pre", "post"),
+            "segment_ffn": (0, 1, 4),
+            "gsta_ffn": (0, 1, 4),
+            "mass_logit": (False, True),
+        }
+    else:  # nothing but horizons is read
+        points["horizons"] = ((1000,), *points["horizons"][1:])
     if config.gate == "sigmoid":
         points["gate_bias"] = (None, 0.0, -4.6, -6.9)
     rows = [base]

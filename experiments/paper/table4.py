@@ -8,13 +8,15 @@ ROOT/DATA/table4-BASE.{md,csv,png}.
 
 from experiments.paper import variants
 from experiments.paper.study import Model
+from laser_jax.models import encoder_config
 
-WIDTHS = (10, 5, 20, 50)  # the base first
+WIDTHS = (5, 10, 20, 50)
 
 
 def widths(base: Model) -> list[Model]:
-    """The base, whose segments are of 10 events, and the other widths."""
-    return [base if width == 10 else base.but(f"w={width}", encoder__segment=width) for width in WIDTHS]
+    """The base, and what has the other widths."""
+    others = [width for width in WIDTHS if width != encoder_config(base.encoder).segment]
+    return [base, *(base.but(f"w={width}", encoder__segment=width) for width in others)]
 
 
 if __name__ == "__main__":

@@ -40,14 +40,15 @@ class LaserConfig:
       layers: M, GSTA layers (0: none). segment_ffn: hidden width of the segment feed-forward over d (0: none).
       gsta_ffn: the same for the target's feed-forward in GSTA.
       gate: "sigmoid" (may stay silent) or "softmax" inside a segment.
-      gate_bias: added to every sigmoid gate's score; None is -ln(w - 1): a segment's gates sum to about 1 at init.
+      gate_bias: added to every sigmoid gate's score; None is -ln(w - 1): a full segment's gates sum to about 1 at init.
       mass_logit: whether a segment's log gate mass is added to its GSTA score; with softmax gates the model then
         contains exact target attention over all events.
       norm: "post" (the paper: LN after every residual), "pre" or "none" (an ablation).
       recency: "age", "position", "both" or "none", added to segment tokens. age_buckets: log-spaced buckets.
       recent: r, newest segment tokens handed to the head. pool: whether the max over segment tokens is.
       horizons: numbers of newest events over which the head also gets the attention and its mass, besides the whole
-        history; empty for none. Those longer than the history are left out.
+        history; empty for none. Those longer than the history are left out. With any, no event is read beyond the
+        history length that the encoder was built for.
       tied: Wk := Wq and value projections := I at init (without it one pass does not align gates and values).
       compute: "float32" or "bfloat16", of the events in STA; what is added up stays float32.
       kernel: what sums where folding pays and nothing is chunked: "xla", or on GPU and TPU "pallas" (one fused kernel
@@ -164,7 +165,9 @@ class LaserEncoder(SequenceEncoder):
         num_events = over_segments(mask, runs, lambda real: real.sum(axis=-1))
         # The least age of a segment's real events: right for any mask, not only where the newest event is real.
         never = jnp.iinfo(jnp.int32).max
-        newest_age = never - over_segments(jnp.where(mask, never - age, 0), runs, lambda left: left.max(axis=-1))
+        newest_age = never - over_segments(
+            jnp.where(mask, never - jnp.maximum(age, 0), 0), runs, lambda left: left.max(axis=-1)
+        )
         recency = None if self.recency is None else self.recency(newest_age)
         events = history if config.chunk else history.features()
         return events, history.w_in, mask, num_events, recency

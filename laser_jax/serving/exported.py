@@ -206,7 +206,7 @@ class ExportedModel:
         shape = assembled.shape
         logits = np.asarray(self._programs[shape.form, shape.length].call(self._weights, assembled.arrays))
         rows = zip(logits, assembled.counts.tolist(), strict=False)
-        return joined([row[:count] for row, count in rows])
+        return np.concatenate([row[:count] for row, count in rows])
 
     def compile(
         self, requests: int, candidates: int, progress: Callable[[int, int], None] = lambda done, shapes: None

@@ -8,10 +8,11 @@ import types
 
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.paper import keep, lengths, models, study, table2, table3
+from experiments.paper import keep, lengths, models, open_points, pareto, study, table2, table3, table4
 from experiments.paper.intervals import paired, resampled_aucs, weighted_auc
 from experiments.paper.outsider import WINDOWS, match_counts
 from laser_jax import metrics
@@ -97,8 +98,12 @@ def test_every_model_is_given_as_many_trials_and_known_fields():
                         models.model(name, column).but(name, **{k.replace(".", "__"): v for k, v in trial.items()}), 0
                     )
     for base in ("laser", "laser_plus"):
-        digests = [run.digest(row) for row in table3.ablations(models.model(base, "tricks"))]
-        assert len(set(digests)) == len(digests)
+        for rows in (table3.ablations, table4.widths, open_points.choices, lambda base: pareto.forms()):
+            found = rows(models.model(base, "tricks"))
+            assert len({run.digest(row) for row in found}) == len(found) > 3
+            for row in found:
+                build_model = run.config(row, 0).build_model
+                nnx.eval_shape(lambda build_model=build_model: build_model(nnx.Rngs(0)))
     with pytest.raises(ValueError, match="there is no model 'lasre'"):
         models.names("ta,lasre")
     with pytest.raises(ValueError, match="has no field 'encoder.widht'"):

@@ -114,6 +114,14 @@ def test_loudness_is_even_where_nothing_is_asked_for_however_wide_segments_are()
     np.testing.assert_allclose(loudness, np.broadcast_to(even[:, None], loudness.shape), rtol=1e-5)
 
 
+def test_an_event_that_is_said_to_come_after_the_request_counts_as_one_of_its_moment():
+    encoder = harness.encoder("laser")
+    x, mask, age, q = harness.histories()
+    age[:, -1] = 0
+    before = np.where(np.arange(age.shape[1]) == age.shape[1] - 1, -5, age)
+    np.testing.assert_array_equal(encoder(x, mask, before, q), encoder(x, mask, age, q))
+
+
 def test_the_gates_of_a_segment_sum_to_about_one_at_init():
     module = build(laser(segment=10))
     np.testing.assert_allclose(10 / (1 + np.exp(-module.gate_bias[...])), 1, rtol=1e-5)

@@ -82,6 +82,7 @@ async def run(job: dict[str, Any]) -> dict[str, Any]:
     """What the job asks for."""
     async with grpc.aio.insecure_channel(job["target"]) as channel:
         load = Load(job, channel.unary_unary(f"/{SERVICE}/ModelInfer"))
+        await channel.channel_ready()  # clients keep their connections
         start = time.perf_counter()
         await getattr(load, job["kind"])(**job["settings"])
         seconds = time.perf_counter() - start

@@ -2,7 +2,8 @@
 
 Attention finds such events by how alike embeddings are, which says little of rare values and takes long to learn. That
 two values are the same needs no learning; what an event of the same value is worth does. So gates read events alone,
-and a candidate adds up the gates of those that it has a value in common with.
+and a candidate adds up the gates of those that it has a value in common with, among all events or, for an encoder that
+reads several horizons, among the newest ones of each.
 """
 
 import jax
@@ -22,15 +23,25 @@ class MatchReadout(nnx.Module):
 
     Args:
       fields: values of these are compared, each by itself. gates: G, of an event. width: d, of the token.
+      reaches: ascending numbers of newest events, each of which is summed over; empty for one sum over all.
     """
 
-    def __init__(self, width_in: int, width: int, fields: tuple[str, ...], gates: int, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width_in: int,
+        width: int,
+        fields: tuple[str, ...],
+        gates: int,
+        reaches: tuple[int, ...] = (),
+        *,
+        rngs: nnx.Rngs,
+    ):
         if gates < 1:
             raise ValueError(f"match_gates={gates} must be at least 1")
-        self.fields = fields
+        self.fields, self.reaches = fields, reaches
         self.w_gate = weight(rngs, (width_in, gates))
         self.b_gate = nnx.Param(jnp.zeros((gates,)))
-        self.w_mass = weight(rngs, (len(fields) * gates, width))
+        self.w_mass = weight(rngs, (len(fields) * max(len(reaches), 1) * gates, width))
 
     def gates(self, x: HistoryFeatures, mask: HistoryMask) -> Float[jax.Array, "B L G"]:
         """The gates of events with features x; of what is no event, 0."""
@@ -48,14 +59,17 @@ class MatchReadout(nnx.Module):
           history, side: for each field, numbers of events' and candidates' values; equal numbers are equal values (all
             that training never met are one value).
         """
-        masses = [
-            (theirs[:, :, None] == mine[:, None]).astype(gates.dtype) @ gates
-            for mine, theirs in zip(history, side, strict=True)
-        ]
+        masses, length = [], gates.shape[1]
+        for mine, theirs in zip(history, side, strict=True):
+            total, end = 0.0, length
+            # A reach is what the one before holds and some older events: every event is read once.
+            for begin in [max(length - reach, 0) for reach in self.reaches] or [0]:
+                same = (theirs[:, :, None] == mine[:, None, begin:end]).astype(gates.dtype)
+                total, end = total + same @ gates[:, begin:end], begin
+                masses.append(total)
         return jnp.log1p(jnp.concatenate(masses, axis=-1)) @ self.w_mass[...]
 
     def macs(self, length: int) -> tuple[int, int]:
         """Multiply-accumulates once a request, and per candidate."""
         features, gates = self.w_gate.shape
-        inputs, width = self.w_mass.shape
-        return length * features * gates, length * inputs + inputs * width
+        return length * features * gates, length * len(self.fields) * gates + self.w_mass.size

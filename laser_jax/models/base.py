@@ -102,6 +102,7 @@ class SequenceEncoder(nnx.Module):
 
     num_tokens: int  # P
     compares: tuple[str, ...] = ()  # fields whose values it compares with the candidate's
+    reaches: tuple[int, ...] = ()  # numbers of newest events that it reads apart, over each of which matches add up too
 
     def precompute(self, history: TokenSource | GatheredSource, mask: HistoryMask, age: HistoryAge) -> Any:
         """Work that does not depend on candidates, once a request; a pytree with leading axis B."""
@@ -133,7 +134,7 @@ class HeadConfig:
       tokens: T; width: D, a multiple of T; expansion: hidden width of a token's feed-forward over D; blocks: how many.
       products: whether the head also sees encoder token * candidate token.
       matches: fields of candidates and events; the head also sees how much gate the events have that share the
-        candidate's value of each, see layers/matches.py. Empty for none.
+        candidate's value of each, over each horizon that the encoder has; see layers/matches.py. Empty for none.
       match_gates: gates of an event, for `matches`.
     """
 
@@ -200,9 +201,8 @@ class Ranker(nnx.Module):
         self.age_rows = nnx.Param(nnx.initializers.normal(embedding_std)(rngs.params(), (age_buckets, age_width)))
         self.w_in = weight(rngs, (width_in, width))
         self.encoder = encoder.build(width_in=width_in, width=width, history_length=history_length, rngs=rngs)
-        self.matches = (
-            MatchReadout(width_in, width, tuple(head.matches), head.match_gates, rngs=rngs) if head.matches else None
-        )
+        fields, reaches = tuple(head.matches), self.encoder.reaches
+        self.matches = MatchReadout(width_in, width, fields, head.match_gates, reaches, rngs=rngs) if fields else None
         self.compares = tuple(dict.fromkeys((*self.encoder.compares, *head.matches)))
         context_width = sum(size for _, _, size in layout.context)
         parts = 1 + self.encoder.num_tokens * (2 if head.products else 1) + bool(head.matches)

@@ -32,18 +32,21 @@ def one_by_one(layer, x, mask, history, side):
         for c in range(side[0].shape[1]):
             masses = []
             for mine, theirs in zip(history, side, strict=True):
-                total = jnp.zeros(layer.b_gate.shape)
-                for k in range(mask.shape[1]):
-                    if mask[b, k] and mine[b, k] == theirs[b, c]:
-                        total += 1 / (1 + jnp.exp(-(layer.w_gate[...].T @ x[b, k] + layer.b_gate[...])))
-                masses.append(jnp.log(1 + total))
+                for reach in layer.reaches or (mask.shape[1],):
+                    total = jnp.zeros(layer.b_gate.shape)
+                    for k in list(range(mask.shape[1]))[-reach:]:
+                        if mask[b, k] and mine[b, k] == theirs[b, c]:
+                            total += 1 / (1 + jnp.exp(-(layer.w_gate[...].T @ x[b, k] + layer.b_gate[...])))
+                    masses.append(jnp.log(1 + total))
             out.append(layer.w_mass[...].T @ jnp.concatenate(masses))
     return jnp.stack(out).reshape(*side[0].shape, -1)
 
 
-def test_values_and_gradients_are_those_of_a_loop():
+# A history as long as the last reach, longer and shorter.
+@pytest.mark.parametrize("reaches", [(), (1, 3, L), (2, L - 1), (2, L + 1, L + 4)])
+def test_values_and_gradients_are_those_of_a_loop(reaches):
     rng = np.random.default_rng(0)
-    graph, params = nnx.split(MatchReadout(5, 6, FIELDS, 3, rngs=nnx.Rngs(1)), nnx.Param)
+    graph, params = nnx.split(MatchReadout(5, 6, FIELDS, 3, reaches, rngs=nnx.Rngs(1)), nnx.Param)
     x = rng.normal(size=(B, L, 5)).astype(np.float32)
     mask = np.arange(L) >= L - np.array([L, 4, 0])[:, None]
     history = [rng.integers(0, 4, (B, L)) for _ in FIELDS]
@@ -64,6 +67,13 @@ def test_values_and_gradients_are_those_of_a_loop():
     got, want = loss(fast)(params, x), loss(one_by_one)(params, x)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
     assert all(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(want))
+
+
+def test_matches_are_added_up_over_each_horizon_of_an_encoder():
+    model = ranker("laser_plus")
+    horizons = model.encoder.config.horizons
+    assert model.matches.reaches == (*(events for events in horizons if events < L), L) and len(horizons) > 1
+    assert ranker("ta").matches.reaches == ranker("laser").matches.reaches == ()
 
 
 @pytest.mark.parametrize("encoder", ["laser_plus", "sim_hard", "mean"])
@@ -96,7 +106,7 @@ def test_operations_are_counted():
     width_in = model.w_in.shape[0]
     assert counts["head_request"] == L * width_in * 3 and before["head_request"] == 0
     more = model.head.macs() - plain.head.macs()  # one token more
-    assert counts["head_candidate"] - before["head_candidate"] == more + L * 2 * 3 + 2 * 3 * 8
+    assert counts["head_candidate"] - before["head_candidate"] == more + L * 2 * 3 + 2 * len(model.encoder.reaches) * 3 * 8
     assert counts["encoder_candidate"] == before["encoder_candidate"]
 
 

@@ -105,8 +105,9 @@ def test_operations_are_counted():
     counts, before = model.macs(C), plain.macs(C)
     width_in = model.w_in.shape[0]
     assert counts["head_request"] == L * width_in * 3 and before["head_request"] == 0
-    more = model.head.macs() - plain.head.macs()  # one token more
-    assert counts["head_candidate"] - before["head_candidate"] == more + L * 2 * 3 + 2 * len(model.encoder.reaches) * 3 * 8
+    token = model.head.macs() - plain.head.macs()
+    masses = len(FIELDS) * len(model.encoder.reaches) * 3
+    assert counts["head_candidate"] - before["head_candidate"] == token + L * len(FIELDS) * 3 + masses * 8
     assert counts["encoder_candidate"] == before["encoder_candidate"]
 
 

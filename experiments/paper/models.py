@@ -18,8 +18,8 @@ ORDER = (
 #: ages are in both.
 COLUMNS = ("plain", "tricks")
 
-#: Tried for every model (see table2.choose), the best on validation kept; each model's own knob comes last. Over the few
-#: events of the search `top=200` is all of them: those of sim and twin are decided there without having to find any.
+#: Tried for every model (see table2.choose), the best on validation kept; each model's own knob comes last. Of the
+#: search's 200 events `top=200` is all: the knobs of sim and twin are decided there without anything to find.
 TRIALS: tuple[dict[str, Any], ...] = ({}, {"optim.learning_rate": 4e-3}, {"optim.table_learning_rate": 0.2})
 KNOBS: dict[str, dict[str, Any]] = {
     "laser_plus": {"encoder.heads": 2},

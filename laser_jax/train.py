@@ -218,6 +218,7 @@ def _write_results(config, workdir, predictions, best, costs, log, maps, gates) 
         "gate_contrast": log.contrast,
         "gates": None if gates is None else dataclasses.asdict(gates),
         "samples_per_second": log.samples_per_second,
+        "device": jax.devices()[0].device_kind,
     }
     page = report.write(workdir, config, predictions, lengths, log.history, maps, gates)
     path = os.path.join(workdir, "results.json")

@@ -18,8 +18,7 @@ ORDER = (
 #: ages are in both.
 COLUMNS = ("plain", "tricks")
 
-#: Tried for every model (see table2.choose), the best on validation kept; each model's own knob comes last. Of the
-#: search's 200 events `top=200` is all: the knobs of sim and twin are decided there without anything to find.
+#: Tried for every model (see table2.choose), the best on validation kept; each model's own knob comes last.
 TRIALS: tuple[dict[str, Any], ...] = ({}, {"optim.learning_rate": 4e-3}, {"optim.table_learning_rate": 0.2})
 KNOBS: dict[str, dict[str, Any]] = {
     "laser_plus": {"encoder.heads": 2},
@@ -27,11 +26,11 @@ KNOBS: dict[str, dict[str, Any]] = {
     "ta": {"encoder.mass": True},
     "mean": {"optim.learning_rate": 6e-3},
     "din": {"encoder.softmax": False},
-    "sim_hard": {"encoder.top": 200},
-    "sim_soft": {"encoder.top": 200},
+    "sim_hard": {"encoder.top": 50},
+    "sim_soft": {"encoder.top": 50},
     "eta": {"encoder.bits": 64},
     "sdim": {"encoder.bits": 3},
-    "twin": {"encoder.top": 200},
+    "twin": {"encoder.top": 50},
     "twin_v2": {"encoder.top": 100},
     "mirrn": {"encoder.top": 50},
     "transformer": {"encoder.layers": 2},

@@ -124,6 +124,7 @@ def run(config: Config, workdir: str, seed: int) -> Predictions:
         "settings": settings,
         "gate_contrast": None,
         "samples_per_second": len(x) / seconds,
+        "device": "cpu",
     }
     with open(os.path.join(workdir, "results.json"), "w", encoding="utf-8") as file:
         json.dump(results, file, indent=1)

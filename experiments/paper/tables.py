@@ -44,9 +44,11 @@ def figures(label: str, outcomes: list[Outcome]) -> list[str]:
 
 
 def costs(outcomes: list[Outcome]) -> list[str]:
-    """The cells of COSTS. Samples a second are those of training, on whatever machine it was."""
-    first = outcomes[0]
-    rate = f"{np.median([outcome.results['samples_per_second'] for outcome in outcomes]):.0f}"
+    """The cells of COSTS. Samples a second are those of training, a figure for each kind of device it was done on."""
+    first, rates = outcomes[0], {}
+    for outcome in outcomes:  # the oldest runs that are kept do not say it: they were on CPU
+        rates.setdefault(outcome.results.get("device", "cpu"), []).append(outcome.results["samples_per_second"])
+    rate = ", ".join(f"{np.median(found):.0f} {device}" for device, found in sorted(rates.items()))
     if "macs" not in first.results:
         return ["", "", "", rate]
     return [

@@ -154,3 +154,16 @@ def test_segment_attention_takes_a_kernel_by_name():
         kernel(*args)
     with pytest.raises(ValueError, match="kernel='triton'"):
         unknown(*args)
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")  # jax 0.11
+@pytest.mark.parametrize("name", CASES)
+def test_compiled_for_the_device_at_hand(name):
+    if jax.default_backend() == "cpu":
+        pytest.skip("the kernel compiles for GPU and TPU; here it is interpreted")
+    *shape, gate, _ = CASES[name]
+    arrays, cotangents = draw(*shape)
+    with jax.default_matmul_precision("highest"):
+        for mask in masks(*shape):
+            got = both(segment_sums_kernel, gate)(arrays, mask, cotangents)
+            assert_close(got, both(segment_sums, gate)(arrays, mask, cotangents), 1e-5)

@@ -135,6 +135,7 @@ def test_lowers_to_a_kernel_forward_and_one_backward(platform, call, gate):
         assert module.count(f"custom_call @{call}(") == 2
 
 
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")  # jax 0.11
 def test_segment_attention_takes_a_kernel_by_name():
     rng = np.random.default_rng(0)
     sizes = ((2, 1, 4), (2, 7, 5), (4, 2, 3), (5, 2, 3), (5, 2, 3), (2,))
@@ -150,8 +151,11 @@ def test_segment_attention_takes_a_kernel_by_name():
     assert_close(interpreted(*args), xla(*args), 1e-5)
     for form, calls in (xla, 0), (interpreted, 1):
         assert str(form.trace(*args).jaxpr).count("pallas_call[") == calls
-    with pytest.raises(ValueError, match="interpret mode is supported on CPU"):
-        kernel(*args)
+    if jax.default_backend() == "cpu":
+        with pytest.raises(ValueError, match="interpret mode is supported on CPU"):
+            kernel(*args)
+    else:
+        assert_close(kernel(*args), xla(*args), 1e-3)  # XLA's products are in TF32 unless told otherwise
     with pytest.raises(ValueError, match="kernel='triton'"):
         unknown(*args)
 

@@ -41,7 +41,13 @@ def get_config(encoder: str = "laser_plus") -> Config:
         encoder=encoder_config(encoder),
         width=64,
         # The same for every encoder; products with the candidate help all of them too, the mean most.
-        head=HeadConfig(tokens=8, width=64, products=False, matches=("item", "category", "manufacturer")),
+        head=HeadConfig(
+            tokens=8,
+            width=64,
+            products=False,
+            matches=("item", "category", "manufacturer"),
+            match_horizons=(20, 50, 200),
+        ),
         # One pass is 875 steps: a second moment remembered over 10 000 of them would never forget the first ones.
         optim=OptimConfig(learning_rate=2e-3, b1=0.9, b2=0.999, warmup=25, decay=TO_THE_END),
         train=TrainConfig(eval_every=300, save_every=100, log_every=20),

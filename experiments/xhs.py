@@ -44,7 +44,12 @@ def get_config(encoder: str = "laser_plus") -> Config:
         ),
         encoder=encoder_config(encoder),  # laser: w=10, H=2, d_q=16, M=2; laser_plus: H=4, horizons
         width=128,  # d
-        head=HeadConfig(tokens=16, width=128, matches=("item", "category", "author")),
+        head=HeadConfig(
+            tokens=16,
+            width=128,
+            matches=("item", "category", "author"),
+            match_horizons=(20, 50, 200),
+        ),
         optim=OptimConfig(learning_rate=2e-3, b1=0.9, b2=0.9999, warmup=25, decay=TO_THE_END),
         train=TrainConfig(eval_every=250, save_every=125, log_every=25),
     )

@@ -15,7 +15,7 @@ matplotlib.use("Agg")
 matplotlib.rcParams["text.parse_math"] = False
 
 HEAD = ["model", "seeds", "AUC", "sd", "GAUC", "logloss", "ECE"]
-COSTS = ["MACs C=1", "MACs/cand. C=100", "parameters", "samples/s"]
+COSTS = ["MACs C=1", "MACs/cand. C=100", "with head C=1", "with head C=100", "parameters", "samples/s"]
 
 
 def millions(value: float) -> str:
@@ -29,6 +29,12 @@ def encoder_macs(outcome: Outcome, candidates: int) -> float | None:
         return None
     macs = macs[str(candidates)]
     return macs["encoder_request"] / candidates + macs["encoder_candidate"]
+
+
+def model_macs(outcome: Outcome, candidates: int) -> float:
+    """The same of encoder and head, matches among it."""
+    macs = outcome.results["macs"][str(candidates)]
+    return encoder_macs(outcome, candidates) + macs["head_request"] / candidates + macs["head_candidate"]
 
 
 def spread(values: Sequence[float]) -> str:
@@ -50,10 +56,12 @@ def costs(outcomes: list[Outcome]) -> list[str]:
         rates.setdefault(outcome.results.get("device", "cpu"), []).append(outcome.results["samples_per_second"])
     rate = ", ".join(f"{np.median(found):.0f} {device}" for device, found in sorted(rates.items()))
     if "macs" not in first.results:
-        return ["", "", "", rate]
+        return [*[""] * (len(COSTS) - 1), rate]
     return [
         millions(encoder_macs(first, 1)),
         millions(encoder_macs(first, 100)),
+        millions(model_macs(first, 1)),
+        millions(model_macs(first, 100)),
         f"{first.results['parameters']['dense'] / 1e3:.0f} k",
         rate,
     ]

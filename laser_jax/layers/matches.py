@@ -2,8 +2,8 @@
 
 Attention finds such events by how alike embeddings are, which says little of rare values and takes long to learn. That
 two values are the same needs no learning; what an event of the same value is worth does. So gates read events alone,
-and a candidate adds up the gates of those that it has a value in common with, among all events or, for an encoder that
-reads several horizons, among the newest ones of each.
+and a candidate adds up the gates of those that it has a value in common with, among all events and, if asked for, among
+the newest ones by themselves.
 """
 
 import jax

@@ -16,6 +16,7 @@ from laser_jax.layers.matches import MatchReadout
 from laser_jax.layers.mlp import weight
 from laser_jax.layers.rankmixer import RankMixer
 from laser_jax.layers.recency import age_bucket
+from laser_jax.layers.segment_runs import reaches_of
 from laser_jax.layers.tokens import features_of, gather_fields
 from laser_jax.shapes import (
     CandidateTokens,
@@ -102,7 +103,6 @@ class SequenceEncoder(nnx.Module):
 
     num_tokens: int  # P
     compares: tuple[str, ...] = ()  # fields whose values it compares with the candidate's
-    reaches: tuple[int, ...] = ()  # numbers of newest events that it reads apart, over each of which matches add up too
 
     def precompute(self, history: TokenSource | GatheredSource, mask: HistoryMask, age: HistoryAge) -> Any:
         """Work that does not depend on candidates, once a request; a pytree with leading axis B."""
@@ -134,8 +134,11 @@ class HeadConfig:
       tokens: T; width: D, a multiple of T; expansion: hidden width of a token's feed-forward over D; blocks: how many.
       products: whether the head also sees encoder token * candidate token.
       matches: fields of candidates and events; the head also sees how much gate the events have that share the
-        candidate's value of each, over each horizon that the encoder has; see layers/matches.py. Empty for none.
+        candidate's value of each; see layers/matches.py. Empty for none.
       match_gates: gates of an event, for `matches`.
+      match_horizons: numbers of newest events over which matches add up, each by itself, besides the whole history;
+        empty for none. Those longer than the history are left out; with any, no match is counted beyond the history
+        length that the model was built for.
     """
 
     tokens: int = 8
@@ -145,6 +148,7 @@ class HeadConfig:
     products: bool = True
     matches: tuple[str, ...] = ()
     match_gates: int = 4
+    match_horizons: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +205,10 @@ class Ranker(nnx.Module):
         self.age_rows = nnx.Param(nnx.initializers.normal(embedding_std)(rngs.params(), (age_buckets, age_width)))
         self.w_in = weight(rngs, (width_in, width))
         self.encoder = encoder.build(width_in=width_in, width=width, history_length=history_length, rngs=rngs)
-        fields, reaches = tuple(head.matches), self.encoder.reaches
+        if any(events < 1 for events in head.match_horizons):
+            raise ValueError(f"match_horizons={head.match_horizons}: give numbers of events, at least 1 each")
+        fields = tuple(head.matches)
+        reaches = reaches_of(head.match_horizons, history_length) if head.match_horizons else ()
         self.matches = MatchReadout(width_in, width, fields, head.match_gates, reaches, rngs=rngs) if fields else None
         self.compares = tuple(dict.fromkeys((*self.encoder.compares, *head.matches)))
         context_width = sum(size for _, _, size in layout.context)

@@ -46,9 +46,9 @@ class LaserConfig:
       norm: "post" (the paper: LN after every residual), "pre" or "none" (an ablation).
       recency: "age", "position", "both" or "none", added to segment tokens. age_buckets: log-spaced buckets.
       recent: r, newest segment tokens handed to the head. pool: whether the max over segment tokens is.
-      horizons: numbers of newest events over which the head also gets the attention, its mass and the matches, besides
-        the whole history; empty for none. Those longer than the history are left out. With any, no event is read beyond
-        the history length that the encoder was built for.
+      horizons: numbers of newest events over which the head also gets the attention and its mass, besides the whole
+        history; empty for none. Those longer than the history are left out. With any, no event is read beyond the
+        history length that the encoder was built for.
       tied: Wk := Wq and value projections := I at init (without it one pass does not align gates and values).
       compute: "float32" or "bfloat16", of the events in STA; what is added up stays float32.
       kernel: what sums where folding pays and nothing is chunked: "xla", or on GPU and TPU "pallas" (one fused kernel
@@ -126,10 +126,10 @@ class LaserEncoder(SequenceEncoder):
         self.history_length, self.num_segments = history_length, num_segments(config.runs(history_length))
         if not 0 <= config.recent <= self.num_segments:
             raise ValueError(f"recent={config.recent} is not within the {self.num_segments} segments of the history")
-        self.reaches = reaches_of(config.horizons, history_length) if config.horizons else ()
-        newest = newest_segments(self.reaches, config.segment)
+        reaches = reaches_of(config.horizons, history_length) if config.horizons else ()
+        newest = newest_segments(reaches, config.segment)
         self.horizons = (
-            HorizonReadout(width, config.heads, self.reaches, newest, config.gate, rngs=rngs) if self.reaches else None
+            HorizonReadout(width, config.heads, reaches, newest, config.gate, rngs=rngs) if reaches else None
         )
         self.num_tokens = int(config.layers > 0) + int(config.pool) + config.recent
         self.num_tokens += self.horizons.num_tokens if self.horizons is not None else 0

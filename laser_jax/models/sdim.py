@@ -9,7 +9,7 @@ from flax import nnx
 from laser_jax.models.base import TokenSource
 from laser_jax.models.retrieval import LongShortEncoder, hyperplanes, pick, sides
 
-NORMALISE = ("mean", "sum", "l2")
+NORMALISE = ("l2", "sum", "mean")
 
 
 @dataclasses.dataclass
@@ -18,15 +18,16 @@ class SdimConfig:
 
     Attributes:
       tables: T. bits: tau of each; an event at angle theta counts (1 - theta / pi)^tau in expectation.
-      normalise: "mean" divides by the user's number of events; "sum" is the paper's equation, louder the longer the
-        history, which the head pays for in its one pass; "l2" brings each table's sum to unit length.
+      normalise: "l2" brings each table's sum to unit RMS, as loud as a token; "sum" is the paper's equation, louder the
+        longer the history, which the head pays for in its one pass; "mean" divides by the user's number of events, most
+        of which are in other buckets: a whisper.
       seed: of the hyperplanes, which are the same at every step and in serving.
       recent: newest events of the short branch. heads: H of its attention. tied: Wk := Wq, Wv Wo := I there at init.
     """
 
     tables: int = 32
     bits: int = 4
-    normalise: str = "mean"
+    normalise: str = "l2"
     seed: int = 0
     recent: int = 50
     heads: int = 4
@@ -87,7 +88,7 @@ class SdimEncoder(LongShortEncoder):
         x = jnp.where(ctx.mask[..., None], ctx.x, 0.0)
         query_buckets = bucket_ids(q, self._planes(), config.tables)
         if config.normalise == "l2":
-            return [sum_by_tables(x, ctx.prepared, query_buckets, config.bits, lambda u: unit_length(u @ w_in))]
+            return [sum_by_tables(x, ctx.prepared, query_buckets, config.bits, lambda u: unit_rms(u @ w_in))]
         if self._use_tables(q.shape[1]):
             long = sum_by_tables(x, ctx.prepared, query_buckets, config.bits)
         else:
@@ -116,6 +117,6 @@ class SdimEncoder(LongShortEncoder):
         return once, each + length * f + f * d
 
 
-def unit_length(u: jax.Array) -> jax.Array:
-    """u over its length along the last axis; zeros stay zeros."""
-    return u * jax.lax.rsqrt(jnp.sum(u * u, axis=-1, keepdims=True) + 1e-6)
+def unit_rms(u: jax.Array) -> jax.Array:
+    """u over its RMS along the last axis; zeros stay zeros."""
+    return u * jax.lax.rsqrt(jnp.mean(u * u, axis=-1, keepdims=True) + 1e-6)

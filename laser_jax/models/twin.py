@@ -70,7 +70,12 @@ class TwinEncoder(LongShortEncoder):
         x, mask, offset = ctx.prepared
         wk = jnp.einsum("fd,dhk->fhk", ctx.w_in, self.long.wk[...])
         wv = jnp.einsum("fd,dhv->fhv", ctx.w_in, self.long.wv[...])
-        scores = jnp.einsum("bchf,blf->bchl", fold_queries(q, self.long.wq[...], wk), x) + offset[:, None, None]
+        if self._fold(q.shape[1]):
+            scores = jnp.einsum("bchf,blf->bchl", fold_queries(q, self.long.wq[...], wk), x)
+        else:
+            query = jnp.einsum("bcd,dhk->bchk", q, self.long.wq[...]) * wk.shape[-1] ** -0.5
+            scores = jnp.einsum("bchk,blhk->bchl", query, jnp.einsum("blf,fhk->blhk", x, wk))
+        scores = scores + offset[:, None, None]
         ranked = scores if self.config.topk_per_head else jnp.sum(scores, axis=2, keepdims=True)
         index, found = search(ranked, mask[:, None, None], self.config.top)  # [B, C, H or 1, K]
         a = masked_softmax(jnp.take_along_axis(scores, index, axis=-1), found)
@@ -78,9 +83,18 @@ class TwinEncoder(LongShortEncoder):
         out = jnp.einsum("bchf,fhv->bchv", z, wv)
         return [out.reshape(*q.shape[:2], -1) @ self.long.wo[...]]
 
+    def _fold(self, candidates: int) -> bool:
+        """Whether queries as wide as the features cost less than keys that are built once a request."""
+        d, f = self.width, self.width_in
+        return candidates * self.config.heads * f < f * d + candidates * d
+
     def long_macs(self, candidates: int, length: int) -> tuple[int, int]:
+        """Values are summed as features, whatever the candidates: of so few events that is cheaper than all values."""
         d, f, heads = self.width, self.width_in, self.config.heads
-        return 0, 2 * d * d + 2 * f * d + heads * f * (length + min(self.config.top, length))
+        found = 2 * d * d + f * d + heads * f * min(self.config.top, length)
+        if self._fold(candidates):
+            return 0, found + f * d + heads * f * length
+        return length * f * d, found + length * d
 
 
 class TwinV2Encoder(TwinEncoder):
@@ -94,5 +108,5 @@ class TwinV2Encoder(TwinEncoder):
         return total / at_least_one[..., None], size > 0, self.config.size_coef * jnp.log(at_least_one)
 
     def long_macs(self, candidates: int, length: int) -> tuple[int, int]:
-        segments = -(-length // self.config.segment)
-        return length * self.width_in, super().long_macs(candidates, segments)[1]
+        once, each = super().long_macs(candidates, -(-length // self.config.segment))
+        return length * self.width_in + once, each

@@ -115,19 +115,20 @@ def test_the_search_is_short_and_its_best_runs_at_full_length():
 
     def outcome(model, seed):
         ran.append(model)
-        fast = model.settings.get("optim.learning_rate") == 4e-3
+        fast = model.settings.get("optim.learning_rate") == 1e-3
         return types.SimpleNamespace(results={"valid_auc": 0.7 if fast else 0.6})
 
     fake = types.SimpleNamespace(run=lambda runs: ran.extend(model for model, _ in runs), outcome=outcome)
     chosen = table2.choose(fake, "tricks", ["ta", "gbdt"], trials=4, run=True)
     assert {model.settings["data.history_length"] for model in ran} == {table2.SEARCH_LENGTH}
     assert len({json.dumps(model.settings) for model in ran}) == 4 and {model.encoder for model in ran} == {"ta"}
-    assert chosen["ta"].settings["optim.learning_rate"] == 4e-3 and "data.history_length" not in chosen["ta"].settings
-    assert chosen["gbdt"].settings == {"head.matches": ()}
+    assert chosen["ta"].settings["optim.learning_rate"] == 1e-3 and "data.history_length" not in chosen["ta"].settings
+    without = {"head.matches": (), "head.match_horizons": ()}
+    assert chosen["gbdt"].settings == without
     searched = [json.dumps(model.settings) for model in ran]
     ran.clear()
     plain = table2.choose(fake, "plain", ["ta"], trials=4, run=True)["ta"].settings
-    assert plain == chosen["ta"].settings | {"head.products": False, "head.matches": (), "encoder.tied": False}
+    assert plain == chosen["ta"].settings | without | {"head.products": False, "encoder.tied": False}
     assert [json.dumps(model.settings) for model in ran] == searched  # one search for both columns
     ran.clear()
     assert "optim.learning_rate" not in table2.choose(fake, "plain", ["ta"], trials=1, run=True)["ta"].settings

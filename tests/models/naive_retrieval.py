@@ -73,7 +73,7 @@ def sdim(module, h, age, place, q):
         for event in h:
             if (code(config, config.tables * config.bits, event).reshape(config.tables, -1)[t] == mine[t]).all():
                 in_bucket += event
-        total += in_bucket / np.sqrt((in_bucket**2).sum() + 1e-6) if config.normalise == "l2" else in_bucket
+        total += in_bucket / np.sqrt((in_bucket**2).mean() + 1e-6) if config.normalise == "l2" else in_bucket
     return [total / config.tables / (max(len(h), 1) if config.normalise == "mean" else 1)]
 
 

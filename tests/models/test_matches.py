@@ -19,8 +19,8 @@ from tests.small_config import get_config
 FIELDS = ("item", "brand")
 
 
-def ranker(encoder="laser_plus", fields=FIELDS):
-    head = HeadConfig(tokens=4, width=8, blocks=1, matches=fields, match_gates=3)
+def ranker(encoder="laser_plus", fields=FIELDS, horizons=()):
+    head = HeadConfig(tokens=4, width=8, blocks=1, matches=fields, match_gates=3, match_horizons=horizons)
     sizes = dict(width=8, history_length=L, age_width=2, age_buckets=8, embedding_std=0.1)
     return Ranker(LAYOUT, encoder_config(encoder, **SMALL[encoder]), head, **sizes, rngs=nnx.Rngs(0))
 
@@ -69,11 +69,11 @@ def test_values_and_gradients_are_those_of_a_loop(reaches):
     assert all(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(want))
 
 
-def test_matches_are_added_up_over_each_horizon_of_an_encoder():
-    model = ranker("laser_plus")
-    horizons = model.encoder.config.horizons
-    assert model.matches.reaches == (*(events for events in horizons if events < L), L) and len(horizons) > 1
-    assert ranker("ta").matches.reaches == ranker("laser").matches.reaches == ()
+def test_matches_are_added_up_over_each_horizon_within_the_history():
+    assert ranker("ta", horizons=(2, L + 4, 1)).matches.reaches == (1, 2, L)
+    assert ranker("laser_plus").matches.reaches == ()
+    with pytest.raises(ValueError, match=r"match_horizons=\(0,\)"):
+        ranker("ta", horizons=(0,))
 
 
 @pytest.mark.parametrize("encoder", ["laser_plus", "sim_hard", "mean"])
@@ -101,12 +101,12 @@ def test_a_match_is_felt_where_embeddings_say_nothing():
 
 
 def test_operations_are_counted():
-    plain, model = ranker(fields=()), ranker()
+    plain, model = ranker(fields=()), ranker(horizons=(2,))
     counts, before = model.macs(C), plain.macs(C)
     width_in = model.w_in.shape[0]
     assert counts["head_request"] == L * width_in * 3 and before["head_request"] == 0
     token = model.head.macs() - plain.head.macs()
-    masses = len(FIELDS) * len(model.encoder.reaches) * 3
+    masses = len(FIELDS) * 2 * 3
     assert counts["head_candidate"] - before["head_candidate"] == token + L * len(FIELDS) * 3 + masses * 8
     assert counts["encoder_candidate"] == before["encoder_candidate"]
 

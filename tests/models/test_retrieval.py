@@ -24,8 +24,8 @@ OTHER_FORMS = [
     ("twin", dict(topk_per_head=False)),
     ("twin_v2", dict(size_coef=-0.5)),
     ("sdim", dict(normalise="sum")),
-    ("sdim", dict(normalise="l2")),
-    ("sdim", dict(bits=7)),  # too many buckets for tables
+    ("sdim", dict(normalise="mean")),
+    ("sdim", dict(normalise="sum", bits=7)),  # too many buckets for tables
     ("mirrn", dict(filter="block")),
     ("mirrn", dict(top=6)),  # an even number of rows has a frequency that no imaginary part turns
 ]
@@ -254,6 +254,17 @@ def test_gathering_equals_a_threshold():
     (_, want), want_gradient = jax.value_and_grad(by_threshold, has_aux=True)(jnp.asarray(x))
     assert_same(got[:, :, 0], want)
     assert_same(gradient, want_gradient, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["twin", "twin_v2"])
+def test_keys_built_once_for_many_candidates_search_alike(name):
+    encoder = harness.Encoder(name)
+    x, mask, age, q = histories()
+    many = np.tile(q, (1, 40, 1))
+    folds = [encoder.module._fold(count) for count in (1, many.shape[1])]
+    assert folds == [True, False]
+    alone = np.concatenate([encoder(x, mask, age, q[:, c : c + 1]) for c in range(q.shape[1])], axis=1)
+    assert_same(encoder(x, mask, age, many), np.tile(alone, (1, 40, 1, 1)), 2e-5)
 
 
 def test_clusters_of_one_event_are_twin():

@@ -141,19 +141,14 @@ class TransformerLayer(nnx.Module):
     Args:
       width: d. heads: H. hidden: width of the feed-forward.
       out_scale: of the two matrices that write to the residual stream, at init (0: both are silent).
-      tied: Wk := Wq, Wv := I and Wo in proportion to it at init: scores start as similarities, values as the rows.
     """
 
-    def __init__(self, width: int, heads: int, hidden: int, *, out_scale: float, tied: bool = False, rngs: nnx.Rngs):
+    def __init__(self, width: int, heads: int, hidden: int, *, out_scale: float, rngs: nnx.Rngs):
         if width % heads:
             raise ValueError(f"width={width} is not a multiple of heads={heads}")
         shape = (width, heads, width // heads)
         self.wq, self.wk, self.wv = (weight(rngs, shape) for _ in range(3))
         self.wo = weight(rngs, (width, width), out_scale)
-        if tied:
-            self.wk[...] = self.wq[...]
-            self.wv[...] = jnp.eye(width).reshape(shape)
-            self.wo[...] = out_scale * jnp.eye(width)
         self.ffn = FeedForward(width, hidden, rngs=rngs, out_scale=out_scale)
         self.norm_attention = nnx.LayerNorm(width, rngs=rngs)
         self.norm_ffn = nnx.LayerNorm(width, rngs=rngs)

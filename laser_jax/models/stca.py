@@ -70,8 +70,7 @@ class StcaEncoder(SequenceEncoder):
         for i, fuse in enumerate(self.fuse):
             fuse[...] = jnp.concatenate([jnp.zeros_like(identity)] * (i + 1) + [identity])
         count = len(self.history)
-        # The last SwiGLU is cubic near 0, and no norm follows: twice the mean of what was read comes out about as loud.
-        self.fuse_last[...] = jnp.concatenate([2 * identity / count] * count + [jnp.zeros_like(identity)])
+        self.fuse_last[...] = jnp.concatenate([identity / count] * count + [jnp.zeros_like(identity)])
 
     def precompute(self, history: TokenSource, mask, age):
         h = history.dense()

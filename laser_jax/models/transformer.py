@@ -20,7 +20,7 @@ class TransformerConfig:
     Attributes:
       layers: M (0: target attention alone). heads: H. ffn: hidden width of the feed-forwards over d.
       causal: whether an event sees only events at or before itself, for states that are kept and appended to.
-      tied: Wk := Wq, Wv Wo := I of the target attention at init, and in proportion to it in the layers.
+      tied: Wk := Wq, Wv Wo := I of the target attention at init.
       block: events that attend at a time; only memory depends on it.
     """
 
@@ -46,12 +46,7 @@ class TransformerEncoder(SequenceEncoder):
         self.layers = nnx.List(
             [
                 TransformerLayer(
-                    width,
-                    config.heads,
-                    config.ffn * width,
-                    out_scale=residual_scale(config.layers),
-                    tied=config.tied,
-                    rngs=rngs,
+                    width, config.heads, config.ffn * width, out_scale=residual_scale(config.layers), rngs=rngs
                 )
                 for _ in range(config.layers)
             ]

@@ -292,6 +292,5 @@ def test_settings_that_make_no_sense_are_refused(name, overrides, message):
 @pytest.mark.parametrize("name", ["transformer", "hstu", "stca"])
 def test_tied_keys_start_as_queries(name, tied):
     module = build(name, tied=tied)
-    parts = {"hstu": lambda: module.layers, "transformer": lambda: [*module.layers, module.attention]}
-    for part in parts.get(name, lambda: module.attention)():
+    for part in module.layers if name == "hstu" else [module.attention] if name == "transformer" else module.attention:
         assert (part.wq[...] == part.wk[...]).all() == tied

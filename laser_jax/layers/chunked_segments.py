@@ -1,4 +1,5 @@
-"""STA over a few users at a time, rows gathered inside: a history [B, L, f] never exists, forward or backward.
+"""STA, and the mean of all events, over a few users at a time, rows gathered inside: a history [B, L, f] never exists,
+forward or backward.
 
 What a chunk of users needs fits the processor's cache; the whole batch's history does not. Backward gathers again, and
 adds each chunk's gradients into the rows right away.
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 
 from laser_jax.layers.segment_products import weighted_sums
 from laser_jax.layers.segment_sums import cut_segments, project_heads, segment_sums_bwd, segment_sums_fwd
-from laser_jax.layers.tokens import features_of, gather_fields
+from laser_jax.layers.tokens import features_of, gather_fields, mean_features
 
 
 def chunk_size(batch: int, most: int) -> int:
@@ -71,6 +72,37 @@ def _backward(width, gate, chunk, compute, saved, cotangents):
 
 
 chunked_segment_tokens.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def chunked_mean(rows, indices, mask, chunk):
+    """Mean [B, f] of the features of each user's events, 0 where there are none; arguments as above."""
+
+    def one(part):
+        index, mask = part
+        return mean_features(features_of(gather_fields(rows, index)), mask)
+
+    return _whole(jax.lax.map(one, _chunks((indices, mask), chunk)))
+
+
+def _mean_forward(rows, indices, mask, chunk):
+    return chunked_mean(rows, indices, mask, chunk), (rows, indices, mask)
+
+
+def _mean_backward(chunk, saved, cotangents):
+    rows, indices, mask = saved
+
+    def one(drows, part):
+        index, mask, dmean = part
+        _, back = jax.vjp(lambda *values: mean_features(features_of(values), mask), *gather_fields(rows, index))
+        return tuple(total.at[at].add(values) for total, at, values in zip(drows, index, back(dmean), strict=True)), ()
+
+    zeros = tuple(jnp.zeros_like(row) for row in rows)
+    drows, _ = jax.lax.scan(one, zeros, _chunks((indices, mask, cotangents), chunk))
+    return drows, None, None
+
+
+chunked_mean.defvjp(_mean_forward, _mean_backward)
 
 
 def _chunks(tree, chunk):

@@ -19,3 +19,9 @@ def features_of(embeddings: Sequence[jax.Array]) -> jax.Array:
 def gather_fields(rows: Sequence[jax.Array], indices: Sequence[jax.Array]) -> list[jax.Array]:
     """Rows [U, D] at indices [...], for each field: [..., D]."""
     return [jnp.asarray(row)[index] for row, index in zip(rows, indices, strict=True)]
+
+
+def mean_features(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """[B, L, f], mask [B, L] -> the mean of real events [B, f], 0 where there are none."""
+    total = jnp.einsum("blf,bl->bf", x, mask.astype(x.dtype))
+    return total / jnp.maximum(mask.sum(axis=1, keepdims=True), 1)

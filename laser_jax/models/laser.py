@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from laser_jax.layers import segment_attention as sta
+from laser_jax.layers.chunked_segments import chunk_size, chunked_mean
 from laser_jax.layers.horizons import HorizonReadout
 from laser_jax.layers.mlp import FeedForward, weight
 from laser_jax.layers.recency import SegmentRecency
@@ -25,6 +26,7 @@ from laser_jax.layers.segment_runs import (
 )
 from laser_jax.layers.segment_sums import GATES, loudest_value
 from laser_jax.layers.target_attention import TargetAttention, masked_softmax
+from laser_jax.layers.tokens import mean_features
 from laser_jax.models.base import SeqOut, SequenceEncoder, TokenSource, residual_scale
 
 COMPUTE = ("float32", "bfloat16")
@@ -49,6 +51,8 @@ class LaserConfig:
       horizons: numbers of newest events over which the head also gets the attention and its mass, besides the whole
         history; empty for none. Those longer than the history are left out. With any, no event is read beyond the
         history length that the encoder was built for.
+      mean: whether the head also gets the mean of all events: read once a request, and learnt from before attention has
+        learnt what to look for.
       tied: Wk := Wq and value projections := I at init (without it one pass does not align gates and values).
       compute: "float32" or "bfloat16", of the events in STA; what is added up stays float32.
       kernel: what sums where folding pays and nothing is chunked: "xla", or on GPU and TPU "pallas" (one fused kernel
@@ -72,6 +76,7 @@ class LaserConfig:
     recent: int = 3
     pool: bool = True
     horizons: tuple[int, ...] = ()
+    mean: bool = False
     tied: bool = True
     compute: str = "float32"
     kernel: str = "xla"
@@ -94,16 +99,19 @@ def laser_plus(**overrides) -> LaserConfig:
     """Target attention over several horizons for the price of one: softmax gates in a segment, and its log-sum-exp.
 
     That is all that attention over any run of whole segments needs: how wide they are changes what it costs, and not
-    what comes out. With the horizons, GSTA layers, the loudest values, newest segment tokens and feed-forwards on
-    segment tokens, most of what `laser` costs a candidate, gain nothing more.
+    what comes out. Beside them the mean of all events, once a request. With these, GSTA layers, the loudest values,
+    newest segment tokens and feed-forwards on segment tokens, most of what `laser` costs a candidate, gain nothing.
     """
     settings = dict(gate="softmax", norm="pre", heads=4, segment=200, segment_ffn=0, recency="none", recent=0)
-    settings |= dict(mass_logit=True, layers=0, pool=False, horizons=(20, 50, 200, 1000))
+    settings |= dict(mass_logit=True, layers=0, pool=False, horizons=(20, 50, 200, 1000), mean=True)
     return LaserConfig(**{**settings, **overrides})
 
 
 class LaserEncoder(SequenceEncoder):
-    """History -> segment tokens per candidate (STA) -> refined target (GSTA) -> [global, loudest, recent, horizons]."""
+    """History -> segment tokens per candidate (STA) -> refined target (GSTA) -> tokens for the head.
+
+    In this order: global, loudest, recent, horizons, mean; each where the config asks for it.
+    """
 
     def __init__(self, config: LaserConfig, width_in: int, width: int, history_length: int, *, rngs: nnx.Rngs):
         if config.gate not in GATES:
@@ -133,8 +141,9 @@ class LaserEncoder(SequenceEncoder):
         )
         self.num_tokens = int(config.layers > 0) + int(config.pool) + config.recent
         self.num_tokens += self.horizons.num_tokens if self.horizons is not None else 0
+        self.num_tokens += int(config.mean)
         if not self.num_tokens:
-            raise ValueError("layers=0, pool=False, recent=0 and no horizons leave no token for the head")
+            raise ValueError("layers=0, pool=False, recent=0, mean=False and no horizons leave no token for the head")
         shape = (width, config.heads, config.key_width)
         self.wq = weight(rngs, shape)
         self.wk = nnx.Param(self.wq[...]) if config.tied else weight(rngs, shape)
@@ -170,7 +179,17 @@ class LaserEncoder(SequenceEncoder):
         )
         recency = None if self.recency is None else self.recency(newest_age)
         events = history if config.chunk else history.features()
-        return events, history.w_in, mask, num_events, recency
+        mean = self._mean(events, mask, runs[0]) @ history.w_in if config.mean else None
+        return events, history.w_in, mask, num_events, recency, mean
+
+    def _mean(self, events, mask, oldest: Run):
+        """[B, f], over what the runs cover."""
+        all_of_it, chunk = Run(oldest.begin, 0, oldest.begin), self.config.chunk
+        mask = part(mask, all_of_it)
+        if not chunk:
+            return mean_features(part(events, all_of_it), mask)
+        indices = tuple(part(index, all_of_it) for index in events.indices)
+        return chunked_mean(events.rows, indices, mask, chunk_size(len(mask), chunk))
 
     def _runs(self, mask) -> tuple[Run, ...]:
         """Of these histories; the last horizon is as long as the encoder was built for, nothing beyond it is read."""
@@ -178,7 +197,7 @@ class LaserEncoder(SequenceEncoder):
         return self.config.runs(min(length, self.history_length) if self.config.horizons else length)
 
     def score(self, ctx, q, side) -> SeqOut:
-        events, w_in, mask, num_events, recency = ctx
+        events, w_in, mask, num_events, recency, mean = ctx
         config, alive = self.config, num_events > 0
         wk = jnp.einsum("fd,dhk->fhk", w_in, self.wk[...])
         wv = jnp.einsum("fd,dhv->fhv", w_in, self.wv[...])
@@ -205,6 +224,8 @@ class LaserEncoder(SequenceEncoder):
             tokens.append(newest[:, :, : -1 - config.recent : -1])
         if self.horizons is not None:
             tokens.append(self.horizons(sums, log_mass, alive, num_events))
+        if config.mean:
+            tokens.append(jnp.broadcast_to(mean[:, None, None], (*q.shape[:2], 1, q.shape[2])))
         return SeqOut(tokens=jnp.concatenate(tokens, axis=2), diag={"loudness": self._loudness(log_mass, num_events)})
 
     def _attend(self, q, events, mask, run, weights, fold):
@@ -257,6 +278,8 @@ class LaserEncoder(SequenceEncoder):
         if self.horizons is not None:
             each += self.horizons.macs(segments)
         each += sum(layer.macs(segments) for layer in self.gsta)
+        if config.mean:
+            once += length * self.width_in + self.width_in * d
         return once, each
 
 

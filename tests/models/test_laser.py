@@ -44,12 +44,13 @@ def test_horizons_are_exact_target_attention_over_the_newest_events(horizons, se
     source = harness.source(x, harness.normal(np.random.default_rng(0), harness.FEATURES, harness.WIDTH))
     tokens = np.asarray(jax.jit(lambda x: module(source, mask, age, q, {}).tokens)(x))
     reaches = sorted({events for events in horizons if events < 12} | {12})
-    assert tokens.shape[2] == len(reaches) + 1 == module.num_tokens
+    assert tokens.shape[2] == len(reaches) + 2 == module.num_tokens  # their mass, and the mean of all
     for k, reach in enumerate(reaches):
         newest = mask & (np.arange(12) >= 12 - reach)
         want, _ = attend_shared(q, source.dense(), newest, module.wq[...], module.wk[...], module.wv[...])
         np.testing.assert_allclose(tokens[:, :, k], want.reshape(tokens[:, :, k].shape), rtol=2e-5, atol=2e-5)
-    assert not tokens[-1, :, :-1].any()  # nothing to read; the last token says so
+    mass = np.arange(tokens.shape[2]) == len(reaches)
+    assert not tokens[-1][:, ~mass].any()  # nothing to read; that of mass says so
 
 
 @pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
@@ -137,7 +138,7 @@ def test_the_gates_of_a_segment_sum_to_about_one_at_init():
         ({"gate": "tanh"}, "gate='tanh' is not one of"),
         ({"norm": "both"}, "norm='both' is not 'pre', 'post' or 'none'"),
         ({"horizons": (20, 0)}, "give numbers of events, at least 1 each"),
-        (dict(layers=0, pool=False, recent=0), "leave no token for the head"),
+        (dict(layers=0, pool=False, recent=0), "mean=False and no horizons leave no token for the head"),
         ({"heads": 3}, "width=8 is not a multiple of heads=3"),
         ({"recent": 7}, "recent=7 is not within the 6 segments"),
         ({"recency": "time"}, "recency='time' is not one of"),

@@ -14,14 +14,16 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.paper import models, tables, variants
+from experiments.paper.search import chosen, chosen_rates
 from experiments.paper.study import Model, Outcome, Study, parse
 
 LAYERS = (1, 2, 3, 4)
 STANDARD_LENGTH = 1000
 
 
-def at_length(name: str, length: int) -> Model:
-    model = models.model(name, "tricks")
+def at_length(study: Study, name: str, length: int) -> Model:
+    """The model of table 2, at another length."""
+    model = chosen(study, name)
     return model if length == STANDARD_LENGTH else model.but(f"{name} L={length}", data__history_length=length)
 
 
@@ -57,13 +59,13 @@ def main() -> None:
     args, study = parse(__doc__, add)
     lengths = [int(length) for length in args.lengths.split(",")]
     names = models.names(args.models)
-    runs = [(at_length(name, length), seed) for seed in range(args.seeds) for name in names for length in lengths]
+    wanted = {name: {length: at_length(study, name, length) for length in lengths} for name in names}
     if not args.only_report:
-        study.run(runs)
-    found = {name: {n: study.finished(at_length(name, n), args.seeds) for n in lengths} for name in names}
+        study.run([(wanted[name][n], seed) for seed in range(args.seeds) for name in names for n in lengths])
+    found = {name: {n: study.finished(wanted[name][n], args.seeds) for n in lengths} for name in names}
     texts = [tabulate_lengths(study, found)]
     if args.layers:
-        base = models.model("laser", "tricks")
+        base = chosen_rates(study, "laser")
         rows = [base, *(base.but(f"M={m}", encoder__layers=m) for m in LAYERS if m != 2)]
         texts.append(variants.tabulate(study, "figure3-layers", rows, args.seeds, not args.only_report))
     print("\n\n".join(texts))

@@ -60,7 +60,7 @@ def main() -> None:
     args, study = parse(__doc__, add)
     study.kept = None  # the checkpoints are needed
     lengths = [int(length) for length in args.lengths.split(",")]
-    trained = {length: at_length(args.model, length) for length in lengths}
+    trained = {length: at_length(study, args.model, length) for length in lengths}
     if not args.only_report:
         study.run([(model, seed) for seed in range(args.seeds) for model in trained.values()])
     rows = []

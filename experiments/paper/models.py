@@ -18,7 +18,7 @@ ORDER = (
 #: ages are in both.
 COLUMNS = ("plain", "tricks")
 
-#: Tried for every model (see table2.choose), the best on validation kept; each model's own knob comes last.
+#: Tried for every model (see search.choose), the best on validation kept; each model's own knob comes last.
 TRIALS: tuple[dict[str, Any], ...] = ({}, {"optim.learning_rate": 1e-3}, {"optim.table_learning_rate": 0.2})
 KNOBS: dict[str, dict[str, Any]] = {
     "laser_plus": {"encoder.heads": 2},

@@ -18,6 +18,7 @@ def choices(base: Model) -> list[Model]:
         "heads": (1, 2, 4, 8),
         "key_width": (8, 16, 32),
         "gate": ("sigmoid", "softmax"),
+        "mean": (False, True),
     }
     if config.layers:
         points |= {

@@ -15,18 +15,18 @@ from matplotlib.figure import Figure
 
 from experiments.paper import models, tables
 from experiments.paper.intervals import mean_aucs, paired
+from experiments.paper.search import choose
 from experiments.paper.study import GBDT, Model, Outcome, parse
-from experiments.paper.table2 import choose
 
 COUNTS = (1, 100)  # candidates a request
 
 
-def forms() -> list[Model]:
+def forms(base: Model) -> list[Model]:
     """laser_plus, cheaper and dearer."""
-    base = models.model("laser_plus", "tricks")
     gsta = dict(encoder__segment=10, encoder__recency="age", encoder__pool=True, encoder__layers=2)
     return [
         base.but("laser_plus, whole history only", encoder__horizons=(1000,)),
+        base.but("laser_plus without the mean", encoder__mean=False),
         base.but("laser_plus, 2 heads", encoder__heads=2),
         base.but("laser_plus with GSTA", **gsta),
         base.but("laser_plus with GSTA, FFN 1x, recent", **gsta, encoder__segment_ffn=1, encoder__recent=1),
@@ -72,9 +72,11 @@ def main() -> None:
         parser.add_argument("--times", default="", help="a models.csv of experiments.bench.models")
 
     args, study = parse(__doc__, add)
+    compared = choose(study, "tricks", list(models.ORDER), args.trials, run=False)
+    others = forms(compared["laser_plus"])
     if not args.only_report:
-        study.run([(form, seed) for seed in range(args.seeds) for form in forms()])
-    rows = [*choose(study, "tricks", list(models.ORDER), args.trials, run=False).values(), *forms()]
+        study.run([(form, seed) for seed in range(args.seeds) for form in others])
+    rows = [*compared.values(), *others]
     found = {model.label: study.finished(model, args.seeds) for model in rows}
     found = {label: outcomes for label, outcomes in found.items() if outcomes}
     auc = {label: float(np.mean([o.test["auc"] for o in outcomes])) for label, outcomes in found.items()}

@@ -3,21 +3,17 @@
   python -m experiments.paper.table2 --data=completejourney --seeds=3
   python -m experiments.paper.table2 --data=xhs_synthetic --seeds=3 --models=laser_plus,ta,transformer
 
-Settings are searched on validation, with seed 0 and histories of 200 events (--trials of them a model, 1 for none);
-then the seeds run at full length. Two columns: `tricks` gives every model what is not tied to segments, match readouts
-(layers/matches.py) too, and is what the search is for; `plain` is each model's own card, with the same settings.
-Differences are paired over users. Writes ROOT/DATA/table2-COLUMN.{md,csv,png}; the same command again goes on where it
-stopped.
+Settings are searched first (--trials of them a model, 1 for none; see search.py); then the seeds run at full length.
+Two columns: `tricks` gives every model what is not tied to segments, match readouts (layers/matches.py) too, and is
+what the search is for; `plain` is each model's own card, with the same settings. Differences are paired over users.
+Writes ROOT/DATA/table2-COLUMN.{md,csv,png}; the same command again goes on where it stopped.
 """
-
-from itertools import zip_longest
 
 import numpy as np
 
 from experiments.paper import models, tables
+from experiments.paper.search import choose
 from experiments.paper.study import Model, Outcome, Study, parse
-
-SEARCH_LENGTH = 200  # a search at full length would cost more than the table
 
 
 def tabulate(study: Study, column: str, chosen: dict[str, Model], seeds: int, against: str) -> str:
@@ -47,32 +43,6 @@ def tabulate(study: Study, column: str, chosen: dict[str, Model], seeds: int, ag
 def reference_aucs(outcome: Outcome) -> dict[str, float]:
     """AUCs of what was stored with the data."""
     return {name: scores["auc"] for name, scores in list(outcome.results["test"].items())[1:]}
-
-
-def choose(study: Study, column: str, names: list[str], trials: int, run: bool) -> dict[str, Model]:
-    """Each model with those of its settings that were best on validation, at SEARCH_LENGTH events and with seed 0.
-
-    Where only one is asked for, or none has been tried yet, it is the first: the model's own defaults. Both columns
-    have the settings that were best with all tricks: what differs between them is then the tricks alone.
-    """
-    settings = {name: models.trials(name)[:trials] for name in names}
-
-    def short(name: str, trial: dict) -> Model:
-        fixed = models.model(name, "tricks").settings
-        return Model(name, name, {**fixed, **trial, "data.history_length": SEARCH_LENGTH})
-
-    searched = {name: tried for name, tried in settings.items() if len(tried) > 1}
-    if run:
-        # The first trials of all models, then the second ones: what is cut short has every model in it.
-        rounds = zip_longest(*([short(name, trial) for trial in tried] for name, tried in searched.items()))
-        study.run([(model, 0) for some in rounds for model in some if model is not None])
-    chosen = {}
-    for name, tried in settings.items():
-        outcomes = [(study.outcome(short(name, trial), 0), trial) for trial in tried] if name in searched else []
-        found = [(outcome.results["valid_auc"], trial) for outcome, trial in outcomes if outcome is not None]
-        best = max(found, key=lambda pair: pair[0])[1] if found else tried[0]
-        chosen[name] = Model(name, name, {**models.model(name, column).settings, **best})
-    return chosen
 
 
 def main() -> None:

@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from experiments.paper import models, tables
+from experiments.paper import tables
+from experiments.paper.search import chosen_rates
 from experiments.paper.study import Model, Study, parse
 
 
@@ -45,6 +46,6 @@ def main(description: str, name: str, rows_of: Callable[[Model], list[Model]], b
         parser.add_argument("--base", default=base, choices=("laser_plus", "laser"))
 
     args, study = parse(description, add)
-    rows = rows_of(models.model(args.base, "tricks"))
+    rows = rows_of(chosen_rates(study, args.base))
     print(tabulate(study, f"{name}-{args.base}", rows, args.seeds, not args.only_report))
     print(f"\n{args.data}: {len(rows)} forms of {args.base}, {args.seeds} seeds; table and picture in {study.folder}")

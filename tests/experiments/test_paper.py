@@ -12,7 +12,7 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.paper import keep, lengths, models, open_points, pareto, study, table2, table3, table4
+from experiments.paper import keep, lengths, models, open_points, pareto, search, study, table2, table3, table4
 from experiments.paper.intervals import paired, resampled_aucs, weighted_auc
 from experiments.paper.outsider import WINDOWS, match_counts
 from laser_jax import metrics
@@ -97,8 +97,8 @@ def test_every_model_is_given_as_many_trials_and_known_fields():
                     run.config(
                         models.model(name, column).but(name, **{k.replace(".", "__"): v for k, v in trial.items()}), 0
                     )
-    for base in ("laser", "laser_plus"):
-        for rows in (table3.ablations, table4.widths, open_points.choices, lambda base: pareto.forms()):
+    for base, also in (("laser", ()), ("laser_plus", (pareto.forms,))):
+        for rows in (table3.ablations, table4.widths, open_points.choices, *also):
             found = rows(models.model(base, "tricks"))
             assert len({run.digest(row) for row in found}) == len(found) > 3
             for row in found:
@@ -119,20 +119,35 @@ def test_the_search_is_short_and_its_best_runs_at_full_length():
         return types.SimpleNamespace(results={"valid_auc": 0.7 if fast else 0.6})
 
     fake = types.SimpleNamespace(run=lambda runs: ran.extend(model for model, _ in runs), outcome=outcome)
-    chosen = table2.choose(fake, "tricks", ["ta", "gbdt"], trials=4, run=True)
-    assert {model.settings["data.history_length"] for model in ran} == {table2.SEARCH_LENGTH}
+    chosen = search.choose(fake, "tricks", ["ta", "gbdt"], trials=4, run=True)
+    assert {model.settings["data.history_length"] for model in ran} == {search.SEARCH_LENGTH}
     assert len({json.dumps(model.settings) for model in ran}) == 4 and {model.encoder for model in ran} == {"ta"}
     assert chosen["ta"].settings["optim.learning_rate"] == 1e-3 and "data.history_length" not in chosen["ta"].settings
     without = {"head.matches": (), "head.match_horizons": ()}
     assert chosen["gbdt"].settings == without
     searched = [json.dumps(model.settings) for model in ran]
     ran.clear()
-    plain = table2.choose(fake, "plain", ["ta"], trials=4, run=True)["ta"].settings
+    assert search.chosen(fake, "ta") == chosen["ta"] and len(ran) == 4
+    ran.clear()
+    plain = search.choose(fake, "plain", ["ta"], trials=4, run=True)["ta"].settings
     assert plain == chosen["ta"].settings | without | {"head.products": False, "encoder.tied": False}
     assert [json.dumps(model.settings) for model in ran] == searched  # one search for both columns
     ran.clear()
-    assert "optim.learning_rate" not in table2.choose(fake, "plain", ["ta"], trials=1, run=True)["ta"].settings
+    assert "optim.learning_rate" not in search.choose(fake, "plain", ["ta"], trials=1, run=True)["ta"].settings
     assert not ran
+
+
+def test_variants_have_the_learning_rates_that_were_found_and_their_own_form():
+    def best(**settings):
+        def outcome(model, seed):
+            hit = settings.items() <= model.settings.items()
+            return types.SimpleNamespace(results={"valid_auc": 0.7 if hit else 0.6})
+
+        return search.chosen_rates(types.SimpleNamespace(outcome=outcome), "laser").settings
+
+    own = models.model("laser", "tricks").settings
+    assert best(**{"encoder.gate": "softmax"}) == own
+    assert best(**{"optim.learning_rate": 1e-3}) == own | {"optim.learning_rate": 1e-3}
 
 
 @pytest.fixture

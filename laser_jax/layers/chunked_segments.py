@@ -1,5 +1,4 @@
-"""STA, and the mean of all events, over a few users at a time, rows gathered inside: a history [B, L, f] never exists,
-forward or backward.
+"""STA over a few users at a time, rows gathered inside: a history [B, L, f] never exists, forward or backward.
 
 What a chunk of users needs fits the processor's cache; the whole batch's history does not. Backward gathers again, and
 adds each chunk's gradients into the rows right away.
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 
 from laser_jax.layers.segment_products import weighted_sums
 from laser_jax.layers.segment_sums import cut_segments, project_heads, segment_sums_bwd, segment_sums_fwd
-from laser_jax.layers.tokens import features_of, gather_fields, mean_features
+from laser_jax.layers.tokens import features_of, gather_fields, sum_of_events
 
 
 def chunk_size(batch: int, most: int) -> int:
@@ -20,39 +19,40 @@ def chunk_size(batch: int, most: int) -> int:
     return next(size for size in range(min(most, batch), 0, -1) if batch % size == 0) if batch else 1
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
-def chunked_segment_tokens(rows, indices, u, wv, bias, mask, width, gate, chunk, compute):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9, 10))
+def chunked_segment_tokens(rows, indices, u, wv, bias, mask, width, gate, chunk, compute, total):
     """Gated sums over each segment of the features of its events, projected to values.
 
     Args:
       rows: one [U, D] a field; indices: one int32 [B, L] a field. u: [B, C * H, f] folded queries; wv: [f, H, dv];
       bias: [C * H]. mask: [B, L]. width: w. gate: see segment_attention. chunk: users at a time, a divisor of B.
-      compute: type of the events once they are gathered.
+      compute: type of the events once they are gathered. total: whether the sum of all events is asked for.
 
     Returns:
-      tokens [B, S, C, H * dv] and log mass [B, S, C * H].
+      tokens [B, S, C, H * dv], log mass [B, S, C * H] and total [B, f] or None.
     """
-    return _forward(rows, indices, u, wv, bias, mask, width, gate, chunk, compute)[0]
+    return _forward(rows, indices, u, wv, bias, mask, width, gate, chunk, compute, total)[0]
 
 
-def _forward(rows, indices, u, wv, bias, mask, width, gate, chunk, compute):
+def _forward(rows, indices, u, wv, bias, mask, width, gate, chunk, compute, total):
     def one(part):
         index, u, mask = part
-        x = cut_segments(features_of(gather_fields(rows, index)).astype(compute), width)
+        features = features_of(gather_fields(rows, index)).astype(compute)
+        x = cut_segments(features, width)
         (z, log_mass), (*_, gates, _, _) = segment_sums_fwd(x, u, bias, cut_segments(mask, width), gate)
-        return project_heads(z, wv), log_mass, gates
+        return project_heads(z, wv), log_mass, sum_of_events(features, mask) if total else None, gates
 
     found = jax.lax.map(one, _chunks((indices, u, mask), chunk))
-    tokens, log_mass, gates = jax.tree.map(_whole, found)
-    return (tokens, log_mass), (rows, indices, u, wv, mask, gates, log_mass)
+    *results, gates = jax.tree.map(_whole, found)
+    return tuple(results), (rows, indices, u, wv, mask, gates, results[1])
 
 
-def _backward(width, gate, chunk, compute, saved, cotangents):
+def _backward(width, gate, chunk, compute, total, saved, cotangents):
     rows, indices, u, wv, mask, gates, log_mass = saved
     length = mask.shape[1]
 
     def one(totals, part):
-        index, u, mask, gates, log_mass, (dtokens, dlog_mass) = part
+        index, u, mask, gates, log_mass, (dtokens, dlog_mass, dtotal) = part
         drows, dwv = totals
         features, back = jax.vjp(features_of, gather_fields(rows, index))
         x = cut_segments(features.astype(compute), width)
@@ -61,7 +61,10 @@ def _backward(width, gate, chunk, compute, saved, cotangents):
         saved = (x, u, gates, log_mass, cut_segments(mask, width))
         dx, du, dbias, _ = segment_sums_bwd(gate, saved, (dz, dlog_mass))
         dx = dx.reshape(len(mask), -1, dx.shape[-1])[:, -length:]
-        (dvalues,) = back(dx.astype(features.dtype))
+        dx = dx.astype(features.dtype)
+        if total:
+            dx += jnp.where(mask[..., None], dtotal[:, None].astype(dx.dtype), 0)
+        (dvalues,) = back(dx)
         drows = tuple(total.at[places].add(values) for total, places, values in zip(drows, index, dvalues, strict=True))
         return (drows, dwv + more_dwv), (du, dbias)
 
@@ -72,37 +75,6 @@ def _backward(width, gate, chunk, compute, saved, cotangents):
 
 
 chunked_segment_tokens.defvjp(_forward, _backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def chunked_mean(rows, indices, mask, chunk):
-    """Mean [B, f] of the features of each user's events, 0 where there are none; arguments as above."""
-
-    def one(part):
-        index, mask = part
-        return mean_features(features_of(gather_fields(rows, index)), mask)
-
-    return _whole(jax.lax.map(one, _chunks((indices, mask), chunk)))
-
-
-def _mean_forward(rows, indices, mask, chunk):
-    return chunked_mean(rows, indices, mask, chunk), (rows, indices, mask)
-
-
-def _mean_backward(chunk, saved, cotangents):
-    rows, indices, mask = saved
-
-    def one(drows, part):
-        index, mask, dmean = part
-        _, back = jax.vjp(lambda *values: mean_features(features_of(values), mask), *gather_fields(rows, index))
-        return tuple(total.at[at].add(values) for total, at, values in zip(drows, index, back(dmean), strict=True)), ()
-
-    zeros = tuple(jnp.zeros_like(row) for row in rows)
-    drows, _ = jax.lax.scan(one, zeros, _chunks((indices, mask, cotangents), chunk))
-    return drows, None, None
-
-
-chunked_mean.defvjp(_mean_forward, _mean_backward)
 
 
 def _chunks(tree, chunk):

@@ -86,7 +86,20 @@ def segment_attention_folded(q, x, mask, wq, wk, wv, bias, *, width: int, gate: 
 
 
 def segment_attention_chunked(
-    q, rows, indices, mask, wq, wk, wv, bias, *, width: int, gate: str = "sigmoid", chunk: int = 8, compute="float32"
+    q,
+    rows,
+    indices,
+    mask,
+    wq,
+    wk,
+    wv,
+    bias,
+    *,
+    width: int,
+    gate: str = "sigmoid",
+    chunk: int = 8,
+    compute="float32",
+    total: bool = False,
 ):
     """The same again for events that are still rows of tables: gathered for `chunk` users at a time, so that no array
     as large as the history exists.
@@ -94,14 +107,19 @@ def segment_attention_chunked(
     Args:
       rows: one [U, D] a field; indices: one int32 [B, L] a field; f is the sum of D.
       chunk: users at a time, at most. compute: type of the events once they are gathered.
+      total: whether the sum of all events is asked for, while they are at hand.
+
+    Returns:
+      As above; with `total` also [B, f], the sum of the real events' features.
     """
     u = _flat_queries(q, wq, wk)
     bias = _flat_bias(bias, q.shape[1])
     chunk = chunk_size(len(mask), chunk)
-    tokens, log_mass = chunked_segment_tokens(
-        tuple(rows), tuple(indices), u, wv, bias, mask, width, gate, chunk, compute
+    tokens, log_mass, sums = chunked_segment_tokens(
+        tuple(rows), tuple(indices), u, wv, bias, mask, width, gate, chunk, compute, total
     )
-    return jnp.moveaxis(tokens, 1, 2), _by_candidate(log_mass, q.shape[1])
+    found = jnp.moveaxis(tokens, 1, 2), _by_candidate(log_mass, q.shape[1])
+    return (*found, sums) if total else found
 
 
 def segment_attention_packed(

@@ -21,7 +21,6 @@ def gather_fields(rows: Sequence[jax.Array], indices: Sequence[jax.Array]) -> li
     return [jnp.asarray(row)[index] for row, index in zip(rows, indices, strict=True)]
 
 
-def mean_features(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """[B, L, f], mask [B, L] -> the mean of real events [B, f], 0 where there are none."""
-    total = jnp.einsum("blf,bl->bf", x, mask.astype(x.dtype))
-    return total / jnp.maximum(mask.sum(axis=1, keepdims=True), 1)
+def sum_of_events(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """[B, L, f], mask [B, L] -> [B, f], float32."""
+    return jnp.einsum("blf,bl->bf", x, mask.astype(x.dtype), preferred_element_type=jnp.float32)

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from laser_jax.layers import segment_attention as sta
-from laser_jax.layers.chunked_segments import chunk_size, chunked_mean
 from laser_jax.layers.horizons import HorizonReadout
 from laser_jax.layers.mlp import FeedForward, weight
 from laser_jax.layers.recency import SegmentRecency
@@ -26,7 +25,7 @@ from laser_jax.layers.segment_runs import (
 )
 from laser_jax.layers.segment_sums import GATES, loudest_value
 from laser_jax.layers.target_attention import TargetAttention, masked_softmax
-from laser_jax.layers.tokens import mean_features
+from laser_jax.layers.tokens import sum_of_events
 from laser_jax.models.base import SeqOut, SequenceEncoder, TokenSource, residual_scale
 
 COMPUTE = ("float32", "bfloat16")
@@ -179,17 +178,11 @@ class LaserEncoder(SequenceEncoder):
         )
         recency = None if self.recency is None else self.recency(newest_age)
         events = history if config.chunk else history.features()
-        mean = self._mean(events, mask, runs[0]) @ history.w_in if config.mean else None
-        return events, history.w_in, mask, num_events, recency, mean
-
-    def _mean(self, events, mask, oldest: Run):
-        """[B, f], over what the runs cover."""
-        all_of_it, chunk = Run(oldest.begin, 0, oldest.begin), self.config.chunk
-        mask = part(mask, all_of_it)
-        if not chunk:
-            return mean_features(part(events, all_of_it), mask)
-        indices = tuple(part(index, all_of_it) for index in events.indices)
-        return chunked_mean(events.rows, indices, mask, chunk_size(len(mask), chunk))
+        total = None
+        if config.mean and not config.chunk:  # else it is taken where events are gathered, see _attend
+            every = Run(runs[0].begin, 0, runs[0].begin)
+            total = sum_of_events(part(events, every), part(mask, every))
+        return events, history.w_in, mask, num_events, recency, total
 
     def _runs(self, mask) -> tuple[Run, ...]:
         """Of these histories; the last horizon is as long as the encoder was built for, nothing beyond it is read."""
@@ -197,16 +190,15 @@ class LaserEncoder(SequenceEncoder):
         return self.config.runs(min(length, self.history_length) if self.config.horizons else length)
 
     def score(self, ctx, q, side) -> SeqOut:
-        events, w_in, mask, num_events, recency, mean = ctx
+        events, w_in, mask, num_events, recency, total = ctx
         config, alive = self.config, num_events > 0
         wk = jnp.einsum("fd,dhk->fhk", w_in, self.wk[...])
         wv = jnp.einsum("fd,dhv->fhv", w_in, self.wv[...])
         bias = jnp.zeros((config.heads,)) if self.gate_bias is None else self.gate_bias[...]
         weights, fold = (self.wq[...], wk, wv, bias), self._fold(q.shape[1])
         found = [self._attend(q, events, mask, run, weights, fold) for run in self._runs(mask)]
-        s, log_mass = (
-            jnp.concatenate(arrays, axis) for arrays, axis in zip(zip(*found, strict=True), (2, 3), strict=True)
-        )
+        segments, masses, totals = zip(*found, strict=True)
+        s, log_mass = jnp.concatenate(segments, axis=2), jnp.concatenate(masses, axis=3)
         sums, s, tokens = s, self._refine(s, recency), []
         if config.layers:
             t = q
@@ -225,21 +217,26 @@ class LaserEncoder(SequenceEncoder):
         if self.horizons is not None:
             tokens.append(self.horizons(sums, log_mass, alive, num_events))
         if config.mean:
+            total = sum(totals) if config.chunk else total
+            mean = (total / jnp.maximum(num_events.sum(axis=1, keepdims=True), 1)) @ w_in
             tokens.append(jnp.broadcast_to(mean[:, None, None], (*q.shape[:2], 1, q.shape[2])))
         return SeqOut(tokens=jnp.concatenate(tokens, axis=2), diag={"loudness": self._loudness(log_mass, num_events)})
 
     def _attend(self, q, events, mask, run, weights, fold):
-        """Gated sums and log mass of a run's segments."""
+        """Of a run: gated sums and log mass of its segments; in chunks also the sum of its events, for the mean."""
         config, mask = self.config, part(mask, run)
         form = dict(width=run.width, gate=config.gate)
         if config.chunk and fold:
             indices = [part(index, run) for index in events.indices]
-            form |= dict(chunk=config.chunk, compute=config.compute)
-            return sta.segment_attention_chunked(q, events.rows, indices, mask, *weights, **form)
-        x = part(events.features() if config.chunk else events, run).astype(config.compute)
+            form |= dict(chunk=config.chunk, compute=config.compute, total=config.mean)
+            found = sta.segment_attention_chunked(q, events.rows, indices, mask, *weights, **form)
+            return found if config.mean else (*found, None)
+        x = part(events.features() if config.chunk else events, run)
+        total = sum_of_events(x, mask) if config.mean and config.chunk else None
+        x = x.astype(config.compute)
         if fold:
-            return sta.segment_attention_folded(q, x, mask, *weights, **form, kernel=config.kernel)
-        return sta.segment_attention_shared(q, x, mask, *weights, **form)
+            return *sta.segment_attention_folded(q, x, mask, *weights, **form, kernel=config.kernel), total
+        return *sta.segment_attention_shared(q, x, mask, *weights, **form), total
 
     def _refine(self, s, recency):
         """Gated sums [B, C, S, d] -> segment tokens."""

@@ -46,7 +46,8 @@ class MirrnEncoder(LongShortEncoder):
     """Tokens [long, short]. Order-aware: what is found is sorted back to time order and knows its place.
 
     Two of the three queries are means over the history (its newest events, all of it), so their tokens are found once a
-    request; the long token is target attention over all three.
+    request; the long token is target attention over all three. Codes and means are taken of features, w_in folded into
+    the hyperplanes: tokens are built of what a search found, unless candidates are so many that all events cost less.
     """
 
     def __init__(self, config: MirrnConfig, width_in: int, width: int, history_length: int, *, rngs: nnx.Rngs):
@@ -67,43 +68,55 @@ class MirrnEncoder(LongShortEncoder):
                 f"{length} events but position embeddings for {most}: "
                 "set history_length to the longest history that is to be scored"
             )
-        h = x @ history.w_in
-        codes = hash_codes(h, self._planes())
+        codes = hash_codes(x, history.w_in @ self._planes())
         index, found = newest(mask, self.config.summarised)
-        queries = jnp.stack([masked_mean(pick(h, index), found), masked_mean(h, mask)], axis=1)  # [B, 2, d]
-        x, found = self._found(h, codes, mask, queries)
-        shared = [mixer(x[:, i], found[:, i]) for i, mixer in enumerate(self.mixers[1:])]
-        return h, codes, jnp.stack(shared, axis=1)
+        queries = jnp.stack([masked_mean(pick(x, index), found), masked_mean(x, mask)], axis=1) @ history.w_in
+        index, found = self._search(codes, mask, queries)
+        tokens = pick(x, index) @ history.w_in  # [B, 2, K, d]
+        shared = [
+            self._mix(mixer, tokens[:, i], index[:, i], found[:, i], length) for i, mixer in enumerate(self.mixers[1:])
+        ]
+        return codes, jnp.stack(shared, axis=1)
 
     def long_tokens(self, ctx, q, side):
-        h, codes, shared = ctx.prepared
-        own = self.mixers[0](*self._found(h, codes, ctx.mask, q))
+        codes, shared = ctx.prepared
+        index, found = self._search(codes, ctx.mask, q)
+        tokens = pick(ctx.x, index) @ ctx.w_in if self._fold(q.shape[1]) else pick(ctx.x @ ctx.w_in, index)
+        own = self._mix(self.mixers[0], tokens, index, found, ctx.mask.shape[1])
         shared = jnp.broadcast_to(shared[:, None], (*q.shape[:2], *shared.shape[1:]))
         tokens = jnp.concatenate([own[:, :, None], shared], axis=2)  # [B, C, 3, d]
         return [attend_each(self.long, q, tokens, jnp.ones(tokens.shape[:3], bool))]
 
-    def _found(self, h, codes, mask, queries):
-        """Events near each query [B, C, d], oldest first, with their place: [B, C, K, d], and which are real."""
-        length, number = mask.shape[1], self.config.top
+    def _search(self, codes, mask, queries):
+        """Places of the events near each query [B, C, d], oldest first, and which are real: [B, C, K]."""
+        number = self.config.top
         index, found = nearest(hash_codes(queries, self._planes()), codes, mask, number)
         # Always K slots, empty ones at the old end: the filter must not depend on how far a history is padded.
         index = jnp.pad(jnp.where(found, index, -1), ((0, 0), (0, 0), (0, number - index.shape[2])), constant_values=-1)
         index = jnp.sort(index, axis=-1)
-        found = index >= 0
-        place = self.position[...][jnp.where(found, length - 1 - index, 0)]
-        x = pick(h, jnp.maximum(index, 0)) + 0.02 * place
-        return jnp.where(found[..., None], x, 0.0), found
+        return jnp.maximum(index, 0), index >= 0
+
+    def _mix(self, mixer, tokens, index, found, length):
+        """Tokens [..., K, d] of the events at `index`, mixed along time -> [..., d]."""
+        x = tokens + 0.02 * self.position[...][length - 1 - index]
+        return mixer(jnp.where(found[..., None], x, 0.0), found)
+
+    def _fold(self, candidates: int) -> bool:
+        """Whether tokens of what each candidate's search finds cost less than those of all events."""
+        return candidates * self.config.top < self.position.shape[0]
 
     def _planes(self):
         return hyperplanes(self.config.seed, self.width, self.config.bits)
 
     def long_macs(self, candidates: int, length: int) -> tuple[int, int]:
-        d, f, bits = self.width, self.width_in, self.config.bits
-        search_macs = d * bits
-        mixer_macs = self.mixers[0].macs(self.config.top)
-        means = (length + min(self.config.summarised, length)) * d
-        once = length * f * d + length * d * bits + means + 2 * (search_macs + mixer_macs)
-        return once, search_macs + mixer_macs + sum(self.long.macs(1, 3, d))
+        d, f, bits, number = self.width, self.width_in, self.config.bits, self.config.top
+        search_macs, mixer_macs = d * bits, self.mixers[0].macs(number)
+        means = (length + min(self.config.summarised, length)) * f + 2 * f * d
+        once = length * f * bits + means + 2 * (search_macs + number * f * d + mixer_macs)
+        each = search_macs + mixer_macs + sum(self.long.macs(1, 3, d))
+        if self._fold(candidates):
+            return once, each + number * f * d
+        return once + length * f * d, each
 
 
 class TimeMixer(nnx.Module):

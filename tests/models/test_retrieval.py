@@ -256,8 +256,8 @@ def test_gathering_equals_a_threshold():
     assert_same(gradient, want_gradient, 1e-4)
 
 
-@pytest.mark.parametrize("name", ["twin", "twin_v2"])
-def test_keys_built_once_for_many_candidates_search_alike(name):
+@pytest.mark.parametrize("name", ["twin", "twin_v2", "mirrn"])
+def test_what_is_built_once_for_many_candidates_gives_the_same(name):
     encoder = harness.Encoder(name)
     x, mask, age, q = histories()
     many = np.tile(q, (1, 40, 1))

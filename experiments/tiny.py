@@ -8,7 +8,6 @@ import dataclasses
 from data.xhs_synthetic import XhsSynthetic
 from experiments import xhs
 from laser_jax.config import Config, TrainConfig
-from laser_jax.models.base import HeadConfig
 
 
 def get_config(encoder: str = "laser_plus") -> Config:
@@ -25,6 +24,6 @@ def get_config(encoder: str = "laser_plus") -> Config:
         config,
         data=data,
         width=32,
-        head=HeadConfig(tokens=8, width=32),
+        head=dataclasses.replace(config.head, width=32),
         train=TrainConfig(eval_every=30, save_every=10, log_every=10),
     )

@@ -86,7 +86,7 @@ def test_the_tiny_experiment_ends_with_a_table_and_a_report(environment, tmp_pat
     finish(start(environment, workdir, f"--config.data.path={tmp_path}/data", config="experiments/tiny.py"), workdir)
     test = json.loads(read(f"{workdir}/results.json"))["test"]
     model = next(iter(test))
-    assert test[model]["auc"] > 0.53, test  # .549 when written; 4000 candidates, standard error .013
+    assert test[model]["auc"] > 0.58, test  # .628 when written, by another seed .610; standard error .013
     assert test["oracle"]["auc"] > 0.75 and test["popularity"]["auc"] > 0.5
     out = said(workdir)
     assert "oracle" in out and "samples/s" in out and f"{test[model]['auc']:.4f}" in out

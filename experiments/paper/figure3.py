@@ -3,8 +3,8 @@
   python -m experiments.paper.figure3 --data=completejourney --seeds=3
   python -m experiments.paper.figure3 --data=xhs_long --seeds=3 --lengths=1000,4000,10000
 
-Every length is trained and served at that length; steps between lengths are paired over users. Writes
-ROOT/DATA/figure3-{layers,lengths}.{md,csv,png}.
+Models are those of table 2. Every length is trained and served at that length; steps between lengths are paired over
+users. Writes ROOT/DATA/figure3-{layers,lengths}.{md,csv,png}.
 """
 
 import argparse

@@ -27,13 +27,13 @@ def choose(study: Study, column: str, names: list[str], trials: int, run: bool) 
         # The first trials of all models, then the second ones: what is cut short has every model in it.
         rounds = zip_longest(*([short(name, trial) for trial in tried] for name, tried in searched.items()))
         study.run([(model, 0) for some in rounds for model in some if model is not None])
-    chosen = {}
+    result = {}
     for name, tried in settings.items():
         outcomes = [(study.outcome(short(name, trial), 0), trial) for trial in tried] if name in searched else []
         found = [(outcome.results["valid_auc"], trial) for outcome, trial in outcomes if outcome is not None]
         best = max(found, key=lambda pair: pair[0])[1] if found else tried[0]
-        chosen[name] = Model(name, name, {**models.model(name, column).settings, **best})
-    return chosen
+        result[name] = Model(name, name, {**models.model(name, column).settings, **best})
+    return result
 
 
 def chosen(study: Study, name: str) -> Model:

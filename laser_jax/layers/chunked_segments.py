@@ -37,8 +37,8 @@ def chunked_segment_tokens(rows, indices, u, wv, bias, mask, width, gate, chunk,
 def _forward(rows, indices, u, wv, bias, mask, width, gate, chunk, compute, total):
     def one(part):
         index, u, mask = part
-        features = features_of(gather_fields(rows, index)).astype(compute)
-        x = cut_segments(features, width)
+        features = features_of(gather_fields(rows, index))
+        x = cut_segments(features.astype(compute), width)
         (z, log_mass), (*_, gates, _, _) = segment_sums_fwd(x, u, bias, cut_segments(mask, width), gate)
         return project_heads(z, wv), log_mass, sum_of_events(features, mask) if total else None, gates
 

@@ -22,5 +22,5 @@ def gather_fields(rows: Sequence[jax.Array], indices: Sequence[jax.Array]) -> li
 
 
 def sum_of_events(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """[B, L, f], mask [B, L] -> [B, f], float32."""
-    return jnp.einsum("blf,bl->bf", x, mask.astype(x.dtype), preferred_element_type=jnp.float32)
+    """Features [B, L, f] of events, mask [B, L] of the real ones -> [B, f]."""
+    return jnp.einsum("blf,bl->bf", x, mask.astype(x.dtype))

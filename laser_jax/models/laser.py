@@ -50,8 +50,7 @@ class LaserConfig:
       horizons: numbers of newest events over which the head also gets the attention and its mass, besides the whole
         history; empty for none. Those longer than the history are left out. With any, no event is read beyond the
         history length that the encoder was built for.
-      mean: whether the head also gets the mean of all events: read once a request, and learnt from before attention has
-        learnt what to look for.
+      mean: whether the head also gets the mean of all events, which is taken once a request.
       tied: Wk := Wq and value projections := I at init (without it one pass does not align gates and values).
       compute: "float32" or "bfloat16", of the events in STA; what is added up stays float32.
       kernel: what sums where folding pays and nothing is chunked: "xla", or on GPU and TPU "pallas" (one fused kernel

@@ -85,6 +85,14 @@ def test_every_form_of_attention_gives_the_same(name, monkeypatch):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=5e-5, atol=5e-5), other, found[0])
 
 
+def test_the_mean_is_of_events_as_they_are_however_they_are_gathered_and_computed():
+    x, mask, age, q = harness.histories()
+    want = harness.encoder("laser_plus")(x, mask, age, q)[:, :, -1]
+    for form in (dict(chunk=2), dict(compute="bfloat16"), dict(compute="bfloat16", chunk=2)):
+        got = harness.Encoder("laser_plus", **form)(x, mask, age, q)[:, :, -1]
+        np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["laser", "laser_plus"])
 def test_loudness_tells_which_segment_holds_what_is_asked_for(name):
     module = build(encoder_config(name, segment=4, gate_bias=0.0, key_width=harness.WIDTH, heads=1))

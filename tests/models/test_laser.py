@@ -85,9 +85,11 @@ def test_every_form_of_attention_gives_the_same(name, monkeypatch):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=5e-5, atol=5e-5), other, found[0])
 
 
-def test_the_mean_is_of_events_as_they_are_however_they_are_gathered_and_computed():
+@pytest.mark.parametrize("fold", [False, True])
+def test_the_mean_is_of_events_as_they_are_however_they_are_gathered_and_computed(fold, monkeypatch):
     x, mask, age, q = harness.histories()
     want = harness.encoder("laser_plus")(x, mask, age, q)[:, :, -1]
+    monkeypatch.setattr(sta, "use_fold", lambda *sizes: fold)
     for form in (dict(chunk=2), dict(compute="bfloat16"), dict(compute="bfloat16", chunk=2)):
         got = harness.Encoder("laser_plus", **form)(x, mask, age, q)[:, :, -1]
         np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)

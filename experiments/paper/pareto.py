@@ -36,8 +36,8 @@ def forms(base: Model) -> list[Model]:
 def read_times(path: str) -> dict[tuple[str, int], float]:
     """(model, candidates) -> microseconds to score a sample at L=1000, of a models.csv."""
     with open(path, encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["L"] == "1000" and row["forward_us_per_sample"]]
-    return {(row["model"], int(row["C"])): float(row["forward_us_per_sample"]) for row in rows}
+        rows = [row for row in csv.DictReader(file) if row["length"] == "1000" and row["forward_us_a_sample"]]
+    return {(row["model"], int(row["candidates"])): float(row["forward_us_a_sample"]) for row in rows}
 
 
 def dominated_by(label: str, found: dict[str, list[Outcome]], cost: dict[str, float]) -> list[str]:

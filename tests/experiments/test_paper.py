@@ -12,6 +12,8 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
+from experiments.bench.models import write as write_timings
+from experiments.bench.models_measure import Row, Size, Timing
 from experiments.paper import keep, lengths, models, open_points, pareto, search, study, table2, table3, table4
 from experiments.paper.intervals import paired, resampled_aucs, weighted_auc
 from experiments.paper.outsider import WINDOWS, match_counts
@@ -163,7 +165,7 @@ def call(monkeypatch, module, *flags) -> None:
     module.main()
 
 
-def test_table_2_runs_resumes_and_reports(small, monkeypatch, capsys):
+def test_table_2_runs_resumes_and_reports(small, monkeypatch, capsys, tmp_path):
     flags = (f"--root={small}", "--models=mean,gbdt,laser_plus", "--seeds=1", "--trials=1", "--columns=tricks")
     call(monkeypatch, table2, *flags)
     said = capsys.readouterr().out
@@ -200,6 +202,22 @@ def test_table_2_runs_resumes_and_reports(small, monkeypatch, capsys):
     # Served as it was trained it says what it said; at another length it is another ranker.
     assert lengths.serve(run, outcome, 16) == pytest.approx(outcome.test["auc"])
     assert lengths.serve(run, outcome, 4) != pytest.approx(outcome.test["auc"])
+
+    # Quality over cost, with times as the models' benchmark writes them: at the study's length, of what was measured.
+    times = {("mean", 1000, 1): 2e-4, ("laser_plus", 1000, 1): 5e-4, ("mean", 200, 1): 1e-5, ("mean", 1000, 100): None}
+    timed = [
+        Row(name, Size(1, length, count, 8), (0, 0), 0, dict(forward=Timing(value), train=Timing()))
+        for (name, length, count), value in times.items()
+    ]
+    write_timings(str(tmp_path), timed, "full")
+    call(monkeypatch, pareto, flags[0], "--only-report", "--seeds=1", f"--times={tmp_path}/models.csv")
+    with open(os.path.join(folder, "pareto.csv"), encoding="utf-8", newline="") as file:
+        drawn = {row["model"]: row for row in csv.DictReader(file)}
+    assert {"mean", "laser_plus"} <= drawn.keys() and "gbdt" not in drawn  # the outsider has no encoder
+    columns = [name for name in drawn["mean"] if name.startswith("microseconds")]
+    cells = [[drawn[name][column] for column in columns] for name in ("mean", "laser_plus")]
+    assert cells == [["200", ""], ["500", ""]]
+    assert os.path.getsize(os.path.join(folder, "pareto.png")) > 1000
 
 
 def test_a_run_that_fails_names_its_log(small, monkeypatch):

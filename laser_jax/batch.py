@@ -25,8 +25,9 @@ class Batch:
       step: what the model's step takes: `unique` (table -> int32 [devices, N, size], rows that each of this process's
         devices wants of each of the N devices, see row_placement), `history` (field -> int32 [B, L], positions among
         what its device wants), `candidates` ([B, C]), `context` ([B]), `length` [B], `age` [B, L], `label` and `mask`
-        [B, C]; `bags` (source -> int32 [devices, G, m], positions among what the device wants, -1 for none) and
-        `vectors` (source -> float32 [devices, G, width]) for fields whose indices point into those, see
+        [B, C]; `side` (field -> int32 [B, C], the candidates' positions as they are compared with the history's, see
+        assembly.comparable); `bags` (source -> int32 [devices, G, m], positions among what the device wants, -1 for
+        none) and `vectors` (source -> float32 [devices, G, width]) for fields whose indices point into those, see
         features.source_of; for tables with a dictionary `fresh` (table -> bool, like unique): rows that another id had
         before.
       users: the user of each real row. references: name -> float32 [B, C] scores stored beside the labels.

@@ -64,10 +64,9 @@ def segment_facts(batch: Batch, fields: list[str], runs: Sequence[Run]) -> tuple
     match = np.full((*step["mask"].shape, alive.shape[1]), len(fields))
     for place in reversed(range(len(fields))):
         events = step["history"][fields[place]]
-        candidates = step["candidates"][fields[place]]
-        known = batch.known("candidates", fields[place])  # row 0 is everything never seen
+        candidates = step["side"][fields[place]]
         for c in range(candidates.shape[1]):
-            equal = any_of((events == candidates[:, c, None]) & mask) & known[:, c, None]
+            equal = any_of((events == candidates[:, c, None]) & mask)
             match[:, c][equal] = place
     return match, age, alive
 

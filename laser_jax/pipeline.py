@@ -15,7 +15,7 @@ import grain
 import numpy as np
 
 from laser_jax import vault as seqvault
-from laser_jax.assembly import Assembly, ages, pad_events
+from laser_jax.assembly import Assembly, ages, comparable, pad_events
 from laser_jax.batch import Batch, Lines, Numbered, lay_out
 from laser_jax.columns import check_columns
 from laser_jax.features import FeatureConfig
@@ -325,7 +325,7 @@ class BatchSource:
         }
         step["candidates"] = {name: pad_candidates(at) for name, at in columns["candidates"].items()}
         step["context"] = {name: np.pad(at, (0, b - len(rows))) for name, at in columns["context"].items()}
-        return Batch(
+        batch = Batch(
             step=step,
             users=np.asarray(requests.user),
             lengths=sizes,
@@ -333,6 +333,10 @@ class BatchSource:
             num_unique=num_unique,
             tables=self._assembly.table_of,
         )
+        step["side"] = {
+            name: comparable(batch.known("candidates", name), at) for name, at in step["candidates"].items()
+        }
+        return batch
 
     def _pad_lines(self, source: str, parts: list[np.ndarray], fill: int, size: int | None) -> np.ndarray:
         """[G, m] of each device -> [devices, static size, m]."""

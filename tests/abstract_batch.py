@@ -23,6 +23,7 @@ def abstract_batch(
         "vectors": {},
         "history": {field.name: shape(b, length) for field in (*features.item, *features.event)},
         "candidates": {field.name: shape(b, c) for field in features.item},
+        "side": {field.name: shape(b, c) for field in features.item},
         "context": {field.name: shape(b) for field in features.context},
         "length": shape(b),
         "age": shape(b, length),

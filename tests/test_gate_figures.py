@@ -25,6 +25,8 @@ def make_batch(seed=0):
         "candidates": {name: rng.integers(0, 4, (B, C)) for name in FIELDS},
         "unique": {name: places(np.array([0, 3, 5, 8]), 10).astype(np.int32)[None, None] for name in FIELDS},
     }
+    # 0 is the position of row 0: what was never seen.
+    step["side"] = {name: np.where(index == 0, -1, index) for name, index in step["candidates"].items()}
     return Batch(
         step,
         np.arange(B),
@@ -45,7 +47,6 @@ def naive_facts(batch, b, c, n):
     match = len(FIELDS)
     for place, name in reversed(list(enumerate(FIELDS))):
         candidate = step["candidates"][name][b, c]
-        # 0 is the position of row 0: what was never seen equals nothing.
         if candidate != 0 and any(step["history"][name][b, i] == candidate for i in places):
             match = place
     return match, min(step["age"][b, i] for i in places)

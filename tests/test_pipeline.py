@@ -48,7 +48,7 @@ def test_batches_equal_a_brute_force_assembly(data, split):
     width = C if split == "train" else 4
     requests = data.requests[split]
     pieces = [(r, first) for r, row in enumerate(requests) for first in range(0, len(row["item"]), width)]
-    met = []
+    met, strangers = [], 0
     for k in range(source.batches_per_epoch):
         batch = source.batch(k)
         rows = source.rows(k)
@@ -74,6 +74,11 @@ def test_batches_equal_a_brute_force_assembly(data, split):
             for name in ("item", "category"):
                 got = batch.rows("candidates", name)[row, :count]
                 np.testing.assert_array_equal(got, expected_rows(data, name, request[name][part]))
+                mine = batch.rows("history", name)[row, L - n :]
+                alike = step["side"][name][row, :count, None] == step["history"][name][row, L - n :]
+                # What training never met has one row, and is not alike for that.
+                np.testing.assert_array_equal(alike, (got[:, None] == mine) & (got[:, None] != 0))
+                strangers += ((got[:, None] == 0) & (mine == 0)).sum()
             np.testing.assert_array_equal(step["label"][row, :count], request["label"][part])
             np.testing.assert_array_equal(batch.references["oracle"][row, :count], request["oracle"][part])
             assert batch.rows("context", "scene")[row] == request["scene"] + 1
@@ -83,7 +88,7 @@ def test_batches_equal_a_brute_force_assembly(data, split):
             num_rows = FEATURES.tables()[table][0]
             assert unique.shape[:2] == (1, 1) and (np.diff(unique[0, 0]) > 0).all() and unique.size <= num_rows
     # Every piece of every request exactly once, so every candidate is.
-    assert sorted(met) == list(range(len(pieces)))
+    assert sorted(met) == list(range(len(pieces))) and strangers
     if split == "test":
         assert met == sorted(met)  # predictions are stored in the order of the requests
 

@@ -49,10 +49,8 @@ def match_counts(batch: Batch, fields: list[str], apart: dict[str, int]) -> np.n
     age = np.where(real, step["age"][rows], -1).astype(np.float32)
     features = [np.minimum(step["length"][rows], window) for window in windows]
     for field in fields:
-        candidate = step["candidates"][field][rows, columns]
-        # Row 0 stands for all that was never seen: two such values are not the same thing.
-        known = batch.known("candidates", field)[rows, columns]
-        match = real & (step["history"][field][rows] == candidate[:, None]) & known[:, None]
+        candidate = step["side"][field][rows, columns]
+        match = real & (step["history"][field][rows] == candidate[:, None])
         features += [match[:, -window:].sum(axis=1) for window in windows]
         newest = length - 1 - np.argmax(match[:, ::-1], axis=1)
         features.append(np.where(match.any(axis=1), age[np.arange(len(rows)), newest], np.nan))

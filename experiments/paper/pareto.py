@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from experiments.paper import models, tables
 from experiments.paper.intervals import mean_aucs, paired
-from experiments.paper.search import choose
+from experiments.paper.search import choose, unfinished
 from experiments.paper.study import GBDT, Model, Outcome, parse
 
 COUNTS = (1, 100)  # candidates a request
@@ -97,7 +97,9 @@ def main() -> None:
         values = [f"{cost[label]:.4g}" if label in cost else "" for cost in panels.values()]
         beaten = [", ".join(dominated_by(label, found, panel)) for panel in list(panels.values())[: len(COUNTS)]]
         cells.append([label, str(len(found[label])), f"{auc[label]:.4f}", *values, *beaten])
-    print(tables.write(study.folder, "pareto", head, cells))
+    missing = {name: unfinished(study, name, args.trials) for name in compared if name in found}
+    notes = [f"{name} is not fully searched: {what}." for name, what in missing.items() if what]
+    print(tables.write(study.folder, "pareto", head, cells, notes))
     path = tables.save(picture(panels, auc), study.folder, "pareto")
     print(f"\n{args.data}: {len(cells)} models; picture {os.path.relpath(path)}")
 

@@ -12,12 +12,18 @@ Writes ROOT/DATA/table2-COLUMN.{md,csv,png}; the same command again goes on wher
 import numpy as np
 
 from experiments.paper import models, tables
-from experiments.paper.search import choose
+from experiments.paper.search import choose, unfinished
 from experiments.paper.study import Model, Outcome, Study, parse
 
 
-def tabulate(study: Study, column: str, chosen: dict[str, Model], seeds: int, against: str) -> str:
-    """The table of what is finished."""
+def tabulate(
+    study: Study, column: str, chosen: dict[str, Model], seeds: int, against: str, missing: dict[str, str]
+) -> str:
+    """The table of what is finished.
+
+    Args:
+      missing: what is missing of each model's search.
+    """
     found = {name: study.finished(model, seeds) for name, model in chosen.items()}
     found = {name: outcomes for name, outcomes in found.items() if outcomes}
     order = sorted(found, key=lambda name: -np.mean([o.test["auc"] for o in found[name]]))
@@ -29,6 +35,7 @@ def tabulate(study: Study, column: str, chosen: dict[str, Model], seeds: int, ag
         fixed = models.model(name, column).settings
         searched = {k: v for k, v in chosen[name].settings.items() if fixed.get(k) != v}
         text = " ".join(f"{key.split('.', 1)[1]}={value}" for key, value in searched.items())
+        text += f" (searched: {missing[name]})" if missing[name] else ""
         rows.append([*tables.figures(name, outcomes), *gap, *tables.costs(outcomes), text])
     references = reference_aucs(next(iter(found.values()))[0]) if found else {}
     notes = [f"{name}: AUC {value:.4f}." for name, value in references.items()]
@@ -57,9 +64,10 @@ def main() -> None:
     texts = []
     for column in args.columns.split(","):
         chosen = choose(study, column, names, args.trials, run=not args.only_report)
+        missing = {name: unfinished(study, name, args.trials) for name in names}
         if not args.only_report:
             study.run([(model, seed) for seed in range(args.seeds) for model in chosen.values()])
-        texts.append(f"{column}\n\n" + tabulate(study, column, chosen, args.seeds, args.against))
+        texts.append(f"{column}\n\n" + tabulate(study, column, chosen, args.seeds, args.against, missing))
     print("\n\n".join(texts))
     print(f"\n{args.data}: {len(names)} models, {args.seeds} seeds; tables and pictures in {study.folder}")
 

@@ -56,8 +56,8 @@ class MatchReadout(nnx.Module):
         """
         Args:
           gates: of the events.
-          history, side: for each field, numbers of events' and candidates' values; equal numbers are equal values (all
-            that training never met are one value).
+          history, side: for each field, numbers of events' and candidates' values; equal numbers are equal values. A
+            candidate's value that training never met is like no event's: all of these share a row, and are not alike.
         """
         masses, length = [], gates.shape[1]
         for mine, theirs in zip(history, side, strict=True):

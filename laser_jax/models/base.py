@@ -109,7 +109,7 @@ class SequenceEncoder(nnx.Module):
         raise NotImplementedError(f"{type(self).__name__} must define precompute")
 
     def score(self, ctx: Any, q: CandidateTokens, side: dict[str, jax.Array]) -> SeqOut:
-        """Work per candidate. `side` holds candidate-side columns some models need (category for hard search)."""
+        """Work per candidate. `side`: field -> int32 [B, C], compared with `history.field`; -1 is like no event."""
         raise NotImplementedError(f"{type(self).__name__} must define score")
 
     def macs(self, candidates: int, length: int) -> tuple[int, int]:
@@ -228,6 +228,7 @@ class Ranker(nnx.Module):
         Args:
           rows: unique rows [U, D] of every table, those the batch meets.
           batch: `history`, `candidates`, `context` (field -> int32 indices into the unique rows, [B, L], [B, C], [B]),
+            `side` (the candidates' indices to compare with the history's, -1 for a value that training never met),
             `length` [B] (real events, at the right end), `age` [B, L] int32 seconds.
         """
         age = batch["age"]
@@ -245,7 +246,7 @@ class Ranker(nnx.Module):
             w_in=self.w_in[...][: self.candidate_width],
         )
         context = [rows[table][batch["context"][name]] for name, table, _ in self.layout.context]
-        return self._read(history, age, batch["length"], context)(candidates.dense(), batch["candidates"])
+        return self._read(history, age, batch["length"], context)(candidates.dense(), batch["side"])
 
     def logits_gathered(self, batch: dict[str, Any], piece: int = 0) -> Logits:
         """The logits of a batch whose rows were gathered before.
@@ -253,7 +254,7 @@ class Ranker(nnx.Module):
         Args:
           batch: `events` [B, L, fe], `candidates` [B, C, fc] and `context` [B, fx], embeddings of the layout's fields
             side by side; `length` and `age` as above; `compared`, `side`: field -> int32 [B, L] and [B, C], rows of the
-            fields that the encoder compares.
+            fields that are compared, -1 in `side` for a value that training never met.
           piece: of candidates that are scored at a time, after what is read of the history once for all; C is a
             multiple of it. 0 scores all at once.
         """

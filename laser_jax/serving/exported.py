@@ -12,7 +12,7 @@ import numpy as np
 from jax import export
 from jaxtyping import Bool, Float, Int
 
-from laser_jax.assembly import Assembly, Columns
+from laser_jax.assembly import Assembly, Columns, comparable
 from laser_jax.features import FeatureConfig, FieldConfig, line_source
 from laser_jax.schema import Schema
 from laser_jax.serving.embeddings import Embeddings, Table
@@ -197,7 +197,7 @@ class ExportedModel:
             "compared": {
                 name: _newest_last([found.compared[name] for found in events], history, np.int32) for name in compared
             },
-            "side": {name: _by_request(rows, offsets, pairs) for name, rows in compared.items()},
+            "side": {name: _by_request(comparable(rows != 0, rows), offsets, pairs) for name, rows in compared.items()},
         }
         return Assembled(shape, counts, self._unseen(candidates, offsets[-1]), arrays)
 

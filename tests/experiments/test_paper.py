@@ -55,13 +55,15 @@ def test_match_counts_are_those_of_the_events():
     def wanted(rows):
         return places(np.array(rows), 10).astype(np.int32)[None, None]  # of one device
 
+    items = rng.integers(0, 4, (b, c))
     batch = Batch(
         step={
             "age": np.sort(rng.integers(0, 1000, (b, length)), axis=1)[:, ::-1].astype(np.int32),
             "length": np.array([60, 17], np.int32),
             "mask": np.array([[True, True, False], [True, True, True]]),
             "history": {"item": rng.integers(0, 4, (b, length)), "action": rng.integers(0, 3, (b, length))},
-            "candidates": {"item": rng.integers(0, 4, (b, c))},
+            "candidates": {"item": items},
+            "side": {"item": np.where(items == 0, -1, items)},
             "unique": {"item": wanted([0, 2, 4, 9]), "action": wanted([0, 1, 2])},
         },
         users=np.arange(b), lengths=np.array([60, 17]), references={}, num_unique={},
@@ -112,40 +114,60 @@ def test_every_model_is_given_as_many_trials_and_known_fields():
         run.config(models.model("ta", "plain").but("ta", encoder__widht=3), 0)
 
 
-def test_the_search_is_short_and_its_best_runs_at_full_length():
-    ran = []
+class Rehearsal:
+    """A study whose runs cost nothing: `score` says what validation finds of settings at full length or not."""
 
-    def outcome(model, seed):
-        ran.append(model)
-        fast = model.settings.get("optim.learning_rate") == 1e-3
-        return types.SimpleNamespace(results={"valid_auc": 0.7 if fast else 0.6})
+    def __init__(self, score, most=100):
+        self.score, self.left, self.done = score, most, {}
 
-    fake = types.SimpleNamespace(run=lambda runs: ran.extend(model for model, _ in runs), outcome=outcome)
-    chosen = search.choose(fake, "tricks", ["ta", "gbdt"], trials=4, run=True)
-    assert {model.settings["data.history_length"] for model in ran} == {search.SEARCH_LENGTH}
-    assert len({json.dumps(model.settings) for model in ran}) == 4 and {model.encoder for model in ran} == {"ta"}
-    assert chosen["ta"].settings["optim.learning_rate"] == 1e-3 and "data.history_length" not in chosen["ta"].settings
+    def run(self, runs):
+        for model, seed in runs[: self.left]:
+            short = model.settings.get("data.history_length") == search.SEARCH_LENGTH
+            self.left -= 1
+            self.done[json.dumps([model.settings, seed])] = (short, self.score(model.settings, short))
+
+    def outcome(self, model, seed):
+        found = self.done.get(json.dumps([model.settings, seed]))
+        return None if found is None else types.SimpleNamespace(results={"valid_auc": found[1]})
+
+
+def test_the_search_is_short_and_its_best_two_meet_at_full_length():
+    def score(settings, short):
+        low, mass = settings.get("optim.learning_rate") == 1e-3, settings.get("encoder.mass", False)
+        return 0.5 + 0.1 * mass + (0.2 * low if short else 0)  # a low rate looks good on short histories only
+
+    ran = Rehearsal(score)
+    chosen = search.choose(ran, "tricks", ["ta", "gbdt"], trials=4, run=True)
+    assert sorted(short for short, _ in ran.done.values()) == [False] * 2 + [True] * 4
+    assert chosen["ta"].settings["encoder.mass"] and "optim.learning_rate" not in chosen["ta"].settings
+    assert "data.history_length" not in chosen["ta"].settings
     without = {"head.matches": (), "head.match_horizons": ()}
     assert chosen["gbdt"].settings == without
-    searched = [json.dumps(model.settings) for model in ran]
-    ran.clear()
-    assert search.chosen(fake, "ta") == chosen["ta"] and len(ran) == 4
-    ran.clear()
-    plain = search.choose(fake, "plain", ["ta"], trials=4, run=True)["ta"].settings
+    assert search.chosen(ran, "ta") == chosen["ta"] and search.unfinished(ran, "ta", 4) == ""
+    searched = list(ran.done)
+    plain = search.choose(ran, "plain", ["ta"], trials=4, run=True)["ta"].settings
     assert plain == chosen["ta"].settings | without | {"head.products": False, "encoder.tied": False}
-    assert [json.dumps(model.settings) for model in ran] == searched  # one search for both columns
-    ran.clear()
-    assert "optim.learning_rate" not in search.choose(fake, "plain", ["ta"], trials=1, run=True)["ta"].settings
-    assert not ran
+    assert list(ran.done) == searched  # one search for both columns
+    assert "encoder.mass" not in search.choose(ran, "plain", ["ta"], trials=1, run=True)["ta"].settings
+
+
+def test_a_search_that_is_under_way_is_not_taken_for_a_finished_one():
+    own = models.model("ta", "tricks")
+    assert search.chosen(Rehearsal(None), "ta") == own  # nothing is searched: the defaults
+    for done, missing in ((0, "0 of 4 trials"), (2, "2 of 4 trials"), (4, "0 of 2 finalists"), (6, "")):
+        ran = Rehearsal(lambda settings, short: 0.5, most=done)
+        search.choose(ran, "tricks", ["ta"], trials=4, run=True)
+        assert search.unfinished(ran, "ta", 4) == missing
+        if done in (2, 4):
+            with pytest.raises(ValueError, match=f"the search for ta has come to {missing}: finish table2"):
+                search.chosen(ran, "ta")
 
 
 def test_variants_have_the_learning_rates_that_were_found_and_their_own_form():
     def best(**settings):
-        def outcome(model, seed):
-            hit = settings.items() <= model.settings.items()
-            return types.SimpleNamespace(results={"valid_auc": 0.7 if hit else 0.6})
-
-        return search.chosen_rates(types.SimpleNamespace(outcome=outcome), "laser").settings
+        ran = Rehearsal(lambda found, short: 0.7 if settings.items() <= found.items() else 0.6)
+        search.choose(ran, "tricks", ["laser"], trials=4, run=True)
+        return search.chosen_rates(ran, "laser").settings
 
     own = models.model("laser", "tricks").settings
     assert best(**{"encoder.gate": "softmax"}) == own

@@ -93,11 +93,14 @@ def test_a_match_is_felt_where_embeddings_say_nothing():
     rows |= {table: np.ones((200, rows[table].shape[1]), np.float32) for table in FIELDS}
     for fields, differs in ((("item",), True), ((), False)):
         model = ranker(fields=fields)
-        without, _ = model(rows, {**batch, "candidates": apart})
+        without, _ = model(rows, {**batch, "candidates": apart, "side": apart})
         same = {**apart, "item": np.repeat(batch["history"]["item"][:, -1:], C, axis=1)}
-        with_one, _ = model(rows, {**batch, "candidates": same})
+        with_one, _ = model(rows, {**batch, "candidates": same, "side": same})
         assert (np.abs(with_one - without)[:2] > 1e-6).all() == differs
         np.testing.assert_array_equal(with_one[2], without[2])  # no event, no match
+        never_met = {**apart, "item": np.full((B, C), -1)}
+        unlike, _ = model(rows, {**batch, "candidates": same, "side": never_met})
+        np.testing.assert_allclose(unlike, without, rtol=1e-6)
 
 
 def test_operations_are_counted():

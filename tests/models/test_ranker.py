@@ -43,6 +43,7 @@ def draw(seed=0):
         "label": (rng.random((B, C)) < 0.5).astype(np.float32),
         "mask": np.array([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]], bool),
     }
+    batch["side"] = batch["candidates"]  # all of them known
     return rows, jax.tree.map(lambda a: a.astype(np.int32) if a.dtype == np.int64 else a, batch)
 
 
@@ -52,7 +53,8 @@ def as_pairs(batch):
         key: jax.tree.map(lambda a: np.repeat(a, C, axis=0), batch[key])
         for key in ("history", "context", "length", "age")
     }
-    flat = {key: jax.tree.map(lambda a: a.reshape(B * C, 1), batch[key]) for key in ("candidates", "label", "mask")}
+    of_candidates = ("candidates", "side", "label", "mask")
+    flat = {key: jax.tree.map(lambda a: a.reshape(B * C, 1), batch[key]) for key in of_candidates}
     return spread | flat
 
 
@@ -98,7 +100,8 @@ def test_what_is_masked_counts_for_nothing():
     (want, _), gradients = step(params, rows, batch)
     off = ~batch["mask"]
     other = {**batch, "label": np.where(off, 1 - batch["label"], batch["label"])}
-    other["candidates"] = {k: np.where(off, 1, v).astype(np.int32) for k, v in batch["candidates"].items()}
+    for side in ("candidates", "side"):
+        other[side] = {k: np.where(off, 1, v).astype(np.int32) for k, v in batch[side].items()}
     (got, _), other_gradients = step(params, rows, other)
     assert got == want
     jax.tree.map(np.testing.assert_array_equal, gradients, other_gradients)

@@ -32,8 +32,9 @@ LEAST = 1024
 def draw(num_rows: int, count: int) -> list[np.ndarray]:
     """Rows of `count` steps: some 42 k distinct ones each, however large the table."""
     rng = np.random.default_rng(0)
-    rank = rng.zipf(1.2, (count, IDS)) % min(num_rows, 1_000_000)
-    return [(ranks * (num_rows // 1_000_000)).astype(np.int32) for ranks in rank]
+    met = min(num_rows, 1_000_000)
+    rank = rng.zipf(1.2, (count, IDS)) % met
+    return [(ranks * (num_rows // met)).astype(np.int32) for ranks in rank]
 
 
 def host(rows: np.ndarray, num_rows: int) -> tuple[np.ndarray, np.ndarray]:

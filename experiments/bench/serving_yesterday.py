@@ -2,8 +2,9 @@
 
   python -m experiments.bench.serving_yesterday --store=DIR --model=DIR --vault=DIR ...
 
-The vault gives the schema only. What the model reads of a user is looked up anew for every request: there is no version
-in such a store by which anything could be kept.
+The vault gives the schema only. All of a user's events are parsed with all of their fields, as JSON has to be, before
+the newest are taken. What the model reads of a user is looked up anew for every request: there is no version in such a
+store by which anything could be kept.
 """
 
 import json

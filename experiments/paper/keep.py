@@ -8,6 +8,7 @@ Tables then take the run from there, on any machine.
 """
 
 import argparse
+import filecmp
 import glob
 import os
 import shutil
@@ -19,7 +20,7 @@ FILES = ("run.json", "config.json", "results.json", "predictions.aucs.npy")
 
 
 def keep(root: str, kept: str = KEPT) -> list[str]:
-    """Copies what is not kept yet; returns the folders written.
+    """Copies what is not kept yet, or was run anew since; returns the folders written.
 
     Args:
       root: holds DATA/ENCODER-DIGEST/SEED.
@@ -28,10 +29,11 @@ def keep(root: str, kept: str = KEPT) -> list[str]:
     for results in sorted(glob.glob(os.path.join(root, "*", "*", "*", "results.json"))):
         folder = os.path.dirname(results)
         target = os.path.join(kept, os.path.relpath(folder, root))
-        if os.path.exists(os.path.join(target, "results.json")):
+        if os.path.exists(old := os.path.join(target, "results.json")) and filecmp.cmp(old, results, shallow=False):
             continue
         aucs_of(os.path.join(folder, "predictions.npz"))
-        os.makedirs(target, exist_ok=True)
+        shutil.rmtree(target, ignore_errors=True)
+        os.makedirs(target)
         for name in sorted(FILES, key="results.json".__eq__):  # last, for it says that the run is finished
             if os.path.exists(os.path.join(folder, name)):  # the outsider has no config
                 shutil.copyfile(os.path.join(folder, name), os.path.join(target, name))

@@ -2,8 +2,9 @@
 
   python -m experiments.paper.lengths --data=completejourney --seeds=3 --model=laser_plus
 
-Writes ROOT/DATA/lengths-MODEL.{md,csv}: test AUC of every training length (rows) at every serving length (columns),
-and by_length-MODEL.{md,csv}: AUC by how many events a user has, of the model trained at the longest length.
+Writes ROOT/DATA/lengths-MODEL.{md,csv}: test AUC of every training length (rows) at every serving length (columns);
+empty where a model has parameters for no more places than it was trained at. And by_length-MODEL.{md,csv}: AUC by how
+many events a user has, of the model trained at the longest length.
 """
 
 import os
@@ -13,7 +14,7 @@ import numpy as np
 
 from experiments.paper import models, tables
 from experiments.paper.figure3 import at_length
-from experiments.paper.study import Outcome, Study, parse
+from experiments.paper.study import GBDT, Outcome, Study, parse
 from laser_jax import metrics
 from laser_jax.checkpoint import Checkpoints
 from laser_jax.evaluate import predict
@@ -21,6 +22,9 @@ from laser_jax.pipeline import BatchSource
 from laser_jax.sharding import make_mesh
 from laser_jax.state import StateFactory
 from laser_jax.step import make_eval_step
+
+#: These have parameters for every place in a history, and none for places beyond those they were trained at.
+WITH_PLACES = ("transformer", "hstu", "longer", "mirrn")
 
 
 def serve(study: Study, outcome: Outcome, length: int) -> float:
@@ -54,10 +58,13 @@ def by_length(outcomes: list[Outcome]) -> list[list[str]]:
 
 def main() -> None:
     def add(parser):
-        parser.add_argument("--model", default="laser_plus", help=f"of {', '.join(models.ORDER)}")
+        choices = [name for name in models.ORDER if name != GBDT]
+        parser.add_argument("--model", default="laser_plus", choices=choices)
         parser.add_argument("--lengths", default="50,200,1000")
 
     args, study = parse(__doc__, add)
+    if study.flags:
+        raise SystemExit(f"runs with further flags cannot be served here: leave out {' '.join(study.flags)}")
     study.kept = None  # the checkpoints are needed
     lengths = [int(length) for length in args.lengths.split(",")]
     trained = {length: at_length(study, args.model, length) for length in lengths}
@@ -66,7 +73,8 @@ def main() -> None:
     rows = []
     for length, model in trained.items():
         outcomes = study.finished(model, args.seeds)
-        served = [[serve(study, outcome, n) for outcome in outcomes] for n in lengths]
+        most = length if args.model in WITH_PLACES else max(lengths)
+        served = [[serve(study, outcome, n) for outcome in outcomes if n <= most] for n in lengths]
         rows.append([str(length), *(f"{np.mean(aucs):.4f}" if aucs else "" for aucs in served)])
     head = ["trained at L", *(f"served at {n}" for n in lengths)]
     texts = [tables.write(study.folder, f"lengths-{args.model}", head, rows)]

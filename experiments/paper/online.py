@@ -109,7 +109,7 @@ class Played:
 
 
 def train(root: str, data: str, recipe: XhsSynthetic) -> dict[str, str]:
-    """Trains and exports what is not there yet; model -> directory."""
+    """Trains and exports what is not there yet; model -> directory, which is called after model and config."""
     experiment, settings = STANDARD["xhs_synthetic"]
     settings = settings | {"data.path": data, "data.recipe.test_requests": recipe.test_requests}
     study = Study(experiment, settings, os.path.join(root, "runs"))
@@ -122,7 +122,7 @@ def train(root: str, data: str, recipe: XhsSynthetic) -> dict[str, str]:
     study.run([(model, 0) for model in wanted.values()])
     paths = {}
     for name, model in wanted.items():
-        paths[name] = os.path.join(root, "models", name)
+        paths[name] = os.path.join(root, "models", f"{name}-{study.digest(model)}")
         if not os.path.exists(os.path.join(paths[name], MANIFEST)):
             export_model(load_run(study.path(model, 0)), paths[name])
     return paths
@@ -337,7 +337,8 @@ def main() -> None:
     first: Played | None = None
     for name in names:
         print(f"{name}: {' against '.join(arm.label for arm in COMPARISONS[name])}", flush=True)
-        stored = os.path.join(args.root, f"{name.replace('/', '')}-{args.requests}-{args.seed}.npz")
+        played_by = "-".join(os.path.basename(paths[arm.model]) for arm in COMPARISONS[name])
+        stored = os.path.join(args.root, f"{name.replace('/', '')}-{played_by}-{args.requests}-{args.seed}.npz")
         if os.path.exists(stored):
             with np.load(stored) as file:
                 played = Played(**file)

@@ -3,7 +3,8 @@
   python -m experiments.paper.pareto --data=completejourney --seeds=3 --times=runs/bench_models/models.csv
 
 Reads what table2 has finished and adds the cheaper and dearer forms of laser_plus. --times: where
-experiments.bench.models wrote; then measured scoring time is drawn as well. A model is on the front unless a cheaper
+experiments.bench.models wrote; then the scoring time that it measured is drawn as well: of models of its own width, by
+their default settings, which need not be those of the AUC. A model is on the front unless a cheaper
 one has a higher AUC whose paired interval over users excludes zero. Writes ROOT/DATA/pareto.{md,csv,png}.
 """
 

@@ -22,6 +22,7 @@ from typing import Any
 
 from laser_jax.config import FREE_TO_CHANGE, Config, flatten, to_dict
 from laser_jax.models import ENCODERS
+from laser_jax.pipeline import fingerprint
 
 KEPT = os.path.join(os.path.dirname(__file__), "kept")
 GBDT = "gbdt"  # the outsider, which is no encoder: see outsider.py
@@ -115,6 +116,7 @@ class Study:
         kept: str | None = None,
     ):
         self.experiment, self.settings, self.folder, self.flags, self.kept = experiment, settings, folder, flags, kept
+        self._data: dict[str, str] | None = None
         if jobs == 1:
             self._cores: list[set[int] | None] = [None]  # all there are
             return
@@ -152,12 +154,22 @@ class Study:
         return None
 
     def _check(self, model: Model, folder: str) -> None:
-        """Raises ValueError if the finished run in `folder` had another config, by a default that has changed since."""
+        """Raises ValueError if the finished run in `folder` had other data, or another config.
+
+        Another config it can have by a default that has changed since. Its data are those of the data set, where that
+        is at hand, else those of the study's other runs.
+        """
         path = os.path.join(folder, "config.json")
         if self.flags or not os.path.exists(path):
             return
         with open(path, encoding="utf-8") as file:
-            before = flatten(_by_place(json.load(file)))
+            told = json.load(file)
+        if self._data is None:
+            data = self._config(model, 0).data
+            self._data = fingerprint(data) if os.path.isdir(data.path) else told["fingerprint"]
+        if other := [name for name in self._data if told["fingerprint"].get(name) != self._data[name]]:
+            raise ValueError(f"{folder} is a run of other data ({', '.join(other)}): delete it to run it anew")
+        before = flatten(_by_place(told))
         now = flatten(_by_place(json.loads(json.dumps(to_dict(self._config(model, 0))))))
         changed = [
             f"{name}: {before[name]!r} -> {now[name]!r}"
@@ -216,8 +228,7 @@ class Study:
         folder = self.path(model, seed)
         os.makedirs(folder, exist_ok=True)
         told = {"label": model.label, "encoder": model.encoder, "settings": {**self.settings, **model.settings}}
-        with open(os.path.join(folder, "run.json"), "w", encoding="utf-8") as file:
-            json.dump({**told, "flags": self.flags, "seed": seed, "revision": revision()}, file, indent=1)
+        _note(os.path.join(folder, "run.json"), {**told, "flags": self.flags, "seed": seed, "revision": revision()})
         if model.encoder == GBDT:
             command = [sys.executable, "-m", "experiments.paper.outsider", f"--config={self.experiment}"]
         else:
@@ -244,6 +255,16 @@ class Study:
         return config
 
 
+def _note(path: str, told: dict[str, Any]) -> None:
+    """Writes run.json; of a run that goes on with other code all revisions are told, in order."""
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            before = json.load(file)["revision"].split(", ")
+        told = told | {"revision": ", ".join(dict.fromkeys([*before, told["revision"]]))}
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(told, file, indent=1)
+
+
 def read_config(path: str, *arguments: str) -> Config:
     """What the experiment file at `path` gives for these arguments of its get_config."""
     spec = importlib.util.spec_from_file_location("experiment", path)
@@ -260,7 +281,7 @@ def _counts(name: str) -> bool:
 def _by_place(value: Any) -> Any:
     """Lists as dicts by place, so that an attribute that entries did not have then is no difference."""
     if isinstance(value, list):
-        return {str(place): _by_place(entry) for place, entry in enumerate(value)}
+        return {"entries": len(value)} | {str(place): _by_place(entry) for place, entry in enumerate(value)}
     if isinstance(value, dict):
         return {name: _by_place(entry) for name, entry in value.items()}
     return value

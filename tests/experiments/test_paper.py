@@ -216,11 +216,31 @@ def test_table_2_runs_resumes_and_reports(small, monkeypatch, capsys, tmp_path):
     # What is kept is all that the table needs, elsewhere; and it is kept once.
     kept = os.path.join(small, "..", "kept")
     assert len(keep.keep(small, kept)) == 3 and keep.keep(small, kept) == []
+    with open(os.path.join(outcome.folder, "results.json"), "a", encoding="utf-8") as file:
+        file.write("\n")  # as if it had been run anew
+    assert [os.path.basename(os.path.dirname(path)) for path in keep.keep(small, kept)] == [
+        os.path.basename(os.path.dirname(outcome.folder))
+    ]
     monkeypatch.setattr(study, "KEPT", kept)
     elsewhere = os.path.join(small, "..", "elsewhere")
     call(monkeypatch, table2, f"--root={elsewhere}", *flags[1:])
     with open(os.path.join(elsewhere, "small", "table2-tricks.csv"), encoding="utf-8", newline="") as file:
         assert {row["model"]: row for row in csv.DictReader(file)} == rows
+    # A run is one of a config and of data; what has changed since is named.
+    path = os.path.join(outcome.folder, "config.json")
+    with open(path, encoding="utf-8") as file:
+        held = json.load(file)
+    longer = held["encoder"] | {"horizons": [*held["encoder"]["horizons"], 9]}
+    for changed, message in (
+        ({"fingerprint": held["fingerprint"] | {"vocab/item": "0"}}, r"a run of other data \(vocab/item\)"),
+        ({"encoder": longer}, r"of another config \(encoder.horizons.entries: 5 -> 4"),
+    ):
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(held | changed, file)
+        with pytest.raises(ValueError, match=message):
+            run.outcome(outcome.model, 0)
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(held, file)
     # Served as it was trained it says what it said; at another length it is another ranker.
     assert lengths.serve(run, outcome, 16) == pytest.approx(outcome.test["auc"])
     assert lengths.serve(run, outcome, 4) != pytest.approx(outcome.test["auc"])

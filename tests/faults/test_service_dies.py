@@ -1,6 +1,7 @@
 """One of two services is killed, or halted: nothing acknowledged is lost, nothing wrong answered, nobody else waits."""
 
 import concurrent.futures
+import os
 import pathlib
 import signal
 import socket
@@ -36,6 +37,12 @@ def start(path: str, port: int) -> subprocess.Popen:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     return process
+
+
+def halt(process: subprocess.Popen) -> None:
+    """Stops a service where it is; on a busy machine its threads run on for a while after the signal."""
+    process.send_signal(signal.SIGSTOP)
+    os.waitpid(process.pid, os.WUNTRACED)  # until all have stopped
 
 
 class Load:
@@ -179,7 +186,7 @@ def test_a_halted_service_holds_up_its_own_users_only(tmp_path):
         vault = seqvault.open(",".join(f"grpc://127.0.0.1:{port}" for port in ports), timeout_s=5)
         for user in range(USERS):
             vault.append(event(user, 0))
-        services[1].send_signal(signal.SIGSTOP)
+        halt(services[1])
         # As many as wait for a partition, and more: neither reads nor appends of the others stand in line behind them.
         with concurrent.futures.ThreadPoolExecutor(24) as pool:
             began = time.monotonic()
@@ -226,7 +233,7 @@ def test_merging_ends_when_the_service_is_halted(tmp_path):
         vault = seqvault.open(f"grpc://127.0.0.1:{port}", timeout_s=1)
         vault.append({"user": [1], "time": [1], "item": [1], "brand": ["b"]})
         vault.merge()
-        service.send_signal(signal.SIGSTOP)
+        halt(service)
         for call in (vault.merge, vault.flush, vault.users, vault.verify):
             with pytest.raises(seqvault.UnavailableError, match="does not answer any more"):
                 call()

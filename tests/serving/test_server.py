@@ -558,6 +558,7 @@ def test_a_vault_elsewhere_may_halt_or_die(model, known_data, tmp_path):
             assert call(server, path, request)[0] == 200
             wait_until(lambda: events_seen(server) > 0)
             vault.send_signal(signal.SIGSTOP)
+            os.waitpid(vault.pid, os.WUNTRACED)  # until all of its threads have stopped
             with concurrent.futures.ThreadPoolExecutor(1) as pool:
                 ranking = pool.submit(call, server, path, request)
                 for path_of_all in ("/metrics", "/v2/health/live", "/v2/health/ready") * 5:

@@ -27,6 +27,7 @@ from laser_jax.vault.partitioning import is_partitioned, partition_paths
 from laser_jax.vault.storage import is_url, must_read, storage_of
 
 SPLITS = ("train", "valid", "test")
+PROBES = 8  # batches whose needs are looked at before the first
 
 
 class Recipe(Protocol):
@@ -153,11 +154,11 @@ class BatchSource:
         first = np.cumsum(pieces) - pieces
         self._row_start = (np.arange(len(self._row_request)) - first[self._row_request]) * self.num_columns
         self._row_count = np.minimum(counts[self._row_request] - self._row_start, self.num_columns)
-        # What two batches need, and a bit more, fits nearly all: most runs compile one shape. A function of the data
+        # What a few batches need, and a bit more, fits nearly all: most runs compile one shape. A function of the data
         # alone, so that a resumed run pads as before.
         quantum = max(256 // share.num_devices, 8)
         self.least = dict.fromkeys(self._tables, quantum)
-        probes = [self._read(k) for k in sorted({0, self.batches_per_epoch // 2})]
+        probes = [self._read(k) for k in sorted({self.batches_per_epoch * i // PROBES for i in range(PROBES)})]
         for table in self._tables:
             fullest = max(self._fullest(table, part) for probe in probes for part in probe.numbered[table])
             self.least[table] = quantum * (1 + fullest * 5 // (4 * quantum))

@@ -156,8 +156,9 @@ class Study:
     def _check(self, model: Model, folder: str) -> None:
         """Raises ValueError if the finished run in `folder` had other data, or another config.
 
-        Another config it can have by a default that has changed since. Its data are those of the data set, where that
-        is at hand, else those of the study's other runs.
+        Another config it can have by a default that has changed since. Its requests and vocabularies are those of the
+        data set, where that is at hand, else those of the study's other runs; a vault's manifest has names in it that
+        are drawn anew whenever it is built.
         """
         path = os.path.join(folder, "config.json")
         if self.flags or not os.path.exists(path):
@@ -167,7 +168,8 @@ class Study:
         if self._data is None:
             data = self._config(model, 0).data
             self._data = fingerprint(data) if os.path.isdir(data.path) else told["fingerprint"]
-        if other := [name for name in self._data if told["fingerprint"].get(name) != self._data[name]]:
+        lasting = [name for name in self._data if not name.startswith("vault/")]
+        if other := [name for name in lasting if told["fingerprint"].get(name) != self._data[name]]:
             raise ValueError(f"{folder} is a run of other data ({', '.join(other)}): delete it to run it anew")
         before = flatten(_by_place(told))
         now = flatten(_by_place(json.loads(json.dumps(to_dict(self._config(model, 0))))))

@@ -35,7 +35,7 @@ def keep(root: str, kept: str = KEPT) -> list[str]:
         shutil.rmtree(target, ignore_errors=True)
         os.makedirs(target)
         for name in sorted(FILES, key="results.json".__eq__):  # last, for it says that the run is finished
-            if os.path.exists(os.path.join(folder, name)):  # the outsider has no config
+            if os.path.exists(os.path.join(folder, name)):  # older runs of the outsider have no config
                 shutil.copyfile(os.path.join(folder, name), os.path.join(target, name))
         written.append(target)
     return written

@@ -18,8 +18,7 @@ ORDER = (
 #: ages are in both.
 COLUMNS = ("plain", "tricks")
 
-#: Tried for every model (see search.choose), the best on validation kept; each model's own knob comes last. HSTU's
-#: heads never helped, but lower rates did.
+#: Tried for every model (see search.choose), the best on validation kept; each model's own knob comes last.
 TRIALS: tuple[dict[str, Any], ...] = ({}, {"optim.learning_rate": 1e-3}, {"optim.table_learning_rate": 0.2})
 KNOBS: dict[str, dict[str, Any]] = {
     "laser_plus": {"encoder.heads": 2},
@@ -35,7 +34,7 @@ KNOBS: dict[str, dict[str, Any]] = {
     "twin_v2": {"encoder.segment": 5},
     "mirrn": {"encoder.top": 20},
     "transformer": {"encoder.layers": 2},
-    "hstu": {"optim.learning_rate": 1e-3, "optim.table_learning_rate": 0.2},
+    "hstu": {"optim.learning_rate": 1e-3, "optim.table_learning_rate": 0.2},  # either helped, more heads never did
     "stca": {"encoder.layers": 1},
     "longer": {"encoder.group": 8, "encoder.heads": 8, "encoder.width_token": 32},
 }

@@ -4,6 +4,7 @@ A search at full length alone would cost more than the table that it is for, and
 best at 1000.
 """
 
+from collections.abc import Callable
 from itertools import zip_longest
 
 from experiments.paper import models
@@ -83,8 +84,8 @@ def _short(name: str, trial: dict) -> Model:
     return Model(name, name, {**full.settings, "data.history_length": SEARCH_LENGTH})
 
 
-def _best(study: Study, name: str, tried: list[dict], form) -> list[dict]:
-    """The finished ones, best validation AUC first."""
+def _best(study: Study, name: str, tried: list[dict], form: Callable[[str, dict], Model]) -> list[dict]:
+    """The finished ones, best validation AUC first; `form` makes a run of a trial."""
     outcomes: list[tuple[Outcome | None, dict]] = [(study.outcome(form(name, trial), 0), trial) for trial in tried]
     found = [(outcome.results["valid_auc"], trial) for outcome, trial in outcomes if outcome is not None]
     return [trial for _, trial in sorted(found, key=lambda pair: -pair[0])]

@@ -31,7 +31,7 @@ def few_steps(path: str, encoder: str, steps: int, mesh: MeshConfig, make_config
     """
     config = make_config(encoder)
     config.data.path, config.data.batch_size = path, 16
-    config.head.matches = ("item", "category")
+    config.head.matches, config.head.mean = ("item", "category"), True
     config.train.seed = 3
     for name, value in changes.items():
         setattr(config.optim, name, value)

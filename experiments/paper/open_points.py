@@ -18,7 +18,6 @@ def choices(base: Model) -> list[Model]:
         "heads": (1, 2, 4, 8),
         "key_width": (8, 16, 32),
         "gate": ("sigmoid", "softmax"),
-        "mean": (False, True),
     }
     if config.layers:
         points |= {
@@ -38,9 +37,9 @@ def choices(base: Model) -> list[Model]:
         for value in values:
             if value != getattr(config, point):
                 rows.append(base.but(f"{point}={value}", **{f"encoder__{point}": value}))
-    for products in (True, False):
-        if products != base.settings["head.products"]:
-            rows.append(base.but(f"head.products={products}", head__products=products))
+    products = not base.settings["head.products"]
+    rows.append(base.but(f"head.products={products}", head__products=products))
+    rows.append(base.but("head.mean=False", head__mean=False))
     return rows
 
 

@@ -27,7 +27,7 @@ def forms(base: Model) -> list[Model]:
     gsta = dict(encoder__segment=10, encoder__recency="age", encoder__pool=True, encoder__layers=2)
     return [
         base.but("laser_plus, whole history only", encoder__horizons=(1000,)),
-        base.but("laser_plus without the mean", encoder__mean=False),
+        base.but("laser_plus without the mean", head__mean=False),
         base.but("laser_plus, 2 heads", encoder__heads=2),
         base.but("laser_plus with GSTA", **gsta),
         base.but("laser_plus with GSTA, FFN 1x, recent", **gsta, encoder__segment_ffn=1, encoder__recent=1),

@@ -3,7 +3,7 @@
   python -m experiments.paper.table3 --data=completejourney --seeds=3 --base=laser_plus
 
 Of laser the paper's ablations: recency, fusion, FFN and LayerNorm, LayerNorm, softmax for sigmoid. Of laser_plus its
-horizons, its mean, and what it has no more. Differences are paired over users. Writes
+horizons, the mean beside them, and what it has no more. Differences are paired over users. Writes
 ROOT/DATA/table3-BASE.{md,csv,png}.
 """
 
@@ -29,8 +29,7 @@ def ablations(base: Model) -> list[Model]:
             base.but("no LayerNorm", encoder__norm="none"),
             base.but("no FFN, no LayerNorm", encoder__segment_ffn=0, encoder__norm="none"),
         ]
-    if config.mean:
-        rows.append(base.but("no mean", encoder__mean=False))
+    rows.append(base.but("no mean", head__mean=False))
     if config.horizons:
         tokens = dict(encoder__segment=10, encoder__recency="age", encoder__pool=True)
         rows += [

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from laser_jax.layers.segment_products import weighted_sums
 from laser_jax.layers.segment_sums import cut_segments, project_heads, segment_sums_bwd, segment_sums_fwd
-from laser_jax.layers.tokens import features_of, gather_fields, sum_of_events
+from laser_jax.layers.tokens import features_of, gather_fields
 
 
 def chunk_size(batch: int, most: int) -> int:
@@ -19,40 +19,39 @@ def chunk_size(batch: int, most: int) -> int:
     return next(size for size in range(min(most, batch), 0, -1) if batch % size == 0) if batch else 1
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9, 10))
-def chunked_segment_tokens(rows, indices, u, wv, bias, mask, width, gate, chunk, compute, total):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
+def chunked_segment_tokens(rows, indices, u, wv, bias, mask, width, gate, chunk, compute):
     """Gated sums over each segment of the features of its events, projected to values.
 
     Args:
       rows: one [U, D] a field; indices: one int32 [B, L] a field. u: [B, C * H, f] folded queries; wv: [f, H, dv];
       bias: [C * H]. mask: [B, L]. width: w. gate: see segment_attention. chunk: users at a time, a divisor of B.
-      compute: type of the events once they are gathered. total: whether the sum of all events is asked for.
+      compute: type of the events once they are gathered.
 
     Returns:
-      tokens [B, S, C, H * dv], log mass [B, S, C * H] and total [B, f] or None.
+      tokens [B, S, C, H * dv] and log mass [B, S, C * H].
     """
-    return _forward(rows, indices, u, wv, bias, mask, width, gate, chunk, compute, total)[0]
+    return _forward(rows, indices, u, wv, bias, mask, width, gate, chunk, compute)[0]
 
 
-def _forward(rows, indices, u, wv, bias, mask, width, gate, chunk, compute, total):
+def _forward(rows, indices, u, wv, bias, mask, width, gate, chunk, compute):
     def one(part):
         index, u, mask = part
-        features = features_of(gather_fields(rows, index))
-        x = cut_segments(features.astype(compute), width)
+        x = cut_segments(features_of(gather_fields(rows, index)).astype(compute), width)
         (z, log_mass), (*_, gates, _, _) = segment_sums_fwd(x, u, bias, cut_segments(mask, width), gate)
-        return project_heads(z, wv), log_mass, sum_of_events(features, mask) if total else None, gates
+        return project_heads(z, wv), log_mass, gates
 
     found = jax.lax.map(one, _chunks((indices, u, mask), chunk))
-    *results, gates = jax.tree.map(_whole, found)
-    return tuple(results), (rows, indices, u, wv, mask, gates, results[1])
+    tokens, log_mass, gates = jax.tree.map(_whole, found)
+    return (tokens, log_mass), (rows, indices, u, wv, mask, gates, log_mass)
 
 
-def _backward(width, gate, chunk, compute, total, saved, cotangents):
+def _backward(width, gate, chunk, compute, saved, cotangents):
     rows, indices, u, wv, mask, gates, log_mass = saved
     length = mask.shape[1]
 
     def one(totals, part):
-        index, u, mask, gates, log_mass, (dtokens, dlog_mass, dtotal) = part
+        index, u, mask, gates, log_mass, (dtokens, dlog_mass) = part
         drows, dwv = totals
         features, back = jax.vjp(features_of, gather_fields(rows, index))
         x = cut_segments(features.astype(compute), width)
@@ -61,10 +60,7 @@ def _backward(width, gate, chunk, compute, total, saved, cotangents):
         saved = (x, u, gates, log_mass, cut_segments(mask, width))
         dx, du, dbias, _ = segment_sums_bwd(gate, saved, (dz, dlog_mass))
         dx = dx.reshape(len(mask), -1, dx.shape[-1])[:, -length:]
-        dx = dx.astype(features.dtype)
-        if total:
-            dx += jnp.where(mask[..., None], dtotal[:, None].astype(dx.dtype), 0)
-        (dvalues,) = back(dx)
+        (dvalues,) = back(dx.astype(features.dtype))
         drows = tuple(total.at[places].add(values) for total, places, values in zip(drows, index, dvalues, strict=True))
         return (drows, dwv + more_dwv), (du, dbias)
 

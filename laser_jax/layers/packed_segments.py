@@ -46,7 +46,7 @@ def packed_segment_tokens(rows, indices, positions, u, wv, bias, mask, width: in
     at = jnp.where(real, user[:, None] * length + place, 0)
     real &= mask.reshape(-1)[at]
     # Every segment is a request of its own here, with the queries of its user.
-    tokens, log_mass, _ = chunked_segment_tokens(
+    tokens, log_mass = chunked_segment_tokens(
         rows,
         tuple(index.reshape(-1)[at] for index in indices),
         u.at[user].get(mode="clip"),
@@ -57,7 +57,6 @@ def packed_segment_tokens(rows, indices, positions, u, wv, bias, mask, width: in
         gate,
         chunk_size(len(positions), chunk),
         compute,
-        total=False,
     )
     return tokens, log_mass
 

@@ -99,7 +99,6 @@ def segment_attention_chunked(
     gate: str = "sigmoid",
     chunk: int = 8,
     compute="float32",
-    total: bool = False,
 ):
     """The same again for events that are still rows of tables: gathered for `chunk` users at a time, so that no array
     as large as the history exists.
@@ -107,19 +106,14 @@ def segment_attention_chunked(
     Args:
       rows: one [U, D] a field; indices: one int32 [B, L] a field; f is the sum of D.
       chunk: users at a time, at most. compute: type of the events once they are gathered.
-      total: whether the sum of all events is asked for, while they are at hand.
-
-    Returns:
-      As above; with `total` also [B, f], the sum of the real events' features.
     """
     u = _flat_queries(q, wq, wk)
     bias = _flat_bias(bias, q.shape[1])
     chunk = chunk_size(len(mask), chunk)
-    tokens, log_mass, sums = chunked_segment_tokens(
-        tuple(rows), tuple(indices), u, wv, bias, mask, width, gate, chunk, compute, total
+    tokens, log_mass = chunked_segment_tokens(
+        tuple(rows), tuple(indices), u, wv, bias, mask, width, gate, chunk, compute
     )
-    found = jnp.moveaxis(tokens, 1, 2), _by_candidate(log_mass, q.shape[1])
-    return (*found, sums) if total else found
+    return jnp.moveaxis(tokens, 1, 2), _by_candidate(log_mass, q.shape[1])
 
 
 def segment_attention_packed(

@@ -21,6 +21,7 @@ def gather_fields(rows: Sequence[jax.Array], indices: Sequence[jax.Array]) -> li
     return [jnp.asarray(row)[index] for row, index in zip(rows, indices, strict=True)]
 
 
-def sum_of_events(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """Features [B, L, f] of events, mask [B, L] of the real ones -> [B, f]."""
-    return jnp.einsum("blf,bl->bf", x, mask.astype(x.dtype))
+def mean_of_events(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Features [B, L, f] of events, mask [B, L] of the real ones -> [B, f]; zeros of an empty history."""
+    total = jnp.einsum("blf,bl->bf", x, mask.astype(x.dtype))
+    return total / jnp.maximum(mask.sum(axis=1, keepdims=True), 1)

@@ -17,7 +17,7 @@ from laser_jax.layers.mlp import weight
 from laser_jax.layers.rankmixer import RankMixer
 from laser_jax.layers.recency import age_bucket
 from laser_jax.layers.segment_runs import reaches_of
-from laser_jax.layers.tokens import features_of, gather_fields
+from laser_jax.layers.tokens import features_of, gather_fields, mean_of_events
 from laser_jax.shapes import (
     CandidateTokens,
     EncoderTokens,
@@ -133,6 +133,7 @@ class HeadConfig:
     Attributes:
       tokens: T; width: D, a multiple of T; expansion: hidden width of a token's feed-forward over D; blocks: how many.
       products: whether the head also sees encoder token * candidate token.
+      mean: whether the head also sees the mean of all events, taken once a request, as one more encoder token.
       matches: fields of candidates and events; the head also sees how much gate the events have that share the
         candidate's value of each; see layers/matches.py. Empty for none.
       match_gates: gates of an event, for `matches`.
@@ -146,6 +147,7 @@ class HeadConfig:
     expansion: int = 2
     blocks: int = 2
     products: bool = True
+    mean: bool = False
     matches: tuple[str, ...] = ()
     match_gates: int = 4
     match_horizons: tuple[int, ...] = ()
@@ -197,7 +199,7 @@ class Ranker(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.layout = layout
-        self.products = head.products
+        self.products, self.mean = head.products, head.mean
         self.history_length = history_length
         self.age_buckets = age_buckets
         self.candidate_width = sum(size for _, _, size in layout.candidate)
@@ -212,7 +214,7 @@ class Ranker(nnx.Module):
         self.matches = MatchReadout(width_in, width, fields, head.match_gates, reaches, rngs=rngs) if fields else None
         self.compares = tuple(dict.fromkeys((*self.encoder.compares, *head.matches)))
         context_width = sum(size for _, _, size in layout.context)
-        parts = 1 + self.encoder.num_tokens * (2 if head.products else 1) + bool(head.matches)
+        parts = 1 + (self.encoder.num_tokens + head.mean) * (2 if head.products else 1) + bool(head.matches)
         self.head = RankMixer(
             parts * width + context_width,
             tokens=head.tokens,
@@ -278,11 +280,14 @@ class Ranker(nnx.Module):
         """Reads requests' histories; returns what scores candidates: (q, side) -> logits and what the encoder says."""
         mask = jnp.arange(age.shape[1]) >= age.shape[1] - length[:, None]
         read = self.encoder.precompute(history, mask, age)
+        mean = mean_of_events(history.features(), mask) @ history.w_in if self.mean else None
         gates = None if self.matches is None else self.matches.gates(history.features(), mask)
 
         def score(q, side):
             out = self.encoder.score(read, q, side)
             tokens = [q, *(out.tokens[:, :, p] for p in range(out.tokens.shape[2]))]
+            if mean is not None:
+                tokens.append(jnp.broadcast_to(mean[:, None], q.shape))
             if self.products:
                 tokens += [token * q for token in tokens[1:]]
             if self.matches is not None:
@@ -300,10 +305,12 @@ class Ranker(nnx.Module):
         length = self.history_length
         once, each = self.encoder.macs(candidates, length)
         matched, match = (0, 0) if self.matches is None else self.matches.macs(length)
+        width_in, width = self.w_in.shape
+        mean_macs = length * width_in + width_in * width
         return {
             "encoder_request": once,
             "encoder_candidate": each,
-            "head_request": matched,
+            "head_request": matched + (mean_macs if self.mean else 0),
             "head_candidate": self.head.macs() + match,
         }
 

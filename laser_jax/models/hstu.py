@@ -19,7 +19,7 @@ from laser_jax.layers.self_attention import (
 )
 from laser_jax.models.base import SeqOut, SequenceEncoder, TokenSource, residual_scale
 
-OWN_BIAS = -10.0  # of a row's score with itself, at init
+OWN_BIAS = -10.0  # of a row's score with itself, at init if tied
 
 
 @dataclasses.dataclass
@@ -102,8 +102,10 @@ class HstuLayer(nnx.Module):
             self.wo[...] = scale * jnp.eye(width)
         # Distances 0 (a row to itself) to N (a candidate to the oldest event).
         self.by_distance = nnx.Param(normal(rngs.params(), (history_length + 1,)))
-        # Nothing is as similar to a row as itself: it would drown what the history says, by which candidates differ.
-        self.by_distance[...] = self.by_distance[...].at[0].set(OWN_BIAS)
+        if config.tied:
+            # Where scores are similarities, nothing is as similar to a row as itself: it would drown what the history
+            # says, by which candidates differ.
+            self.by_distance[...] = self.by_distance[...].at[0].set(OWN_BIAS)
         self.by_gap = nnx.Param(normal(rngs.params(), (TIME_BUCKETS,)))
         self.norm = nnx.LayerNorm(width, use_bias=False, use_scale=False, rngs=rngs)
 

@@ -25,7 +25,6 @@ from laser_jax.layers.segment_runs import (
 )
 from laser_jax.layers.segment_sums import GATES, loudest_value
 from laser_jax.layers.target_attention import TargetAttention, masked_softmax
-from laser_jax.layers.tokens import sum_of_events
 from laser_jax.models.base import SeqOut, SequenceEncoder, TokenSource, residual_scale
 
 COMPUTE = ("float32", "bfloat16")
@@ -50,7 +49,6 @@ class LaserConfig:
       horizons: numbers of newest events over which the head also gets the attention and its mass, besides the whole
         history; empty for none. Those longer than the history are left out. With any, no event is read beyond the
         history length that the encoder was built for.
-      mean: whether the head also gets the mean of all events, which is taken once a request.
       tied: Wk := Wq and value projections := I at init (without it one pass does not align gates and values).
       compute: "float32" or "bfloat16", of the events in STA; what is added up stays float32.
       kernel: what sums where folding pays and nothing is chunked: "xla", or on GPU and TPU "pallas" (one fused kernel
@@ -74,7 +72,6 @@ class LaserConfig:
     recent: int = 3
     pool: bool = True
     horizons: tuple[int, ...] = ()
-    mean: bool = False
     tied: bool = True
     compute: str = "float32"
     kernel: str = "xla"
@@ -97,18 +94,18 @@ def laser_plus(**overrides) -> LaserConfig:
     """Target attention over several horizons for the price of one: softmax gates in a segment, and its log-sum-exp.
 
     That is all that attention over any run of whole segments needs: how wide they are changes what it costs, and not
-    what comes out. Beside them the mean of all events, once a request. With these, GSTA layers, the loudest values,
-    newest segment tokens and feed-forwards on segment tokens, most of what `laser` costs a candidate, gain nothing.
+    what comes out. With these, GSTA layers, the loudest values, newest segment tokens and feed-forwards on segment
+    tokens, most of what `laser` costs a candidate, gain nothing.
     """
     settings = dict(gate="softmax", norm="pre", heads=4, segment=200, segment_ffn=0, recency="none", recent=0)
-    settings |= dict(mass_logit=True, layers=0, pool=False, horizons=(20, 50, 200, 1000), mean=True)
+    settings |= dict(mass_logit=True, layers=0, pool=False, horizons=(20, 50, 200, 1000))
     return LaserConfig(**{**settings, **overrides})
 
 
 class LaserEncoder(SequenceEncoder):
     """History -> segment tokens per candidate (STA) -> refined target (GSTA) -> tokens for the head.
 
-    In this order: global, loudest, recent, horizons, mean; each where the config asks for it.
+    In this order: global, loudest, recent, horizons; each where the config asks for it.
     """
 
     def __init__(self, config: LaserConfig, width_in: int, width: int, history_length: int, *, rngs: nnx.Rngs):
@@ -139,9 +136,8 @@ class LaserEncoder(SequenceEncoder):
         )
         self.num_tokens = int(config.layers > 0) + int(config.pool) + config.recent
         self.num_tokens += self.horizons.num_tokens if self.horizons is not None else 0
-        self.num_tokens += int(config.mean)
         if not self.num_tokens:
-            raise ValueError("layers=0, pool=False, recent=0, mean=False and no horizons leave no token for the head")
+            raise ValueError("layers=0, pool=False, recent=0 and no horizons leave no token for the head")
         shape = (width, config.heads, config.key_width)
         self.wq = weight(rngs, shape)
         self.wk = nnx.Param(self.wq[...]) if config.tied else weight(rngs, shape)
@@ -177,11 +173,7 @@ class LaserEncoder(SequenceEncoder):
         )
         recency = None if self.recency is None else self.recency(newest_age)
         events = history if config.chunk else history.features()
-        total = None
-        if config.mean and not config.chunk:  # else it is taken where events are gathered, see _attend
-            every = Run(runs[0].begin, 0, runs[0].begin)
-            total = sum_of_events(part(events, every), part(mask, every))
-        return events, history.w_in, mask, num_events, recency, total
+        return events, history.w_in, mask, num_events, recency
 
     def _runs(self, mask) -> tuple[Run, ...]:
         """Of these histories; the last horizon is as long as the encoder was built for, nothing beyond it is read."""
@@ -189,14 +181,14 @@ class LaserEncoder(SequenceEncoder):
         return self.config.runs(min(length, self.history_length) if self.config.horizons else length)
 
     def score(self, ctx, q, side) -> SeqOut:
-        events, w_in, mask, num_events, recency, total = ctx
+        events, w_in, mask, num_events, recency = ctx
         config, alive = self.config, num_events > 0
         wk = jnp.einsum("fd,dhk->fhk", w_in, self.wk[...])
         wv = jnp.einsum("fd,dhv->fhv", w_in, self.wv[...])
         bias = jnp.zeros((config.heads,)) if self.gate_bias is None else self.gate_bias[...]
         weights, fold = (self.wq[...], wk, wv, bias), self._fold(q.shape[1])
         found = [self._attend(q, events, mask, run, weights, fold) for run in self._runs(mask)]
-        segments, masses, totals = zip(*found, strict=True)
+        segments, masses = zip(*found, strict=True)
         s, log_mass = jnp.concatenate(segments, axis=2), jnp.concatenate(masses, axis=3)
         sums, s, tokens = s, self._refine(s, recency), []
         if config.layers:
@@ -215,27 +207,20 @@ class LaserEncoder(SequenceEncoder):
             tokens.append(newest[:, :, : -1 - config.recent : -1])
         if self.horizons is not None:
             tokens.append(self.horizons(sums, log_mass, alive, num_events))
-        if config.mean:
-            total = sum(totals) if config.chunk else total
-            mean = (total / jnp.maximum(num_events.sum(axis=1, keepdims=True), 1)) @ w_in
-            tokens.append(jnp.broadcast_to(mean[:, None, None], (*q.shape[:2], 1, q.shape[2])))
         return SeqOut(tokens=jnp.concatenate(tokens, axis=2), diag={"loudness": self._loudness(log_mass, num_events)})
 
     def _attend(self, q, events, mask, run, weights, fold):
-        """Of a run: gated sums and log mass of its segments; in chunks also the sum of its events, for the mean."""
+        """Of a run: gated sums and log mass of its segments."""
         config, mask = self.config, part(mask, run)
         form = dict(width=run.width, gate=config.gate)
         if config.chunk and fold:
             indices = [part(index, run) for index in events.indices]
-            form |= dict(chunk=config.chunk, compute=config.compute, total=config.mean)
-            found = sta.segment_attention_chunked(q, events.rows, indices, mask, *weights, **form)
-            return found if config.mean else (*found, None)
-        x = part(events.features() if config.chunk else events, run)
-        total = sum_of_events(x, mask) if config.mean and config.chunk else None
-        x = x.astype(config.compute)
+            form |= dict(chunk=config.chunk, compute=config.compute)
+            return sta.segment_attention_chunked(q, events.rows, indices, mask, *weights, **form)
+        x = part(events.features() if config.chunk else events, run).astype(config.compute)
         if fold:
-            return *sta.segment_attention_folded(q, x, mask, *weights, **form, kernel=config.kernel), total
-        return *sta.segment_attention_shared(q, x, mask, *weights, **form), total
+            return sta.segment_attention_folded(q, x, mask, *weights, **form, kernel=config.kernel)
+        return sta.segment_attention_shared(q, x, mask, *weights, **form)
 
     def _refine(self, s, recency):
         """Gated sums [B, C, S, d] -> segment tokens."""
@@ -274,8 +259,6 @@ class LaserEncoder(SequenceEncoder):
         if self.horizons is not None:
             each += self.horizons.macs(segments)
         each += sum(layer.macs(segments) for layer in self.gsta)
-        if config.mean:
-            once += length * self.width_in + self.width_in * d
         return once, each
 
 

@@ -17,7 +17,7 @@ from laser_jax.layers.self_attention import TransformerLayer, blockwise_softmax_
 from laser_jax.layers.target_attention import masked_softmax
 from laser_jax.models.base import SeqOut, SequenceEncoder, TokenSource, residual_scale
 
-OWN_BIAS = -10.0  # of globals' scores with each other, at init
+OWN_BIAS = -10.0  # of a global's score with itself, at init if tied
 
 
 @dataclasses.dataclass
@@ -78,8 +78,9 @@ class LongerEncoder(SequenceEncoder):
         self.cls = nnx.Param(init(rngs.params(), (merged,)))
         scale = residual_scale(config.layers)
         self.layers = nnx.List([layer(merged, scale) for _ in range(config.layers)])
-        # A softmax has one first place. Nothing is as similar to a candidate as itself: it would hear itself only.
-        self.own_bias = nnx.Param(jnp.full((config.layers, config.heads), OWN_BIAS))
+        # A softmax has one first place. Where scores are similarities, nothing is as similar to a candidate as itself:
+        # it would hear itself only.
+        self.own_bias = nnx.Param(jnp.full((config.layers, config.heads), OWN_BIAS if config.tied else 0.0))
         self.w_out = weight(rngs, (merged, width))
         if config.tied:
             self._tie(scale, rngs)
@@ -150,14 +151,14 @@ def _read(q, own_k, own_v, own_bias, k, v, alive):
     """Each candidate's globals over each other and the groups.
 
     Args:
-      q, own_k, own_v: [B, C, m, H, D / H], of the globals, q scaled; own_bias: [H], of their scores with each other.
+      q, own_k, own_v: [B, C, m, H, D / H], of the globals, q scaled; own_bias: [H], of their scores with themselves.
       k, v: [B, n, H, D / H]; alive: [B, n].
 
     Returns:
       [B, C, m, H, D / H].
     """
     m = q.shape[2]
-    own = jnp.einsum("bcmhk,bcohk->bcmho", q, own_k) + own_bias[:, None]
+    own = jnp.einsum("bcmhk,bcohk->bcmho", q, own_k) + own_bias[:, None] * jnp.eye(m)[:, None]
     scores = [own, jnp.einsum("bcmhk,bnhk->bcmhn", q, k)]
     seen = jnp.pad(alive, ((0, 0), (m, 0)), constant_values=True)[:, None, None, None]
     p = masked_softmax(jnp.concatenate(scores, axis=-1), seen)

@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 from flax import nnx
 
-from laser_jax.layers.tokens import sum_of_events
+from laser_jax.layers.tokens import mean_of_events
 from laser_jax.models.base import SeqOut, SequenceEncoder, TokenSource
 
 
@@ -27,8 +27,7 @@ class MeanEncoder(SequenceEncoder):
 
     def precompute(self, history: TokenSource, mask, age):
         # The mean commutes with w_in, so pool the narrow features and project once.
-        total = sum_of_events(history.features(), mask)
-        return (total / jnp.maximum(mask.sum(axis=1, keepdims=True), 1)) @ history.w_in
+        return mean_of_events(history.features(), mask) @ history.w_in
 
     def score(self, ctx, q, side) -> SeqOut:
         return SeqOut(tokens=jnp.broadcast_to(ctx[:, None, None], (*q.shape[:2], 1, q.shape[-1])))

@@ -95,8 +95,7 @@ def _laser(module, h, mask, age, q):
             for back in range(config.recent):
                 n = len(cut) - 1 - back
                 tokens.append(s[b, c, n] if n >= 0 and alive[b, n] else np.zeros(q.shape[2]))
-            mean = h[b][mask[b]].sum(axis=0) / max(mask[b].sum(), 1)
-            out[b, c] = [*tokens, *_horizons(module, h[b], mask[b], q[b, c]), *([mean] if config.mean else [])]
+            out[b, c] = [*tokens, *_horizons(module, h[b], mask[b], q[b, c])]
     return out
 
 

@@ -120,9 +120,11 @@ def longer(module, h, mask, age, q):
         globals_ = [[naive.gelu(row) @ _array(module.w_candidate), _array(module.cls)] for row in q[b]]
         start = np.array(globals_)
         for layer, own_bias in zip(module.layers, _array(module.own_bias), strict=True):
-            # [H, seen]
-            bias = np.stack([[value] * 2 + [0.0] * len(groups) for value in own_bias])
-            globals_ = [[layer_row(layer, g, [*own, *groups.values()], bias) for g in own] for own in globals_]
+            own_bias = [[value] + [0.0] * (1 + len(groups)) for value in own_bias]  # [H, seen]
+            globals_ = [
+                [layer_row(layer, g, [g, other, *groups.values()], np.array(own_bias)) for g, other in (own, own[::-1])]
+                for own in globals_
+            ]
             newest = [place for place in groups if place >= -config.newest]
             groups = {i: layer_row(layer, groups[i], [groups[j] for j in groups if j <= i]) for i in newest}
         out[b] = (np.array(globals_) - start) @ _array(module.w_out)

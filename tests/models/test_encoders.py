@@ -88,7 +88,6 @@ FORMS = [
     *((name, {}) for name in NAMES),
     ("ta", {"mass": True}),
     ("laser_plus", {"segment": 200}),
-    ("laser_plus", {"mean": False}),
     ("laser_plus", {"layers": 2, "pool": True, "recency": "age"}),
     ("laser_plus", {"layers": 2, "pool": True, "recency": "age", "segment_ffn": 1, "recent": 2}),
     ("din", {"softmax": True}),

@@ -44,13 +44,12 @@ def test_horizons_are_exact_target_attention_over_the_newest_events(horizons, se
     source = harness.source(x, harness.normal(np.random.default_rng(0), harness.FEATURES, harness.WIDTH))
     tokens = np.asarray(jax.jit(lambda x: module(source, mask, age, q, {}).tokens)(x))
     reaches = sorted({events for events in horizons if events < 12} | {12})
-    assert tokens.shape[2] == len(reaches) + 2 == module.num_tokens  # their mass, and the mean of all
+    assert tokens.shape[2] == len(reaches) + 1 == module.num_tokens  # and their mass
     for k, reach in enumerate(reaches):
         newest = mask & (np.arange(12) >= 12 - reach)
         want, _ = attend_shared(q, source.dense(), newest, module.wq[...], module.wk[...], module.wv[...])
         np.testing.assert_allclose(tokens[:, :, k], want.reshape(tokens[:, :, k].shape), rtol=2e-5, atol=2e-5)
-    mass = np.arange(tokens.shape[2]) == len(reaches)
-    assert not tokens[-1][:, ~mass].any()  # nothing to read; that of mass says so
+    assert not tokens[-1][:, :-1].any()  # nothing to read; that of mass says so
 
 
 @pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
@@ -83,16 +82,6 @@ def test_every_form_of_attention_gives_the_same(name, monkeypatch):
             found.append(encoder.gradient(encoder.params, x, mask, age, q, weights))
     for other in found[1:]:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=5e-5, atol=5e-5), other, found[0])
-
-
-@pytest.mark.parametrize("fold", [False, True])
-def test_the_mean_is_of_events_as_they_are_however_they_are_gathered_and_computed(fold, monkeypatch):
-    x, mask, age, q = harness.histories()
-    want = harness.encoder("laser_plus")(x, mask, age, q)[:, :, -1]
-    monkeypatch.setattr(sta, "use_fold", lambda *sizes: fold)
-    for form in (dict(chunk=2), dict(compute="bfloat16"), dict(compute="bfloat16", chunk=2)):
-        got = harness.Encoder("laser_plus", **form)(x, mask, age, q)[:, :, -1]
-        np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["laser", "laser_plus"])
@@ -148,7 +137,7 @@ def test_the_gates_of_a_segment_sum_to_about_one_at_init():
         ({"gate": "tanh"}, "gate='tanh' is not one of"),
         ({"norm": "both"}, "norm='both' is not 'pre', 'post' or 'none'"),
         ({"horizons": (20, 0)}, "give numbers of events, at least 1 each"),
-        (dict(layers=0, pool=False, recent=0), "mean=False and no horizons leave no token for the head"),
+        (dict(layers=0, pool=False, recent=0), "recent=0 and no horizons leave no token for the head"),
         ({"heads": 3}, "width=8 is not a multiple of heads=3"),
         ({"recent": 7}, "recent=7 is not within the 6 segments"),
         ({"recency": "time"}, "recency='time' is not one of"),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from laser_jax.layers.recency import age_bucket
 from laser_jax.layers.tokens import unit_rms
 from laser_jax.losses import bce_sum
 from laser_jax.models import encoder_config
@@ -25,7 +26,7 @@ B, C, L = 3, 4, 10
 
 def ranker(name="laser_plus", **changes):
     arguments = dict(width=8, history_length=L, age_width=2, age_buckets=8, embedding_std=0.1, rngs=nnx.Rngs(0))
-    head = HeadConfig(tokens=4, width=8, blocks=1)
+    head = HeadConfig(tokens=4, width=8, blocks=1, mean=changes.pop("mean", True))
     return Ranker(changes.pop("layout", LAYOUT), encoder_config(name, **SMALL[name]), head, **{**arguments, **changes})
 
 
@@ -119,11 +120,29 @@ def test_each_input_reaches_the_logit():
     assert np.abs(got - want)[0].max() > 1e-6
 
 
+def test_the_head_sees_the_mean_of_all_events_whatever_the_encoder_says():
+    model, plain = ranker("ta"), ranker("ta", mean=False)
+    rows, batch = draw()
+    for other in (model, plain):
+        other.head = lambda tokens: tokens  # what the head is given
+    given, without = model(rows, batch)[0], plain(rows, batch)[0]
+    fields = [rows[table][batch["history"][name]] for name, table, _ in LAYOUT.history]
+    ages = model.age_rows[...][age_bucket(batch["age"], 8)]
+    events = np.asarray(unit_rms(np.concatenate([*fields, ages], axis=-1))) @ np.asarray(model.w_in[...])
+    want = np.stack([np.zeros(8), events[1, -5:].mean(axis=0), np.zeros(8)])
+    want[0] = events[0].mean(axis=0)  # the last user has no history
+    q, of_encoder, mean, products = given[..., :8], given[..., 8:16], given[..., 16:24], given[..., 24:40]
+    np.testing.assert_allclose(mean, np.broadcast_to(want[:, None], mean.shape), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(products, jnp.concatenate([of_encoder * q, mean * q], axis=-1), rtol=1e-5)
+    np.testing.assert_allclose(jnp.delete(given, np.r_[16:24, 32:40], axis=-1), without, rtol=1e-5, atol=1e-6)
+
+
 def test_macs_cover_the_whole_history():
-    model = ranker("laser")
+    model, width_in = ranker("laser"), 10
     for candidates in (1, 50):
         once, each = model.encoder.macs(candidates, L)
-        want = {"encoder_request": once, "encoder_candidate": each, "head_request": 0}
+        want = {"encoder_request": once, "encoder_candidate": each, "head_request": L * width_in + width_in * 8}
+        assert ranker("laser", mean=False).macs(candidates)["head_request"] == 0
         assert model.macs(candidates) == want | {"head_candidate": model.head.macs()}
 
 

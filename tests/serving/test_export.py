@@ -65,7 +65,7 @@ def test_it_scores_as_the_run_did(workdir, trained, model):
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_every_encoder_exports_and_short_histories_may_have_programs_of_their_own(known_data, tmp_path, encoder):
     config = get_config(encoder)
-    config.data.path, config.head.matches = known_data.path, ("item", "category")
+    config.data.path, config.head.matches, config.head.mean = known_data.path, ("item", "category"), True
     fresh = untrained(config)
     export_model(fresh, str(tmp_path / "model"), lengths=(8,))
     model = ExportedModel(str(tmp_path / "model"))

@@ -13,7 +13,7 @@ ORDER = (
 )  # fmt: skip
 
 #: What all models are given alike. "plain": each model's own card, untied projections, neither products nor matches nor
-#: the mean in the head. "tricks": all that is not tied to segments, Wk := Wq at init, pre-norm, product features with the
+#: the mean in the head. "tricks": all that is not tied to segments, Wk := Wq at init, product features with the
 #: candidate, the mean of all events, and what the history holds of the candidate's own kind, by the fields that the
 #: experiment says. Unit-RMS tokens and log-spaced ages are in both.
 COLUMNS = ("plain", "tricks")
@@ -22,7 +22,7 @@ COLUMNS = ("plain", "tricks")
 TRIALS: tuple[dict[str, Any], ...] = ({}, {"optim.learning_rate": 1e-3}, {"optim.table_learning_rate": 0.2})
 KNOBS: dict[str, dict[str, Any]] = {
     "laser_plus": {"encoder.heads": 2},
-    "laser": {"encoder.gate": "softmax"},
+    "laser": {"encoder.norm": "pre"},
     "ta": {"encoder.mass": True},
     "mean": {"optim.learning_rate": 4e-3},
     "din": {"encoder.softmax": False},
@@ -57,8 +57,6 @@ def model(name: str, column: str) -> Model:
         settings |= without
     if "tied" in {field.name for field in dataclasses.fields(encoder_config(name))}:
         settings["encoder.tied"] = column != "plain"
-    if name == "laser" and column != "plain":
-        settings["encoder.norm"] = "pre"  # as all others have it
     if name == "mean":
         settings["head.mean"] = False  # is its own
     if name == "transformer":

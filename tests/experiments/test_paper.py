@@ -172,7 +172,7 @@ def test_variants_have_the_learning_rates_that_were_found_and_their_own_form():
         return search.chosen_rates(ran, "laser").settings
 
     own = models.model("laser", "tricks").settings
-    assert best(**{"encoder.gate": "softmax"}) == own
+    assert best(**{"encoder.norm": "pre"}) == own
     assert best(**{"optim.learning_rate": 1e-3}) == own | {"optim.learning_rate": 1e-3}
 
 

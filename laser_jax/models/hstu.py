@@ -10,13 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from laser_jax.layers.blockwise_attention import TIME_BUCKETS, blockwise_silu_attention, relative_bias
 from laser_jax.layers.mlp import weight
-from laser_jax.layers.self_attention import (
-    TIME_BUCKETS,
-    blockwise_silu_attention,
-    counted_from_newest,
-    relative_bias,
-)
+from laser_jax.layers.self_attention import counted_from_newest
 from laser_jax.models.base import SeqOut, SequenceEncoder, TokenSource, residual_scale
 
 OWN_BIAS = -10.0  # of a row's score with itself, at init if tied

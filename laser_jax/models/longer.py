@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from laser_jax.layers.blockwise_attention import blockwise_softmax_attention
 from laser_jax.layers.mlp import weight
 from laser_jax.layers.segment_sums import cut_segments
-from laser_jax.layers.self_attention import TransformerLayer, blockwise_softmax_attention, counted_from_newest
+from laser_jax.layers.self_attention import TransformerLayer, counted_from_newest
 from laser_jax.layers.target_attention import masked_softmax
 from laser_jax.models.base import SeqOut, SequenceEncoder, TokenSource, residual_scale
 

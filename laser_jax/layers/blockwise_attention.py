@@ -202,6 +202,11 @@ def _stages(rows: int, keys: int, causal: bool, block: int) -> Iterator[tuple[in
         yield begin, end, keys - rows + end if causal else keys
 
 
+def pairs_computed(rows: int, keys: int, causal: bool, block: int) -> int:
+    """How many pairs of the newest `rows` of `keys` events are looked at, seen or not."""
+    return sum((end - begin) * seen for begin, end, seen in _stages(rows, keys, causal, block))
+
+
 def _map_blocks(attend: Callable, keys, rows, causal, block: int):
     """attend(*keys, *rows of a block) for all blocks of rows; results are joined along axis 1.
 

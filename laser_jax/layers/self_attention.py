@@ -57,7 +57,7 @@ class TransformerLayer(nnx.Module):
         heads = blockwise_softmax_attention(self.queries(x), *self.keys_values(x), mask, causal=causal, block=block)
         return jnp.where(mask[..., None], self.update(x, heads), 0.0)
 
-    def macs(self, rows: int, keys: int, seen: int) -> int:
-        """Multiply-accumulates of `rows` updated rows over `seen` keys each, of which `keys` are projected here."""
+    def macs(self, rows: int, keys: int, pairs: int) -> int:
+        """Multiply-accumulates where `rows` are updated, `keys` projected and so many `pairs` of both looked at."""
         d, hidden = self.ffn.w1.shape
-        return 2 * keys * d * d + rows * (2 * d * d + 2 * seen * d + FeedForward.macs(d, hidden))
+        return 2 * keys * d * d + 2 * pairs * d + rows * (2 * d * d + FeedForward.macs(d, hidden))

@@ -10,7 +10,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from laser_jax.layers.blockwise_attention import TIME_BUCKETS, blockwise_silu_attention, relative_bias
+from laser_jax.layers.blockwise_attention import (
+    TIME_BUCKETS,
+    blockwise_silu_attention,
+    pairs_computed,
+    relative_bias,
+)
 from laser_jax.layers.mlp import weight
 from laser_jax.layers.self_attention import counted_from_newest
 from laser_jax.models.base import SeqOut, SequenceEncoder, TokenSource, residual_scale
@@ -76,7 +81,8 @@ class HstuEncoder(SequenceEncoder):
         d = self.unknown_action.shape[0]
         layers = self.config.layers
         once = length * self.width_in * d + layers * 2 * length * d * d
-        once += (layers - 1) * (3 * length * d * d + 2 * length * length * d)
+        pairs = pairs_computed(length, length, causal=True, block=self.config.block)
+        once += (layers - 1) * (3 * length * d * d + 2 * pairs * d)
         return once, layers * (5 * d * d + 2 * (length + 1) * d)
 
 

@@ -139,12 +139,13 @@ class LongerEncoder(SequenceEncoder):
         newest = min(config.newest, n)
         once = length * d * (self.width_in + event)
         if self.inner is not None:
-            once += self.inner.macs(n * config.group, n * config.group, config.group)
+            once += self.inner.macs(n * config.group, n * config.group, n * config.group**2)
         each = d * merged + m * merged * d
         for i, layer in enumerate(self.layers):
             seen = n if i == 0 else newest
-            once += layer.macs(newest if i + 1 < config.layers else 0, seen, seen)
-            each += layer.macs(m, m, m + seen)
+            rows = newest if i + 1 < config.layers else 0
+            once += layer.macs(rows, seen, rows * seen)
+            each += layer.macs(m, m, m * (m + seen))
         return once, each
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import jax.numpy as jnp
 from flax import nnx
 
+from laser_jax.layers.blockwise_attention import pairs_computed
 from laser_jax.layers.self_attention import TransformerLayer, counted_from_newest
 from laser_jax.layers.target_attention import TargetAttention
 from laser_jax.models.base import SeqOut, SequenceEncoder, TokenSource, residual_scale
@@ -67,5 +68,6 @@ class TransformerEncoder(SequenceEncoder):
     def macs(self, candidates: int, length: int) -> tuple[int, int]:
         d = self.position.shape[1]
         once, each = self.attention.macs(candidates, length, d)
-        layers = sum(layer.macs(length, length, length) for layer in self.layers)
+        pairs = pairs_computed(length, length, self.config.causal, self.config.block)
+        layers = sum(layer.macs(length, length, pairs) for layer in self.layers)
         return length * self.width_in * d + layers + once, each

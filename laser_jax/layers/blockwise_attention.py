@@ -179,8 +179,9 @@ def _over_users(one: Callable, weights: int, *arrays: jax.Array) -> Any:
     Args:
       weights: of a block of one user.
     """
-    users = len(arrays[0])
-    together = chunk_size(users, max(1, CACHED // weights)) if _on_cpu() else users
+    users = arrays[0].shape[0]
+    few = _on_cpu() and isinstance(users, int)  # an exported program's number of users is a symbol
+    together = chunk_size(users, max(1, CACHED // weights)) if few else users
     if together == users:
         return jax.vmap(one)(*arrays)
     return jax.lax.map(lambda arrays: one(*arrays), arrays, batch_size=together)

@@ -54,7 +54,8 @@ class LaserConfig:
       kernel: what sums where folding pays and nothing is chunked: "xla", or on GPU and TPU "pallas" (one fused kernel
         forward and one backward, layers/segment_kernel.py); "pallas_interpret" runs that anywhere, slowly.
       chunk: users at a time, at most, whose rows are gathered where folding pays, so that the batch's [B, L, f] never
-        exists; 0 gathers all at once. The result is the same: 8 is faster on CPU, 0 elsewhere and on sharded batches.
+        exists here (a head with a mean or matches still gathers it); 0 gathers all at once. The result is the same:
+        8 is faster on CPU, 0 elsewhere and on sharded batches.
     """
 
     segment: int = 10

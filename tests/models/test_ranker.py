@@ -129,8 +129,7 @@ def test_the_head_sees_the_mean_of_all_events_whatever_the_encoder_says():
     fields = [rows[table][batch["history"][name]] for name, table, _ in LAYOUT.history]
     ages = model.age_rows[...][age_bucket(batch["age"], 8)]
     events = np.asarray(unit_rms(np.concatenate([*fields, ages], axis=-1))) @ np.asarray(model.w_in[...])
-    want = np.stack([np.zeros(8), events[1, -5:].mean(axis=0), np.zeros(8)])
-    want[0] = events[0].mean(axis=0)  # the last user has no history
+    want = np.stack([events[0].mean(axis=0), events[1, -5:].mean(axis=0), np.zeros(8)])  # the last has no history
     q, of_encoder, mean, products = given[..., :8], given[..., 8:16], given[..., 16:24], given[..., 24:40]
     np.testing.assert_allclose(mean, np.broadcast_to(want[:, None], mean.shape), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(products, jnp.concatenate([of_encoder * q, mean * q], axis=-1), rtol=1e-5)

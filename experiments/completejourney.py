@@ -45,7 +45,7 @@ def get_config(encoder: str = "laser_plus") -> Config:
             tokens=8,
             width=64,
             products=False,
-            mean=True,
+            mean=encoder != "mean",  # whose token it is
             matches=("item", "category", "manufacturer"),
             match_horizons=(20, 50, 200),
         ),

@@ -47,7 +47,7 @@ def get_config(encoder: str = "laser_plus") -> Config:
         head=HeadConfig(
             tokens=16,
             width=128,
-            mean=True,
+            mean=encoder != "mean",  # whose token it is
             matches=("item", "category", "author"),
             match_horizons=(20, 50, 200),
         ),

@@ -3,8 +3,8 @@
   python -m experiments.paper.lengths --data=completejourney --seeds=3 --model=laser_plus
 
 Writes ROOT/DATA/lengths-MODEL.{md,csv}: test AUC of every training length (rows) at every serving length (columns);
-empty where a model has parameters for no more places than it was trained at. And by_length-MODEL.{md,csv}: AUC by how
-many events a user has, of the model trained at the longest length.
+empty where a model has parameters for no more places than it was trained at, or has not been served. And
+by_length-MODEL.{md,csv}: AUC by how many events a user has, of the model trained at the longest length.
 """
 
 import os
@@ -27,10 +27,15 @@ from laser_jax.step import make_eval_step
 WITH_PLACES = ("transformer", "hstu", "longer", "mirrn")
 
 
-def serve(study: Study, outcome: Outcome, length: int) -> float:
-    """Test AUC of a finished run when its users' newest `length` events are served; kept beside the run."""
+def serve(study: Study, outcome: Outcome, length: int, only_report: bool) -> float | None:
+    """Test AUC of a finished run when its users' newest `length` events are served; kept beside the run.
+
+    None if that has not been done and only a report is wanted.
+    """
     path = os.path.join(outcome.folder, f"served-{length}.npz")
     if not os.path.exists(path):
+        if only_report:
+            return None
         config = study.config(outcome.model, outcome.seed)
         mesh = make_mesh(config.mesh, config.data.batch_size, config.data.eval_batch_size)
         factory = StateFactory(config.build_model, config.features, config.optim, mesh)
@@ -74,8 +79,8 @@ def main() -> None:
     for length, model in trained.items():
         outcomes = study.finished(model, args.seeds)
         most = length if args.model in WITH_PLACES else max(lengths)
-        served = [[serve(study, outcome, n) for outcome in outcomes if n <= most] for n in lengths]
-        rows.append([str(length), *(f"{np.mean(aucs):.4f}" if aucs else "" for aucs in served)])
+        served = [[serve(study, o, n, args.only_report) for o in outcomes if n <= most] for n in lengths]
+        rows.append([str(length), *(f"{np.mean(aucs):.4f}" if aucs and None not in aucs else "" for aucs in served)])
     head = ["trained at L", *(f"served at {n}" for n in lengths)]
     texts = [tables.write(study.folder, f"lengths-{args.model}", head, rows)]
     outcomes = study.finished(trained[max(lengths)], args.seeds)

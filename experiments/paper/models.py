@@ -57,8 +57,6 @@ def model(name: str, column: str) -> Model:
         settings |= without
     if "tied" in {field.name for field in dataclasses.fields(encoder_config(name))}:
         settings["encoder.tied"] = column != "plain"
-    if name == "mean":
-        settings["head.mean"] = False  # is its own
     if name == "transformer":
         settings["encoder.ffn"] = 1  # as in PAPER's comparison of costs
     return Model(name, name, settings)

@@ -244,8 +244,9 @@ def test_table_2_runs_resumes_and_reports(small, monkeypatch, capsys, tmp_path):
     with open(path, "w", encoding="utf-8") as file:
         json.dump(held, file)
     # Served as it was trained it says what it said; at another length it is another ranker.
-    assert lengths.serve(run, outcome, 16) == pytest.approx(outcome.test["auc"])
-    assert lengths.serve(run, outcome, 4) != pytest.approx(outcome.test["auc"])
+    assert lengths.serve(run, outcome, 16, only_report=True) is None
+    assert lengths.serve(run, outcome, 16, only_report=False) == pytest.approx(outcome.test["auc"])
+    assert lengths.serve(run, outcome, 4, only_report=False) != pytest.approx(outcome.test["auc"])
 
     # Quality over cost, with times as the models' benchmark writes them: at the study's length, of what was measured.
     times = {("mean", 1000, 1): 2e-4, ("laser_plus", 1000, 1): 5e-4, ("mean", 200, 1): 1e-5, ("mean", 1000, 100): None}

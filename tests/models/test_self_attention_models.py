@@ -134,6 +134,14 @@ def test_a_candidate_is_not_drowned_by_itself_at_init(name):
     assert np.corrcoef(np.ravel(first[0]), np.ravel(second[0]))[0, 1] < 0.9
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_are_kept_from_hearing_themselves_only_where_scores_are_similarities(tied):
+    distances = [layer.by_distance[...] for layer in build("hstu", tied=tied).layers]
+    for own in (distances[0][:1], build("longer", tied=tied).own_bias[...]):
+        assert (own < -5).all() if tied else (np.abs(own) < 0.1).all()
+    assert (np.abs(distances[0][1:]) < 0.1).all()  # the others start as they would
+
+
 @pytest.mark.parametrize("name", ["hstu", "longer"])
 def test_a_candidate_that_was_met_before_is_told_from_a_new_one_at_init(name):
     # By the plain sum of the products with the candidate that the head is given, before anything is learned.

@@ -11,9 +11,9 @@ from laser_jax.layers.row_optimizers import RowOptimizer
 
 TABLE_OPTIMIZERS = ("adagrad", "adagrad_rowwise", "adam", "ftrl")
 TABLE_TYPES = ("float32", "bfloat16")
-#: What is computed of so many requests (of 1000 events) fits a core's caches: on one, a step took .4 to .8 of what all
-#: 32 at once took, by encoder; on two .7.
-CPU_REQUESTS = 4
+#: What is computed of requests with so many events in all fits a core's caches: with 4 of 1000 events at a time, a step
+#: on one core took .4 to .8 of what all 32 at once took, by encoder; on two .7.
+CPU_EVENTS = 4000
 #: Histories of so many events are worth the time that it takes to compile forms for shorter ones as well: with four, a
 #: step of `transformer` took .4 of the time and one of `laser_plus` .8 where histories fill 45 % of 1000 places.
 LONG, LENGTH_STEPS = 512, 4
@@ -98,10 +98,10 @@ class OptimConfig:
         if self.table_accumulator <= 0:
             raise ValueError(f"optim.table_accumulator={self.table_accumulator}: give more than 0, it is divided by")
 
-    def parts(self, requests: int) -> int:
+    def parts(self, requests: int, history_length: int) -> int:
         """In how many parts a device takes its requests of a batch.
 
-        By itself a CPU takes CPU_REQUESTS at a time, or as few more as divide them evenly; other devices take all.
+        By itself a CPU takes CPU_EVENTS at a time, in as few more requests as divide them evenly; other devices all.
 
         Raises:
           ValueError: `microbatches` does not divide them.
@@ -114,7 +114,7 @@ class OptimConfig:
             return self.microbatches
         if jax.default_backend() != "cpu":
             return 1
-        least = min(CPU_REQUESTS, requests)
+        least = min(max(CPU_EVENTS // history_length, 1), requests)
         return requests // next(size for size in range(least, requests + 1) if requests % size == 0)
 
     def lengths(self, history_length: int) -> list[int]:

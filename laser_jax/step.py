@@ -59,7 +59,7 @@ def make_train_step(factory: StateFactory) -> Callable:
         rows = {name: exchange.fetch(tables[name], requested[name]) for name in requested}
         samples = exchange.sum(jnp.sum(batch["mask"], dtype=jnp.float32))
         requests = {name: value for name, value in batch.items() if name not in BY_DEVICE}
-        parts = optim.parts(len(requests["length"]))
+        parts = optim.parts(*requests["age"].shape)
 
         def loss_fn(dense, rows, requests):
             logits, out = apply_model(factory, dense, rows, batch, requests)

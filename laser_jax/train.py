@@ -58,7 +58,8 @@ class _Run:
         self.config, self.workdir, self.peers, self.watchdog = config, workdir, peers, watchdog
         self.mesh = make_mesh(config.mesh, config.data.batch_size, config.data.eval_batch_size)
         share = device_share(self.mesh)
-        config.optim.parts(config.data.batch_size // self.mesh.size)  # an error, if any, comes now
+        # An error, if any, comes now.
+        config.optim.parts(config.data.batch_size // self.mesh.size, config.data.history_length)
         self.sources = {
             split: BatchSource(config.data, config.features, split, share) for split in ("train", "valid", "test")
         }

@@ -212,10 +212,15 @@ def test_the_dense_optimizer_warms_up_clips_and_is_adam():
 
 @pytest.mark.parametrize(("requests", "parts"), [(32, 8), (12, 3), (9, 1), (6, 1), (10, 2), (31, 1), (3, 1), (1, 1)])
 def test_a_cpu_takes_a_few_requests_at_a_time(requests, parts):
-    assert OptimConfig().parts(requests) == parts
-    assert OptimConfig(microbatches=1).parts(requests) == 1
+    assert OptimConfig().parts(requests, 1000) == parts
+    assert OptimConfig(microbatches=1).parts(requests, 1000) == 1
     with pytest.raises(ValueError, match=f"microbatches={requests + 1} does not divide the {requests} requests"):
-        OptimConfig(microbatches=requests + 1).parts(requests)
+        OptimConfig(microbatches=requests + 1).parts(requests, 1000)
+
+
+@pytest.mark.parametrize(("length", "parts"), [(50, 1), (200, 1), (500, 4), (2000, 16), (4000, 32), (10_000, 32)])
+def test_a_cpu_takes_more_of_short_histories_at_a_time(length, parts):
+    assert OptimConfig().parts(32, length) == parts
 
 
 def test_only_long_histories_are_worth_several_lengths():

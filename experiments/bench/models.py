@@ -15,9 +15,10 @@ What is timed:
 What is not: the head and how q is made, the loss on labels, the tables' Adagrad on the rows met, making batches. They
 cost the same for all models, but for the head's input, which is as wide as the encoder has tokens.
 
-Settings are the zoo's defaults, except a Transformer with a 1x feed-forward (the cost that LASER's paper quotes) and
-LASER's `chunk` (`--chunk`: 8 on CPU, else 0). All models with attention between events hold it block by block. LONGER's
-groups have a width of their own, whatever d is.
+Settings are the zoo's defaults, except a Transformer with a 1x feed-forward (the cost that LASER's paper quotes). All
+models take their requests in parts, as a training step does: on a CPU of about 4000 events each, else all at once
+(`--parts`: so many). Those with attention between events hold it block by block. LONGER's groups have a width of their
+own, whatever d is.
 
 MACs are forward, what the encoder counts, without the gather; parameters those of the encoder; temporaries what the
 compiler asks for one step, without inputs and results. A model whose step would take more than `--most_seconds` or
@@ -44,6 +45,7 @@ import numpy as np
 from experiments.bench.models_measure import KINDS, Limits, Row, Size, measure
 from experiments.bench.timing import use_huge_pages
 from laser_jax.models import ENCODERS
+from laser_jax.optim import OptimConfig
 
 #: Slow model over fast one, in the JSON object.
 RATIOS = (
@@ -227,21 +229,19 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--histories", choices=("full", "zipf"), default="full", help="how long they are, up to L")
     parser.add_argument("--events", type=int, default=40_000, help="B * L; more on an accelerator")
     parser.add_argument("--pairs", type=int, default=1_000_000, help="the most that B * L * C may be, if B > 1")
-    parser.add_argument("--chunk", type=int, help="LASER's; as the module says by default")
+    parser.add_argument("--parts", type=int, default=0, help="in which requests come, a divisor of B; 0: see above")
     parser.add_argument("--rounds", type=int, default=15, help="at most; slow models get fewer")
     parser.add_argument("--minutes", type=float, default=25, help="to be spent on everything, about")
     parser.add_argument("--most_seconds", type=float, default=20, help="of a step; slower ones are skipped")
     parser.add_argument("--most_gb", type=float, default=10, help="of a step's temporaries; larger ones are skipped")
     parser.add_argument("--out", default="runs/bench_models", help="folder of models.csv and models.md")
-    args = parser.parse_args()
-    if args.chunk is None:
-        args.chunk = 8 if jax.default_backend() == "cpu" else 0
-    return args
+    return parser.parse_args()
 
 
 def main() -> None:
     args = arguments()
     todo = sizes(args)
+    optim = OptimConfig(microbatches=args.parts)
     progress = Progress(len(todo), args.minutes)
     deadline = time.monotonic() + 60 * args.minutes
     limits = Limits(args.most_seconds, 1e9 * args.most_gb, args.rounds, deadline)
@@ -250,7 +250,7 @@ def main() -> None:
     weights = [1 + (size.length == reference_length(args.lengths)) for size in todo]
     for number, size in enumerate(todo):
         seconds = max(limits.left, 0.0) * weights[number] / sum(weights[number:])
-        found = measure(args.models, size, args.histories, args.chunk, limits, seconds, progress.of(size))
+        found = measure(args.models, size, args.histories, optim, limits, seconds, progress.of(size))
         progress.done += 1
         rows += found
         write(args.out, rows, args.histories)

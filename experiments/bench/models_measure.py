@@ -98,32 +98,36 @@ def make_batch(size: Size, histories: str) -> dict[str, Any]:
     return jax.device_put(dict(rows=tuple(rows), indices=tuple(indices), mask=mask, age=age, q=q, side=side))
 
 
-def configured(name: str, chunk: int) -> EncoderConfig:
-    """The model's config: the zoo's defaults, but for a Transformer's feed-forward and how many users a chunk holds."""
-    config = encoder_config(name, **({"ffn": 1} if name == "transformer" else {}))
-    return dataclasses.replace(config, chunk=chunk) if hasattr(config, "chunk") else config
+def configured(name: str) -> EncoderConfig:
+    """The model's config: the zoo's defaults, but for a Transformer's feed-forward."""
+    return encoder_config(name, **({"ffn": 1} if name == "transformer" else {}))
 
 
 class Model:
-    """An encoder with fresh parameters at one size, and its steps."""
+    """An encoder with fresh parameters at one size, and its steps.
 
-    def __init__(self, name: str, size: Size, chunk: int):
-        module = configured(name, chunk).build(
+    Every model takes as many requests at a time as a training step does (OptimConfig.parts): on a CPU a few, so that
+    what is computed of them fits its caches.
+    """
+
+    def __init__(self, name: str, size: Size, optim: OptimConfig):
+        module = configured(name).build(
             width_in=WIDTH_IN, width=size.width, history_length=size.length, rngs=nnx.Rngs(0)
         )
+        self._parts = optim.parts(size.requests, size.length)
         self.macs = module.macs(size.candidates, size.length)
         self._graph, encoder = nnx.split(module, nnx.Param)
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(encoder))
         w_in = jax.random.normal(jax.random.key(0), (WIDTH_IN, size.width)) * WIDTH_IN**-0.5
         self._dense = {"encoder": encoder, "w_in": w_in}
-        self._optimizer = dense_optimizer(OptimConfig())
+        self._optimizer = dense_optimizer(optim)
 
     def compile(self, kind: str, batch: dict[str, Any]) -> tuple[Callable[[], Any], int]:
         """A call that runs one step on the batch to its end, and the bytes of temporaries of it."""
         rest = {name: batch[name] for name in ("indices", "mask", "age", "side")}
         data = (batch["rows"], batch["q"], rest)
         if kind == "forward":
-            compiled = jax.jit(lambda *inputs: self._encode(*inputs).tokens).lower(self._dense, *data).compile()
+            compiled = jax.jit(self._forward).lower(self._dense, *data).compile()
 
             def call():
                 jax.block_until_ready(compiled(self._dense, *data))
@@ -142,18 +146,35 @@ class Model:
         source = TokenSource(rows=rows, indices=rest["indices"], w_in=dense["w_in"], fields=FIELDS)
         return nnx.merge(self._graph, dense["encoder"])(source, rest["mask"], rest["age"], q, rest["side"])
 
+    def _forward(self, dense, rows, q, rest):
+        """Tokens of all requests."""
+        return _joined(jax.lax.map(lambda part: self._encode(dense, rows, *part).tokens, self._cut((q, rest))))
+
     def _train(self, state, rows, q, rest):
         """State after a step, loss, and the gradients that go on to the tables and into what made q."""
+        samples = q.shape[0] * q.shape[1]
 
-        def loss(dense, rows, q):
+        def loss(dense, rows, q, rest):
             out = self._encode(dense, rows, q, rest)
-            samples = q.shape[0] * q.shape[1]
-            return jnp.sum(jnp.square(out.tokens)) / samples + sum(out.aux_losses.values(), jnp.zeros(()))
+            return jnp.sum(jnp.square(out.tokens)) / samples + sum(out.aux_losses.values(), jnp.zeros(())) / self._parts
+
+        def add(sums, part):
+            value, (*shared, of_q) = jax.value_and_grad(loss, argnums=(0, 1, 2))(dense, rows, *part)
+            return jax.tree.map(jnp.add, sums, (value, *shared)), of_q
 
         dense, adam = state
-        value, (gradients, of_rows, of_q) = jax.value_and_grad(loss, argnums=(0, 1, 2))(dense, rows, q)
+        zeros = jnp.zeros(()), *jax.tree.map(jnp.zeros_like, (dense, rows))
+        (value, gradients, of_rows), of_q = jax.lax.scan(add, zeros, self._cut((q, rest)))
         updates, adam = self._optimizer.update(gradients, adam, dense)
-        return (optax.apply_updates(dense, updates), adam), value, of_rows, of_q
+        return (optax.apply_updates(dense, updates), adam), value, of_rows, _joined(of_q)
+
+    def _cut(self, requests):
+        """Arrays with an entry a request, in parts along a new first axis."""
+        return jax.tree.map(lambda x: x.reshape(self._parts, x.shape[0] // self._parts, *x.shape[1:]), requests)
+
+
+def _joined(parts: jax.Array) -> jax.Array:
+    return parts.reshape(-1, *parts.shape[2:])
 
 
 def plan_rounds(first: dict[Any, float], seconds: float, most: int) -> dict[Any, int]:
@@ -222,7 +243,7 @@ def measure(
     names: list[str],
     size: Size,
     histories: str,
-    chunk: int,
+    optim: OptimConfig,
     limits: Limits,
     seconds: float,
     progress: Callable[[str, float], None],
@@ -230,6 +251,7 @@ def measure(
     """Times all models at one size in one interleaved run.
 
     Args:
+      optim: says how many requests come at a time.
       seconds: that compiling and running should take; at least one round is timed after the first call.
       progress: called with what was done and which share of the size that is.
     """
@@ -237,7 +259,7 @@ def measure(
     batch = make_batch(size, histories)
     rows, calls, first = [], {}, {}
     for number, name in enumerate(names):
-        model = Model(name, size, chunk)
+        model = Model(name, size, optim)
         row = Row(name, size, model.macs, model.parameters, {kind: Timing() for kind in KINDS})
         rows.append(row)
         for kind, timing in row.timings.items():

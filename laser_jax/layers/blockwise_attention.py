@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from laser_jax.layers.chunked_segments import chunk_size
+from laser_jax.layers.tokens import rows_at, summed_in
 
 CACHED = 2**17  # weights at a time on a CPU
 TIME_BUCKETS = 129
@@ -63,7 +64,7 @@ def relative_bias(by_distance, by_gap, distance, gap):
     """
     # In a loop, since else XLA would take logarithms one by one as it looks them up: twice as slow on a CPU.
     bucket = jax.lax.map(_bucket, gap) if _on_cpu() else _bucket(gap)
-    return by_distance[jnp.maximum(distance, 0)] + by_gap[bucket]
+    return rows_at(by_distance, jnp.maximum(distance, 0)) + rows_at(by_gap, bucket)
 
 
 def _bucket(gap):
@@ -104,7 +105,7 @@ def _softmax_backward(causal, block, saved, dout):
         rows = q, _places(q, k), log_total, dout, jnp.sum(dout * out, axis=-1)
         return _sum_blocks(attend, (k, v, mask), rows, causal, block)
 
-    return *_over_users(one, _block_weights(*saved[:2], block), *saved, dout), None
+    return *_typed(_over_users(one, _block_weights(*saved[:2], block), *saved, dout), saved[:3]), None
 
 
 _softmax.defvjp(_softmax_forward, _softmax_backward)
@@ -132,7 +133,8 @@ def _silu_forward(q, k, v, by_distance, by_gap, mask, age, block):
 
 
 def _silu_backward(block, saved, dout):
-    q, k, v, by_distance, by_gap, mask, age = saved
+    q, k, v, *tables, mask, age = saved
+    by_distance, by_gap = (a.astype(summed_in(a)) for a in tables)
 
     def one(q, k, v, mask, age, dout):
         def attend(k, v, mask, age, q, place, row_age, dout):
@@ -150,10 +152,15 @@ def _silu_backward(block, saved, dout):
         return _sum_blocks(attend, (k, v, mask, age), (q, _places(q, k), age, dout), True, block)
 
     *dqkv, dby_distance, dby_gap = _over_users(one, _block_weights(q, k, block), q, k, v, mask, age, dout)
-    return *dqkv, dby_distance.sum(axis=0), dby_gap.sum(axis=0), None, None
+    return *_typed((*dqkv, dby_distance.sum(axis=0), dby_gap.sum(axis=0)), saved[:5]), None, None
 
 
 _silu.defvjp(_silu_forward, _silu_backward)
+
+
+def _typed(gradients, primals):
+    """Gradients, added up in float32, in the types of what they are of."""
+    return [gradient.astype(primal.dtype) for gradient, primal in zip(gradients, primals, strict=True)]
 
 
 def _gradients(weights, ds, q, k, dout):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from laser_jax.layers.segment_products import weighted_sums
 from laser_jax.layers.segment_sums import cut_segments, project_heads, segment_sums_bwd, segment_sums_fwd
-from laser_jax.layers.tokens import features_of, gather_fields
+from laser_jax.layers.tokens import features_of, gather_fields, summed_in
 
 
 def chunk_size(batch: int, most: int) -> int:
@@ -61,12 +61,14 @@ def _backward(width, gate, chunk, compute, saved, cotangents):
         dx, du, dbias, _ = segment_sums_bwd(gate, saved, (dz, dlog_mass))
         dx = dx.reshape(len(mask), -1, dx.shape[-1])[:, -length:]
         (dvalues,) = back(dx.astype(features.dtype))
-        drows = tuple(total.at[places].add(values) for total, places, values in zip(drows, index, dvalues, strict=True))
+        found = zip(drows, index, dvalues, strict=True)
+        drows = tuple(total.at[places].add(values.astype(total.dtype)) for total, places, values in found)
         return (drows, dwv + more_dwv), (du, dbias)
 
     parts = _chunks((indices, u, mask, gates, log_mass, cotangents), chunk)
-    zeros = tuple(jnp.zeros_like(row) for row in rows), jnp.zeros_like(wv)
-    (drows, dwv), (du, dbias) = jax.lax.scan(one, zeros, parts)
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, summed_in(a)), (rows, wv))
+    sums, (du, dbias) = jax.lax.scan(one, zeros, parts)
+    drows, dwv = jax.tree.map(lambda total, a: total.astype(a.dtype), sums, (rows, wv))
     return drows, None, _whole(du), dwv, dbias.sum(axis=0), None
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from laser_jax.layers.chunked_segments import chunk_size, chunked_segment_tokens
+from laser_jax.layers.tokens import rows_at
 
 
 def live_segments(lengths: np.ndarray, history_length: int, width: int, multiple: int = 256) -> np.ndarray:
@@ -49,7 +50,7 @@ def packed_segment_tokens(rows, indices, positions, u, wv, bias, mask, width: in
     tokens, log_mass = chunked_segment_tokens(
         rows,
         tuple(index.reshape(-1)[at] for index in indices),
-        u.at[user].get(mode="clip"),
+        rows_at(u, jnp.minimum(user, b - 1)),
         wv,
         bias,
         real,

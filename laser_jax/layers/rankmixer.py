@@ -76,7 +76,9 @@ class RankMixer(nnx.Module):
         x = jnp.einsum("tbcp,tpd->tbcd", x, self.w_in[...]) + self.b_in[...][:, None, None]
         for block in self.blocks:
             x = block(x)
-        return (jnp.mean(x, axis=0) @ self.w_out[...])[..., 0] + self.b_out[...]
+        # Logits are float32 whatever the head computes in: rounded to bfloat16, candidates would tie.
+        logits = jnp.matmul(jnp.mean(x, axis=0), self.w_out[...], preferred_element_type=jnp.float32)
+        return logits[..., 0] + self.b_out[...]
 
     def macs(self) -> int:
         """Multiply-accumulates a candidate."""

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from laser_jax.layers.tokens import rows_at
+
 MINUTE_S = 60.0
 MAX_AGE_S = 4 * 365 * 86400  # older events share the last bucket
 
@@ -43,7 +45,7 @@ class SegmentRecency(nnx.Module):
         """newest_age int32 [B, S], segments oldest to newest -> [B, S, width]."""
         out = jnp.zeros(())
         if self.age is not None:
-            out = out + self.age[...][age_bucket(newest_age, self.num_buckets)]
+            out = out + rows_at(self.age[...], age_bucket(newest_age, self.num_buckets))
         if self.position is not None:
             num_segments = newest_age.shape[1]
             if num_segments > self.position.shape[0]:

@@ -62,10 +62,13 @@ def newest_segments(reaches: Sequence[int], width: int) -> tuple[int, ...]:
     return tuple(num_segments(segment_runs(reaches[: place + 1], width)) for place in range(len(reaches)))
 
 
-def part(x: jax.Array, run: Run) -> jax.Array:
-    """The events of a run: [B, L, ...] -> [B, n, ...]; an L beyond the oldest run's is not read."""
-    length = x.shape[1]
-    return x[:, length - run.begin : length - run.end]
+def split(x: jax.Array, runs: Sequence[Run]) -> list[jax.Array]:
+    """The events of each run: [B, L, ...] -> [B, n, ...]; an L beyond the oldest run's is not read.
+
+    All at once: gradients of slices, one by one, would each fill and add an array of the history's size.
+    """
+    x = x[:, x.shape[1] - runs[0].begin :]
+    return jnp.split(x, [runs[0].begin - run.end for run in runs[:-1]], axis=1)
 
 
 def over_segments(x: jax.Array, runs: Sequence[Run], reduce) -> jax.Array:
@@ -74,4 +77,5 @@ def over_segments(x: jax.Array, runs: Sequence[Run], reduce) -> jax.Array:
     Args:
       x: [B, L, ...]. reduce: [B, S, w, ...] -> [B, S, ...]; where a segment holds less, x is 0 (or False) there.
     """
-    return jnp.concatenate([reduce(cut_segments(part(x, run), run.width)) for run in runs], axis=1)
+    found = [reduce(cut_segments(part, run.width)) for part, run in zip(split(x, runs), runs, strict=True)]
+    return jnp.concatenate(found, axis=1)

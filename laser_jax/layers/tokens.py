@@ -16,9 +16,22 @@ def features_of(embeddings: Sequence[jax.Array]) -> jax.Array:
     return unit_rms(jnp.concatenate(embeddings, axis=-1))
 
 
+def rows_at(rows: jax.Array, index: jax.Array) -> jax.Array:
+    """rows[index], [U, ...] at [...], whose gradient is added up in float32 or better.
+
+    Thousands of events share a row: a sum in bfloat16 stops growing when an addend is less than 1/256 of it.
+    """
+    return rows.astype(summed_in(rows))[index].astype(rows.dtype)
+
+
+def summed_in(x: jax.Array) -> jnp.dtype:
+    """The type in which many x are added up."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
 def gather_fields(rows: Sequence[jax.Array], indices: Sequence[jax.Array]) -> list[jax.Array]:
     """Rows [U, D] at indices [...], for each field: [..., D]."""
-    return [jnp.asarray(row)[index] for row, index in zip(rows, indices, strict=True)]
+    return [rows_at(jnp.asarray(row), index) for row, index in zip(rows, indices, strict=True)]
 
 
 def mean_of_events(x: jax.Array, mask: jax.Array) -> jax.Array:

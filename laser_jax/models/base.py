@@ -17,7 +17,7 @@ from laser_jax.layers.mlp import weight
 from laser_jax.layers.rankmixer import RankMixer
 from laser_jax.layers.recency import age_bucket
 from laser_jax.layers.segment_runs import reaches_of
-from laser_jax.layers.tokens import features_of, gather_fields, mean_of_events
+from laser_jax.layers.tokens import features_of, gather_fields, mean_of_events, rows_at
 from laser_jax.shapes import (
     CandidateTokens,
     EncoderTokens,
@@ -247,7 +247,7 @@ class Ranker(nnx.Module):
             indices=tuple(batch["candidates"][name] for name, _, _ in fields),
             w_in=self.w_in[...][: self.candidate_width],
         )
-        context = [rows[table][batch["context"][name]] for name, table, _ in self.layout.context]
+        context = [rows_at(rows[table], batch["context"][name]) for name, table, _ in self.layout.context]
         return self._read(history, age, batch["length"], context)(candidates.dense(), batch["side"])
 
     def logits_gathered(self, batch: dict[str, Any], piece: int = 0) -> Logits:
@@ -285,7 +285,8 @@ class Ranker(nnx.Module):
 
         def score(q, side):
             out = self.encoder.score(read, q, side)
-            tokens = [q, *(out.tokens[:, :, p] for p in range(out.tokens.shape[2]))]
+            read_by_head = out.tokens.astype(q.dtype)  # softmax weights may have made them float32
+            tokens = [q, *(read_by_head[:, :, p] for p in range(read_by_head.shape[2]))]
             if mean is not None:
                 tokens.append(jnp.broadcast_to(mean[:, None], q.shape))
             if self.products:

@@ -5,6 +5,7 @@ are configs of one module, and every point the paper leaves open is a field.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax.numpy as jnp
@@ -19,9 +20,9 @@ from laser_jax.layers.segment_runs import (
     newest_segments,
     num_segments,
     over_segments,
-    part,
     reaches_of,
     segment_runs,
+    split,
 )
 from laser_jax.layers.segment_sums import GATES, loudest_value
 from laser_jax.layers.target_attention import TargetAttention, masked_softmax
@@ -187,9 +188,7 @@ class LaserEncoder(SequenceEncoder):
         wk = jnp.einsum("fd,dhk->fhk", w_in, self.wk[...])
         wv = jnp.einsum("fd,dhv->fhv", w_in, self.wv[...])
         bias = jnp.zeros((config.heads,)) if self.gate_bias is None else self.gate_bias[...]
-        weights, fold = (self.wq[...], wk, wv, bias), self._fold(q.shape[1])
-        found = [self._attend(q, events, mask, run, weights, fold) for run in self._runs(mask)]
-        segments, masses = zip(*found, strict=True)
+        segments, masses = zip(*self._attend(q, events, mask, (self.wq[...], wk, wv, bias)), strict=True)
         s, log_mass = jnp.concatenate(segments, axis=2), jnp.concatenate(masses, axis=3)
         sums, s, tokens = s, self._refine(s, recency), []
         if config.layers:
@@ -210,18 +209,28 @@ class LaserEncoder(SequenceEncoder):
             tokens.append(self.horizons(sums, log_mass, alive, num_events))
         return SeqOut(tokens=jnp.concatenate(tokens, axis=2), diag={"loudness": self._loudness(log_mass, num_events)})
 
-    def _attend(self, q, events, mask, run, weights, fold):
-        """Of a run: gated sums and log mass of its segments."""
-        config, mask = self.config, part(mask, run)
-        form = dict(width=run.width, gate=config.gate)
+    def _attend(self, q, events, mask, weights):
+        """Gated sums and log mass of the segments of each run."""
+        config, runs, fold = self.config, self._runs(mask), self._fold(q.shape[1])
+        masks = split(mask, runs)
+        forms = [dict(width=run.width, gate=config.gate) for run in runs]
+        # Events are never made wider than they came.
+        compute = "bfloat16" if q.dtype == jnp.bfloat16 else config.compute
         if config.chunk and fold:
-            indices = [part(index, run) for index in events.indices]
-            form |= dict(chunk=config.chunk, compute=config.compute)
-            return sta.segment_attention_chunked(q, events.rows, indices, mask, *weights, **form)
-        x = part(events.features() if config.chunk else events, run).astype(config.compute)
+            indices = zip(*(split(index, runs) for index in events.indices), strict=True)
+            return [
+                sta.segment_attention_chunked(
+                    q, events.rows, index, mask, *weights, **form, chunk=config.chunk, compute=compute
+                )
+                for index, mask, form in zip(indices, masks, forms, strict=True)
+            ]
+        attend = sta.segment_attention_shared
         if fold:
-            return sta.segment_attention_folded(q, x, mask, *weights, **form, kernel=config.kernel)
-        return sta.segment_attention_shared(q, x, mask, *weights, **form)
+            attend = functools.partial(sta.segment_attention_folded, kernel=config.kernel)
+        x = (events.features() if config.chunk else events).astype(compute)
+        return [
+            attend(q, x, mask, *weights, **form) for x, mask, form in zip(split(x, runs), masks, forms, strict=True)
+        ]
 
     def _refine(self, s, recency):
         """Gated sums [B, C, S, d] -> segment tokens."""

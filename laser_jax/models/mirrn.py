@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from laser_jax.layers.target_attention import TargetAttention
+from laser_jax.layers.tokens import rows_at, summed_in
 from laser_jax.models.base import TokenSource
 from laser_jax.models.eta import hash_codes, nearest
 from laser_jax.models.retrieval import LongShortEncoder, attend_each, hyperplanes, newest, pick
@@ -98,7 +99,7 @@ class MirrnEncoder(LongShortEncoder):
 
     def _mix(self, mixer, tokens, index, found, length):
         """Tokens [..., K, d] of the events at `index`, mixed along time -> [..., d]."""
-        x = tokens + 0.02 * self.position[...][length - 1 - index]
+        x = tokens + 0.02 * rows_at(self.position[...], length - 1 - index)
         return mixer(jnp.where(found[..., None], x, 0.0), found)
 
     def _fold(self, candidates: int) -> bool:
@@ -133,8 +134,9 @@ class TimeMixer(nnx.Module):
 
     def __call__(self, x: jax.Array, found: jax.Array) -> jax.Array:
         """x [..., K, d], zero where not found [..., K] -> [..., d]."""
+        x = x.astype(summed_in(x))  # there are no transforms in bfloat16
         spectrum = jnp.fft.rfft(x, axis=-2, norm="ortho")
-        by = jax.lax.complex(self.real[...], self.imaginary[...])
+        by = jax.lax.complex(self.real[...].astype(x.dtype), self.imaginary[...].astype(x.dtype))
         if self.blocked:
             parts = spectrum.reshape(*spectrum.shape[:-1], *by.shape[:2])
             spectrum = jnp.einsum("...ni,nio->...no", parts, by).reshape(spectrum.shape)

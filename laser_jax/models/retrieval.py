@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from laser_jax.layers.target_attention import TargetAttention
+from laser_jax.layers.tokens import rows_at
 from laser_jax.models.base import SeqOut, SequenceEncoder, TokenSource
 from laser_jax.shapes import CandidateTokens, HistoryFeatures, HistoryMask
 
@@ -39,7 +40,7 @@ def newest(mask: HistoryMask, number: int) -> tuple[jax.Array, jax.Array]:
 
 def pick(x: jax.Array, index: jax.Array) -> jax.Array:
     """Rows of x [B, L, f] at index [B, ..., K] -> [B, ..., K, f]."""
-    return jax.vmap(lambda rows, places: rows[places])(x, index)
+    return jax.vmap(rows_at)(x, index)
 
 
 def attend_each(attention: TargetAttention, q: CandidateTokens, events, found, w_in=None) -> jax.Array:

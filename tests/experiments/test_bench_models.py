@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from experiments.bench import models_measure as bench
+from laser_jax.optim import OptimConfig
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
 NAMES = ("laser_plus", "transformer", "ta")
@@ -85,9 +86,8 @@ def limits(**changed) -> bench.Limits:
     ],
 )
 def test_what_is_skipped_says_why(changed, reason):
-    told = []
-    size = bench.Size(2, 8, 1, 4)
-    (row,) = bench.measure(["mean"], size, "zipf", 0, limits(**changed), 0.0, lambda what, share: told.append(what))
+    told, size, optim = [], bench.Size(2, 8, 1, 4), OptimConfig()
+    (row,) = bench.measure(["mean"], size, "zipf", optim, limits(**changed), 0.0, lambda what, share: told.append(what))
     for kind in bench.KINDS:
         assert row.timings[kind].seconds is None and row.sample_us(kind) is None
         assert reason in row.timings[kind].skipped

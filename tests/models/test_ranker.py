@@ -30,19 +30,19 @@ def ranker(name="laser_plus", **changes):
     return Ranker(changes.pop("layout", LAYOUT), encoder_config(name, **SMALL[name]), head, **{**arguments, **changes})
 
 
-def draw(seed=0):
+def draw(seed=0, b=B):
     rng = np.random.default_rng(seed)
     rows = {table: rng.normal(size=size).astype(np.float32) for table, size in ROWS.items()}
-    length = np.array([L, 5, 0], np.int32)
-    age = np.where(np.arange(L) >= L - length[:, None], rng.integers(0, 10**7, (B, L)), 0).astype(np.int32)
+    length = np.resize(np.array([L, 5, 0], np.int32), b)
+    age = np.where(np.arange(L) >= L - length[:, None], rng.integers(0, 10**7, (b, L)), 0).astype(np.int32)
     batch = {
-        "history": {name: rng.integers(0, ROWS[table][0], (B, L)) for name, table, _ in LAYOUT.history},
-        "candidates": {name: rng.integers(0, ROWS[table][0], (B, C)) for name, table, _ in LAYOUT.candidate},
-        "context": {"scene": np.array([0, 1, 2])},
+        "history": {name: rng.integers(0, ROWS[table][0], (b, L)) for name, table, _ in LAYOUT.history},
+        "candidates": {name: rng.integers(0, ROWS[table][0], (b, C)) for name, table, _ in LAYOUT.candidate},
+        "context": {"scene": np.resize([0, 1, 2], b)},
         "length": length,
         "age": age,
-        "label": (rng.random((B, C)) < 0.5).astype(np.float32),
-        "mask": np.array([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]], bool),
+        "label": (rng.random((b, C)) < 0.5).astype(np.float32),
+        "mask": np.resize(np.array([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]], bool), (b, C)),
     }
     batch["side"] = batch["candidates"]  # all of them known
     return rows, jax.tree.map(lambda a: a.astype(np.int32) if a.dtype == np.int64 else a, batch)
@@ -82,6 +82,26 @@ def test_a_request_is_scored_as_its_pairs_alone(name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), gradients, pair_gradients)
     assert np.isfinite(logits).all()  # the last user has no history
     assert all(np.abs(gradients[1][table]).max() > 1e-6 for table in rows)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16_has_nearly_the_gradients_of_float32(name):
+    """Of rows above all, which some thousand events share: sums of so many in bfloat16 would be far too small."""
+    graph, params = nnx.split(ranker(name), nnx.Param)
+    rows, batch = draw(b=600)
+    batch["label"] = np.ones_like(batch["label"])  # so that gradients of a row do not cancel out
+
+    def loss(params, rows, compute):
+        params, rows = jax.tree.map(lambda x: x.astype(compute), (params, rows))
+        logits, _ = nnx.merge(graph, params)(rows, batch)
+        assert logits.dtype == jnp.float32
+        return bce_sum(logits, batch["label"], batch["mask"])[0]
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=2)
+    (dense, of_rows), (half_dense, half) = (gradient(params, rows, type_) for type_ in ("float32", "bfloat16"))
+    of_rows["age"], half["age"] = dense["age_rows"][...], half_dense["age_rows"][...]
+    errors = {t: np.linalg.norm(half[t] - of_rows[t]) / np.linalg.norm(of_rows[t]) for t in half}
+    assert 1e-4 < max(errors.values()) < 0.05, errors
 
 
 @pytest.mark.parametrize("name", ["laser", "laser_plus"])

@@ -73,6 +73,8 @@ class Sizes:
         self.q = normal(a.B, a.C, a.d)
         self.h = normal(a.B, a.L, a.d)
         self.weights = tuple(normal(a.d, a.H, k, scale=a.d**-0.5) for k in (a.dq, a.dq, a.d // a.H))
+        rows = sum(width for _, width in TABLES)  # keys and values of events as they come from tables
+        self.of_rows = self.weights[0], *(normal(rows, a.H, k, scale=rows**-0.5) for k in (a.dq, a.d // a.H))
         self.bias = jnp.full((a.H,), -2.2)
         self.cotangent = normal(a.B, a.C, -(-a.L // a.w), a.d)
         self.rows = tuple(normal(*table) for table in TABLES)
@@ -117,7 +119,7 @@ def gather(s: Sizes, mask: jax.Array, names: tuple[str, ...]) -> dict[str, Calla
         "chunked": chunked,
         "packed": packed,
     }
-    arrays = (s.q, s.rows, *s.weights, s.bias)
+    arrays = (s.q, s.rows, *s.of_rows, s.bias)
     return {name: forward_and_pull(forms[name], arrays, s.cotangent) for name in names}
 
 

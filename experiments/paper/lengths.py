@@ -14,7 +14,7 @@ import numpy as np
 
 from experiments.paper import models, tables
 from experiments.paper.figure3 import at_length
-from experiments.paper.study import GBDT, Outcome, Study, parse
+from experiments.paper.study import GBDT, Model, Outcome, Study, parse
 from laser_jax import metrics
 from laser_jax.checkpoint import Checkpoints
 from laser_jax.evaluate import predict
@@ -23,8 +23,14 @@ from laser_jax.sharding import make_mesh
 from laser_jax.state import StateFactory
 from laser_jax.step import make_eval_step
 
-#: These have parameters for every place in a history, and none for places beyond those they were trained at.
+#: See has_places.
 WITH_PLACES = ("transformer", "hstu", "longer", "mirrn")
+
+
+def has_places(study: Study, model: Model) -> bool:
+    """Whether it has parameters for every place in a history, and none for places beyond those it was trained at."""
+    recency = getattr(study.config(model, 0).encoder, "recency", "none")
+    return model.encoder in WITH_PLACES or recency in ("position", "both")
 
 
 def serve(study: Study, outcome: Outcome, length: int, only_report: bool) -> float | None:
@@ -70,15 +76,15 @@ def main() -> None:
     args, study = parse(__doc__, add)
     if study.flags:
         raise SystemExit(f"runs with further flags cannot be served here: leave out {' '.join(study.flags)}")
-    study.kept = None  # the checkpoints are needed
     lengths = [int(length) for length in args.lengths.split(",")]
-    trained = {length: at_length(study, args.model, length) for length in lengths}
+    trained = {length: at_length(study, args.model, length) for length in lengths}  # with what the search has found
+    study.kept = None  # of runs, the checkpoints are needed
     if not args.only_report:
         study.run([(model, seed) for seed in range(args.seeds) for model in trained.values()])
     rows = []
     for length, model in trained.items():
         outcomes = study.finished(model, args.seeds)
-        most = length if args.model in WITH_PLACES else max(lengths)
+        most = length if has_places(study, model) else max(lengths)
         served = [[serve(study, o, n, args.only_report) for o in outcomes if n <= most] for n in lengths]
         rows.append([str(length), *(f"{np.mean(aucs):.4f}" if aucs and None not in aucs else "" for aucs in served)])
     head = ["trained at L", *(f"served at {n}" for n in lengths)]

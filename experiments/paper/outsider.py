@@ -124,8 +124,10 @@ def run(config: Config, workdir: str, seed: int) -> Predictions:
         "samples_per_second": len(x) / seconds,
         "device": "cpu",
     }
-    with open(os.path.join(workdir, "results.json"), "w", encoding="utf-8") as file:
+    path = os.path.join(workdir, "results.json")
+    with open(f"{path}.{os.getpid()}", "w", encoding="utf-8") as file:
         json.dump(results, file, indent=1)
+    os.replace(f"{path}.{os.getpid()}", path)  # last and at once: it says that the run is finished
     print(f"\n{table(rows)}\n\ngbdt ({settings}): test AUC {rows['gbdt'].auc:.4f}; predictions: {workdir}")
     return predictions
 

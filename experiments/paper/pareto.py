@@ -24,11 +24,12 @@ COUNTS = (1, 100)  # candidates a request
 
 def forms(base: Model) -> list[Model]:
     """laser_plus, cheaper and dearer."""
+    heads = 4 if base.settings.get("encoder.heads") == 2 else 2  # the other number of those that are searched
     gsta = dict(encoder__segment=10, encoder__recency="age", encoder__pool=True, encoder__layers=2)
     return [
         base.but("laser_plus, whole history only", encoder__horizons=(1000,)),
         base.but("laser_plus without the mean", head__mean=False),
-        base.but("laser_plus, 2 heads", encoder__heads=2),
+        base.but(f"laser_plus, {heads} heads", encoder__heads=heads),
         base.but("laser_plus with GSTA", **gsta),
         base.but("laser_plus with GSTA, FFN 1x, recent", **gsta, encoder__segment_ffn=1, encoder__recent=1),
     ]

@@ -316,6 +316,13 @@ class Ranker(nnx.Module):
         }
 
 
+def at_least(least: int, config: EncoderConfig, *names: str) -> None:
+    """Raises ValueError for a setting that is too small, by its name."""
+    for name in names:
+        if getattr(config, name) < least:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least {least}")
+
+
 def residual_scale(num_layers: int) -> float:
     """Scale of the output matrices of residual branches at init."""
     return 1.0 / math.sqrt(2 * num_layers)

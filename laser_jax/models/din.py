@@ -9,7 +9,7 @@ from flax import nnx
 
 from laser_jax.layers.mlp import weight
 from laser_jax.layers.target_attention import masked_softmax
-from laser_jax.models.base import SeqOut, SequenceEncoder, TokenSource
+from laser_jax.models.base import SeqOut, SequenceEncoder, TokenSource, at_least
 
 
 @dataclasses.dataclass
@@ -41,8 +41,7 @@ class DinEncoder(SequenceEncoder):
     num_tokens = 1
 
     def __init__(self, config: DinConfig, width_in: int, width: int, *, rngs: nnx.Rngs):
-        if config.tied and config.hidden < 2:
-            raise ValueError(f"hidden={config.hidden} must be at least 2 for tied=True")
+        at_least(2 if config.tied else 1, config, "hidden")
         self.width_in = width_in
         self.softmax = config.softmax
         self.w1 = weight(rngs, (4 * width, config.hidden))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from laser_jax.models.base import TokenSource
+from laser_jax.models.base import TokenSource, at_least
 from laser_jax.models.retrieval import hyperplanes, search, sides
 from laser_jax.models.sim import SearchEncoder
 
@@ -65,6 +65,10 @@ def nearest(query_codes: jax.Array, codes: jax.Array, mask: jax.Array, number: i
 
 class EtaEncoder(SearchEncoder):
     """Tokens [long, short]. The long branch is order-free but for ties, which go to the newest."""
+
+    def __init__(self, config: EtaConfig, width_in: int, width: int, *, rngs: nnx.Rngs):
+        at_least(1, config, "bits")
+        super().__init__(config, width_in, width, rngs=rngs)
 
     def prepare(self, history: TokenSource, x, mask):
         return hash_codes(x, history.w_in @ self._planes())

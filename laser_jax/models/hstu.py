@@ -18,7 +18,7 @@ from laser_jax.layers.blockwise_attention import (
 )
 from laser_jax.layers.mlp import weight
 from laser_jax.layers.self_attention import counted_from_newest
-from laser_jax.models.base import SeqOut, SequenceEncoder, TokenSource, residual_scale
+from laser_jax.models.base import SeqOut, SequenceEncoder, TokenSource, at_least, residual_scale
 
 OWN_BIAS = -10.0  # of a row's score with itself, at init if tied
 
@@ -53,6 +53,7 @@ class HstuEncoder(SequenceEncoder):
     num_tokens = 1
 
     def __init__(self, config: HstuConfig, width_in: int, width: int, history_length: int, *, rngs: nnx.Rngs):
+        at_least(1, config, "layers", "heads", "block")
         if width % config.heads:
             raise ValueError(f"width={width} is not a multiple of heads={config.heads}")
         self.config, self.width_in = config, width_in

@@ -26,7 +26,7 @@ from laser_jax.layers.segment_runs import (
 )
 from laser_jax.layers.segment_sums import GATES, loudest_value
 from laser_jax.layers.target_attention import TargetAttention, masked_softmax
-from laser_jax.models.base import SeqOut, SequenceEncoder, TokenSource, residual_scale
+from laser_jax.models.base import SeqOut, SequenceEncoder, TokenSource, at_least, residual_scale
 
 COMPUTE = ("float32", "bfloat16")
 
@@ -123,6 +123,8 @@ class LaserEncoder(SequenceEncoder):
             raise ValueError(f"chunk={config.chunk}: give a number of users, or 0 for all of the batch")
         if config.norm not in ("pre", "post", "none"):
             raise ValueError(f"norm={config.norm!r} is not 'pre', 'post' or 'none'")
+        at_least(1, config, "segment", "heads", "key_width", "age_buckets")
+        at_least(0, config, "layers", "segment_ffn", "gsta_ffn")
         if any(events < 1 for events in config.horizons):
             raise ValueError(f"horizons={config.horizons}: give numbers of events, at least 1 each")
         if width % config.heads:

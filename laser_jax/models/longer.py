@@ -16,7 +16,7 @@ from laser_jax.layers.mlp import weight
 from laser_jax.layers.segment_sums import cut_segments
 from laser_jax.layers.self_attention import TransformerLayer, counted_from_newest
 from laser_jax.layers.target_attention import masked_softmax
-from laser_jax.models.base import SeqOut, SequenceEncoder, TokenSource, residual_scale
+from laser_jax.models.base import SeqOut, SequenceEncoder, TokenSource, at_least, residual_scale
 
 OWN_BIAS = -10.0  # of a global's score with itself, at init if tied
 
@@ -61,8 +61,7 @@ class LongerEncoder(SequenceEncoder):
     num_tokens = 2
 
     def __init__(self, config: LongerConfig, width_in: int, width: int, history_length: int, *, rngs: nnx.Rngs):
-        if config.layers < 1 or config.newest < 1:
-            raise ValueError(f"layers={config.layers} and newest={config.newest} must be at least 1")
+        at_least(1, config, "group", "newest", "layers", "heads", "ffn")
         self.config, self.width_in = config, width_in
         event = config.width_token or width
         merged = config.group * event

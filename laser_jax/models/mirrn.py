@@ -9,7 +9,7 @@ from flax import nnx
 
 from laser_jax.layers.target_attention import TargetAttention
 from laser_jax.layers.tokens import rows_at, summed_in
-from laser_jax.models.base import TokenSource
+from laser_jax.models.base import TokenSource, at_least
 from laser_jax.models.eta import hash_codes, nearest
 from laser_jax.models.retrieval import LongShortEncoder, attend_each, hyperplanes, newest, pick
 
@@ -54,6 +54,7 @@ class MirrnEncoder(LongShortEncoder):
     def __init__(self, config: MirrnConfig, width_in: int, width: int, history_length: int, *, rngs: nnx.Rngs):
         if config.filter not in FILTERS:
             raise ValueError(f"filter={config.filter!r} is not one of {FILTERS}")
+        at_least(1, config, "bits", "top", "summarised", "blocks", "recent", "heads")
         if config.filter == "block" and width % config.blocks:
             raise ValueError(f"width={width} is not a multiple of blocks={config.blocks}")
         super().__init__(width_in, width, recent=config.recent, heads=config.heads, tied=config.tied, rngs=rngs)

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from laser_jax.models.base import TokenSource
+from laser_jax.models.base import TokenSource, at_least
 from laser_jax.models.retrieval import LongShortEncoder, hyperplanes, pick, sides
 
 NORMALISE = ("l2", "sum", "mean")
+MOST_BITS = 16  # a sum for each of 2^bits buckets, of every table and request
 
 
 @dataclasses.dataclass
@@ -77,6 +78,9 @@ class SdimEncoder(LongShortEncoder):
     def __init__(self, config: SdimConfig, width_in: int, width: int, *, rngs: nnx.Rngs):
         if config.normalise not in NORMALISE:
             raise ValueError(f"normalise={config.normalise!r} is not one of {NORMALISE}")
+        at_least(1, config, "tables", "bits", "recent", "heads")
+        if config.bits > MOST_BITS:
+            raise ValueError(f"bits={config.bits}: a table has 2^bits buckets, give at most {MOST_BITS}")
         super().__init__(width_in, width, recent=config.recent, heads=config.heads, tied=config.tied, rngs=rngs)
         self.config = config
 

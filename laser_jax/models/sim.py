@@ -8,7 +8,7 @@ from flax import nnx
 
 from laser_jax.layers.mlp import weight
 from laser_jax.layers.target_attention import TargetAttention, fold_queries
-from laser_jax.models.base import GatheredSource, TokenSource
+from laser_jax.models.base import GatheredSource, TokenSource, at_least
 from laser_jax.models.retrieval import LongShortEncoder, attend_each, pick, search
 
 
@@ -53,6 +53,7 @@ class SearchEncoder(LongShortEncoder):
     """long = TA(q, the K events that `find` returns)."""
 
     def __init__(self, config: SimSoftConfig | SimHardConfig, width_in: int, width: int, *, rngs: nnx.Rngs):
+        at_least(1, config, "top", "recent", "heads")
         super().__init__(width_in, width, recent=config.recent, heads=config.heads, tied=config.tied, rngs=rngs)
         self.config = config
         self.long = TargetAttention(width, config.heads, tied=config.tied, rngs=rngs)

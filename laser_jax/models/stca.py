@@ -11,7 +11,7 @@ from flax import nnx
 
 from laser_jax.layers.mlp import weight
 from laser_jax.layers.target_attention import TargetAttention
-from laser_jax.models.base import SeqOut, SequenceEncoder, TokenSource
+from laser_jax.models.base import SeqOut, SequenceEncoder, TokenSource, at_least
 
 
 @dataclasses.dataclass
@@ -44,10 +44,8 @@ class StcaEncoder(SequenceEncoder):
     num_tokens = 1
 
     def __init__(self, config: StcaConfig, width_in: int, width: int, *, rngs: nnx.Rngs):
-        if config.layers < 1:
-            raise ValueError(f"layers={config.layers} must be at least 1")
-        if config.tied and config.hidden < 2:
-            raise ValueError(f"hidden={config.hidden} must be at least 2 for tied=True")
+        at_least(1, config, "layers", "heads")
+        at_least(2 if config.tied else 1, config, "hidden")
         self.width_in = width_in
         layers, hidden = range(config.layers), config.hidden * width
         self.history = nnx.List([SwiGlu(width, hidden, rngs=rngs) for _ in layers])

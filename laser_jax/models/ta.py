@@ -8,7 +8,7 @@ from flax import nnx
 
 from laser_jax.layers.mlp import weight
 from laser_jax.layers.target_attention import TargetAttention
-from laser_jax.models.base import SeqOut, SequenceEncoder, TokenSource
+from laser_jax.models.base import SeqOut, SequenceEncoder, TokenSource, at_least
 
 
 @dataclasses.dataclass
@@ -30,6 +30,7 @@ class TaEncoder(SequenceEncoder):
     """MHTA of the candidate over all events. Order-free but for the age in each event's embedding."""
 
     def __init__(self, config: TaConfig, width_in: int, width: int, history_length: int, *, rngs: nnx.Rngs):
+        at_least(1, config, "heads")
         self.width_in, self.history_length = width_in, history_length
         self.num_tokens = 1 + int(config.mass)
         self.w_mass = weight(rngs, (config.heads + 1, width)) if config.mass else None

@@ -11,7 +11,7 @@ from flax import nnx
 from laser_jax.layers.blockwise_attention import pairs_computed
 from laser_jax.layers.self_attention import TransformerLayer, counted_from_newest
 from laser_jax.layers.target_attention import TargetAttention
-from laser_jax.models.base import SeqOut, SequenceEncoder, TokenSource, residual_scale
+from laser_jax.models.base import SeqOut, SequenceEncoder, TokenSource, at_least, residual_scale
 
 
 @dataclasses.dataclass
@@ -42,6 +42,8 @@ class TransformerEncoder(SequenceEncoder):
     num_tokens = 1
 
     def __init__(self, config: TransformerConfig, width_in: int, width: int, history_length: int, *, rngs: nnx.Rngs):
+        at_least(0, config, "layers")
+        at_least(1, config, "heads", "ffn", "block")
         self.config, self.width_in = config, width_in
         self.position = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (history_length, width)))
         self.layers = nnx.List(

@@ -7,7 +7,7 @@ from flax import nnx
 
 from laser_jax.layers.segment_sums import cut_segments
 from laser_jax.layers.target_attention import TargetAttention, fold_queries, masked_softmax
-from laser_jax.models.base import TokenSource
+from laser_jax.models.base import TokenSource, at_least
 from laser_jax.models.retrieval import LongShortEncoder, pick, search
 
 
@@ -58,6 +58,7 @@ class TwinEncoder(LongShortEncoder):
     """Tokens [long, short]; the long branch is order-free, and target attention over everything where K >= n."""
 
     def __init__(self, config: TwinConfig | TwinV2Config, width_in: int, width: int, *, rngs: nnx.Rngs):
+        at_least(1, config, "top", "recent", "heads")
         super().__init__(width_in, width, recent=config.recent, heads=config.heads, tied=config.tied, rngs=rngs)
         self.config = config
         self.long = TargetAttention(width, config.heads, tied=config.tied, rngs=rngs)
@@ -99,6 +100,10 @@ class TwinEncoder(LongShortEncoder):
 
 class TwinV2Encoder(TwinEncoder):
     """Tokens [long, short] over clusters of `segment` consecutive events. Order-aware: order makes the clusters."""
+
+    def __init__(self, config: TwinV2Config, width_in: int, width: int, *, rngs: nnx.Rngs):
+        at_least(1, config, "segment")
+        super().__init__(config, width_in, width, rngs=rngs)
 
     def prepare(self, history: TokenSource, x, mask):
         mask = cut_segments(mask, self.config.segment)

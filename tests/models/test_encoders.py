@@ -105,15 +105,49 @@ def test_equals_a_naive_loop(name, overrides):
 
 
 @every_model
-def test_split_equals_one_call_with_and_without_jit(name):
+def test_what_is_kept_of_a_request_scores_other_candidates_later(name):
+    """As a server does it: two compiled calls, of which the first knows no candidates."""
     encoder = harness.encoder(name)
     x, mask, age, q = histories()
-    want = encoder(x, mask, age, q)
-    module = encoder.module
-    ctx = module.precompute(harness.source(jnp.asarray(x), encoder.params["w_in"], age), mask, age)
-    out = module.score(ctx, q, harness.side(q))
-    assert out.tokens.shape == (*q.shape[:2], module.num_tokens, harness.WIDTH)
-    assert_same(out.tokens, want)
+    graph, params = nnx.split(encoder.module)
+    source = harness.source(jnp.asarray(x), encoder.params["w_in"], age)
+    kept = jax.jit(lambda params: nnx.merge(graph, params).precompute(source, mask, age))(params)
+    score = jax.jit(lambda params, kept, q: nnx.merge(graph, params).score(kept, q, harness.side(q)).tokens)
+    for candidates in (q, q[:, 1:3]):
+        tokens = score(params, kept, candidates)
+        assert tokens.shape == (*candidates.shape[:2], encoder.module.num_tokens, harness.WIDTH)
+        assert_same(tokens, encoder(x, mask, age, candidates))
+
+
+TOO_SMALL = [
+    *((name, "heads") for name in NAMES if name not in ("mean", "din")),
+    *((name, "segment") for name in ("laser", "laser_plus", "twin_v2")),
+    *((name, "top") for name in ("sim_soft", "sim_hard", "eta", "twin", "twin_v2", "mirrn")),
+    *((name, "recent") for name in ("sim_soft", "sim_hard", "eta", "sdim", "twin", "twin_v2", "mirrn")),
+    *((name, "bits") for name in ("eta", "sdim", "mirrn")),
+    *((name, "block") for name in ("transformer", "hstu")),
+    *((name, "layers") for name in ("hstu", "stca", "longer")),
+    ("din", "hidden"), ("laser", "key_width"), ("laser", "age_buckets"), ("longer", "group"), ("longer", "newest"),
+    ("mirrn", "summarised"), ("mirrn", "blocks"), ("sdim", "tables"), ("transformer", "ffn"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "field"), TOO_SMALL)
+def test_a_size_of_nothing_is_refused_by_its_name(name, field):
+    config = encoder_config(name, **{**harness.SMALL[name], field: 0})
+    with pytest.raises(ValueError, match=f"^{field}=0 must be at least [12]$"):
+        config.build(width_in=harness.FEATURES, width=harness.WIDTH, history_length=24, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(("name", "settings"), [("laser", {"layers": -1}), ("transformer", {"layers": -1})])
+def test_a_negative_number_of_layers_is_refused(name, settings):
+    with pytest.raises(ValueError, match="layers=-1 must be at least 0"):
+        encoder_config(name, **settings).build(width_in=8, width=8, history_length=24, rngs=nnx.Rngs(0))
+
+
+def test_a_hash_table_of_too_many_buckets_is_refused():
+    with pytest.raises(ValueError, match=r"bits=40: a table has 2\^bits buckets, give at most 16"):
+        encoder_config("sdim", bits=40).build(width_in=8, width=8, history_length=24, rngs=nnx.Rngs(0))
 
 
 @every_model
@@ -156,7 +190,9 @@ class Given:
         return jnp.zeros(self._x.shape[:2], jnp.int32)
 
 
-def counted_macs(module: SequenceEncoder, requests: int, candidates: int, length: int, width: int) -> float:
+def counted_macs(
+    module: SequenceEncoder, requests: int, candidates: int, length: int, width_in: int, width: int
+) -> float:
     """XLA's own count of a forward pass, a multiply-accumulate being two operations."""
     graph, params = nnx.split(module, nnx.Param)
 
@@ -169,8 +205,8 @@ def counted_macs(module: SequenceEncoder, requests: int, candidates: int, length
 
     lowered = jax.jit(forward).lower(
         params,
-        shape(requests, length, width),
-        shape(width, width),
+        shape(requests, length, width_in),
+        shape(width_in, width),
         shape(requests, length, dtype=bool),
         shape(requests, length, dtype=np.int32),
         shape(requests, candidates, width),
@@ -212,7 +248,7 @@ def test_din_gives_the_same_with_and_without_tokens(monkeypatch):
 def test_macs_are_those_xla_counts(name, candidates, monkeypatch):
     # As matrix products: with sums that are written out XLA also counts what it computes once more inside them.
     monkeypatch.setattr(segment_products, "MOST_TERMS", 0)
-    length, width = 1000, 128
+    length, width_in, width = 1000, 160, 128
     # XLA books a Fourier transform by a formula of its own: MIRRN's is kept short here. It counts the body of a loop
     # once: SDIM's is over tables.
     config = encoder_config(name, **{"mirrn": dict(top=4), "sdim": dict(tables=1)}.get(name, {}))
@@ -221,9 +257,12 @@ def test_macs_are_those_xla_counts(name, candidates, monkeypatch):
         monkeypatch.setattr(blockwise_attention, "CACHED", 2**40)
     if hasattr(config, "pool"):
         config = dataclasses.replace(config, pool=False)  # comparisons, which XLA counts as operations
-    module = nnx.eval_shape(lambda: config.build(width_in=width, width=width, history_length=length, rngs=nnx.Rngs(0)))
+    module = nnx.eval_shape(
+        lambda: config.build(width_in=width_in, width=width, history_length=length, rngs=nnx.Rngs(0))
+    )
     once, each = module.macs(candidates, length)
     # Two batch sizes, so that what is done once a step (folding w_in into weights) drops out.
-    counted = counted_macs(module, 2, candidates, length, width) - counted_macs(module, 1, candidates, length, width)
+    sizes = candidates, length, width_in, width
+    counted = counted_macs(module, 2, *sizes) - counted_macs(module, 1, *sizes)
     visited = 1 if name == "din" else candidates  # XLA counts the body of a loop once, DIN's is over candidates
     np.testing.assert_allclose(counted, once + visited * each, rtol=0.05)

@@ -285,10 +285,7 @@ def test_a_longer_history_than_built_for_is_refused(name):
     [
         ("transformer", dict(heads=3), "width=8 is not a multiple of heads=3"),
         ("hstu", dict(heads=3), "width=8 is not a multiple of heads=3"),
-        ("stca", dict(layers=0), "layers=0 must be at least 1"),
         ("stca", dict(hidden=1), "hidden=1 must be at least 2"),
-        ("longer", dict(layers=0), "layers=0 and newest=2 must be at least 1"),
-        ("longer", dict(newest=0), "layers=3 and newest=0 must be at least 1"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(name, overrides, message):

@@ -32,10 +32,10 @@ def main() -> None:
     models = {name: Model(name, name) for name in args.encoders.split(",")}
     study.run([(model, seed) for seed in range(args.seeds) for model in models.values()])
     found = {name: study.finished(model, args.seeds) for name, model in models.items()}
-    head = [*tables.HEAD, f"AUC - {args.against}", "95 % interval", *tables.COSTS, "gate contrast"]
+    head = [*tables.HEAD, f"AUC - {args.against}", *tables.INTERVALS, *tables.COSTS, "gate contrast"]
     rows = []
     for name in sorted(found, key=lambda name: -np.mean([o.test["auc"] for o in found[name]])):
-        gap = tables.difference(found[name], found[args.against]) if args.against in found else ["", ""]
+        gap = tables.difference(found[name], found.get(args.against, []))
         contrast = found[name][0].results["gate_contrast"]
         shown = "" if contrast is None else f"{contrast:.3f}"
         rows.append([*tables.figures(name, found[name]), *gap, *tables.costs(found[name]), shown])

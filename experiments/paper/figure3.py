@@ -37,14 +37,16 @@ def tabulate_lengths(study: Study, found: dict[str, dict[int, list[Outcome]]]) -
         for length in known:
             outcomes = by_length[length]
             cells = tables.figures(name, outcomes)
-            rows.append([*cells[:1], str(length), *cells[1:], *gaps.get(length, ["", ""]), *tables.costs(outcomes)])
+            rows.append(
+                [*cells[:1], str(length), *cells[1:], *gaps.get(length, tables.NO_DIFFERENCE), *tables.costs(outcomes)]
+            )
         means = [np.mean([o.test["auc"] for o in by_length[length]]) for length in known]
         axes.plot(known, means, "o-", label=name)
     axes.set(xscale="log", xlabel="L, events of history", ylabel="test AUC", title="Growth with length")
     axes.grid(alpha=0.3)
     axes.legend()
     tables.save(figure, study.folder, "figure3-lengths")
-    head = ["model", "L", *tables.HEAD[1:], "AUC - next shorter", "95 % interval", *tables.COSTS]
+    head = ["model", "L", *tables.HEAD[1:], "AUC - next shorter", *tables.INTERVALS, *tables.COSTS]
     return tables.write(study.folder, "figure3-lengths", head, rows)
 
 

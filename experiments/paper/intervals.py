@@ -1,4 +1,9 @@
-"""Paired bootstrap intervals over users, from stored (user, logit, label)."""
+"""Paired bootstrap intervals, from stored (user, logit, label): over users, and over users and seeds.
+
+Over users alone says how far the trained models at hand differ on other users. Trained again, with other seeds, they
+would be other models: two seeds of one model often differ by more than such an interval is wide. What is claimed of a
+model and not of its runs needs the other interval.
+"""
 
 import os
 
@@ -38,36 +43,49 @@ def resampled_aucs(users: np.ndarray, labels: np.ndarray, logits: np.ndarray, re
     return np.array(values)
 
 
-def aucs_of(predictions: str, within: tuple[int, int] | None = None) -> np.ndarray:
-    """`resampled_aucs` of a predictions.npz; kept beside it, since every table asks again.
-
-    Args:
-      within: only candidates whose history has so many events, [low, high).
-    """
-    suffix = "" if within is None else f"-{within[0]}-{within[1]}"
-    stored = f"{predictions.removesuffix('.npz')}.aucs{suffix}.npy"
+def aucs_of(predictions: str) -> np.ndarray:
+    """`resampled_aucs` of a predictions.npz; kept beside it, since every table asks again."""
+    stored = f"{predictions.removesuffix('.npz')}.aucs.npy"
     alone = not os.path.exists(predictions)  # of a run that was kept, the predictions were not
     if os.path.exists(stored) and (alone or os.path.getmtime(stored) >= os.path.getmtime(predictions)):
         found = np.load(stored)
         if alone or len(found) == 1 + RESAMPLES:
             return found
     with np.load(predictions) as file:
-        users, labels, logits, lengths = (file[name] for name in ("users", "labels", "logits", "lengths"))
-    if within is not None:
-        inside = (lengths >= within[0]) & (lengths < within[1])
-        users, labels, logits = users[inside], labels[inside], logits[inside]
+        users, labels, logits = (file[name] for name in ("users", "labels", "logits"))
     found = resampled_aucs(users, labels, logits)
     np.save(stored, found)
     return found
 
 
-def mean_aucs(predictions: list[str], within: tuple[int, int] | None = None) -> np.ndarray:
-    """AUCs averaged over seeds, resample by resample: [1 + resamples]."""
-    return np.mean([aucs_of(path, within) for path in predictions], axis=0)
-
-
 def paired(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float]:
-    """Difference of two `mean_aucs` and its 95 % interval over users."""
-    difference = ours - theirs
-    low, high = np.percentile(difference[1:], [2.5, 97.5])
-    return float(difference[0]), float(low), float(high)
+    """Difference of the means over seeds, and its 95 % interval over users.
+
+    Args:
+      ours, theirs: [seeds, 1 + resamples], as of `aucs_of`.
+    """
+    difference = ours.mean(axis=0) - theirs.mean(axis=0)
+    return float(difference[0]), *_interval(difference[1:])
+
+
+def over_seeds(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float] | None:
+    """The 95 % interval over users and seeds, arguments as for `paired`; None where one of them has a single seed.
+
+    Each resample of users meets seeds of both models, drawn for each by itself: one fewer than there are, so that the
+    variance of their mean comes out right where there are few.
+    """
+    if min(len(ours), len(theirs)) < 2:
+        return None
+    rng = np.random.default_rng(0)
+
+    def drawn(aucs: np.ndarray) -> np.ndarray:
+        seeds, resamples = len(aucs), aucs.shape[1] - 1
+        chosen = rng.integers(0, seeds, (seeds - 1, resamples))
+        return np.take_along_axis(aucs[:, 1:], chosen, axis=0).mean(axis=0)
+
+    return _interval(drawn(ours) - drawn(theirs))
+
+
+def _interval(differences: np.ndarray) -> tuple[float, float]:
+    low, high = np.percentile(differences, [2.5, 97.5])
+    return float(low), float(high)

@@ -5,7 +5,8 @@
 Reads what table2 has finished and adds the cheaper and dearer forms of laser_plus. --times: where
 experiments.bench.models wrote; then the scoring time that it measured is drawn as well: of models of its own width, by
 their default settings, which need not be those of the AUC. A model is on the front unless a cheaper
-one has a higher AUC whose paired interval over users excludes zero. Writes ROOT/DATA/pareto.{md,csv,png}.
+one has a higher AUC and the interval of the difference, over users and seeds, excludes zero. Writes
+ROOT/DATA/pareto.{md,csv,png}.
 """
 
 import csv
@@ -15,7 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.paper import models, tables
-from experiments.paper.intervals import mean_aucs, paired
+from experiments.paper.intervals import over_seeds
 from experiments.paper.search import choose, unfinished
 from experiments.paper.study import GBDT, Model, Outcome, parse
 
@@ -43,14 +44,13 @@ def read_times(path: str) -> dict[tuple[str, int], float]:
 
 
 def dominated_by(label: str, found: dict[str, list[Outcome]], cost: dict[str, float]) -> list[str]:
-    """Cheaper models whose AUC is higher beyond the paired interval."""
+    """Cheaper models whose AUC is higher beyond the interval over users and seeds."""
     better = []
     for other, outcomes in found.items():
-        seeds = {o.seed for o in outcomes} & {o.seed for o in found[label]}
-        if other == label or other not in cost or cost[other] >= cost[label] or not seeds:
+        if other == label or other not in cost or cost[other] >= cost[label]:
             continue
-        aucs = [mean_aucs([o.predictions for o in found[name] if o.seed in seeds]) for name in (other, label)]
-        if paired(*aucs)[1] > 0:
+        interval = over_seeds(*tables.shared_aucs(outcomes, found[label]))
+        if interval is not None and interval[0] > 0:
             better.append(other)
     return better
 

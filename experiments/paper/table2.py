@@ -27,11 +27,11 @@ def tabulate(
     found = {name: study.finished(model, seeds) for name, model in chosen.items()}
     found = {name: outcomes for name, outcomes in found.items() if outcomes}
     order = sorted(found, key=lambda name: -np.mean([o.test["auc"] for o in found[name]]))
-    head = [*tables.HEAD, f"AUC - {against}", "95 % interval", *tables.COSTS, "settings"]
+    head = [*tables.HEAD, f"AUC - {against}", *tables.INTERVALS, *tables.COSTS, "settings"]
     rows = []
     for name in order:
         outcomes = found[name]
-        gap = tables.difference(outcomes, found[against]) if against in found else ["", ""]
+        gap = tables.difference(outcomes, found.get(against, []))
         fixed = models.model(name, column).settings
         searched = {k: v for k, v in chosen[name].settings.items() if fixed.get(k) != v}
         text = " ".join(f"{key.split('.', 1)[1]}={value}" for key, value in searched.items())

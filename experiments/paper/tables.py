@@ -8,13 +8,15 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.paper.intervals import mean_aucs, paired
+from experiments.paper.intervals import aucs_of, over_seeds, paired
 from experiments.paper.study import Outcome
 
 matplotlib.use("Agg")
 matplotlib.rcParams["text.parse_math"] = False
 
 HEAD = ["model", "seeds", "AUC", "sd", "GAUC", "logloss", "ECE"]
+INTERVALS = ["over users", "over users and seeds"]  # 95 % each
+NO_DIFFERENCE = ["", "", ""]  # the cells of a difference and INTERVALS
 COSTS = ["MACs C=1", "MACs/cand. C=100", "with head C=1", "with head C=100", "parameters", "samples/s"]
 
 
@@ -68,13 +70,22 @@ def costs(outcomes: list[Outcome]) -> list[str]:
 
 
 def difference(outcomes: list[Outcome], reference: list[Outcome]) -> list[str]:
-    """Difference of AUC to the reference and its interval, paired over users; over the seeds that both have."""
-    seeds = {outcome.seed for outcome in outcomes} & {outcome.seed for outcome in reference}
-    if not seeds or outcomes[0].model == reference[0].model:
-        return ["", ""]
-    ours, theirs = (mean_aucs([o.predictions for o in runs if o.seed in seeds]) for runs in (outcomes, reference))
+    """Difference of AUC to the reference, and INTERVALS; over the seeds that both have."""
+    if not outcomes or not reference or outcomes[0].model == reference[0].model:
+        return NO_DIFFERENCE
+    ours, theirs = shared_aucs(outcomes, reference)
+    if not len(ours):
+        return NO_DIFFERENCE
     value, low, high = paired(ours, theirs)
-    return [f"{value:+.4f}", f"[{low:+.4f}, {high:+.4f}]"]
+    wider = over_seeds(ours, theirs)
+    shown = "" if wider is None else f"[{wider[0]:+.4f}, {wider[1]:+.4f}]"
+    return [f"{value:+.4f}", f"[{low:+.4f}, {high:+.4f}]", shown]
+
+
+def shared_aucs(*models: list[Outcome]) -> list[np.ndarray]:
+    """Of each model, [seeds, 1 + resamples], the AUCs of the seeds that all of them have."""
+    seeds = set.intersection(*({outcome.seed for outcome in outcomes} for outcomes in models))
+    return [np.array([aucs_of(o.predictions) for o in outcomes if o.seed in seeds]) for outcomes in models]
 
 
 def write(folder: str, name: str, head: list[str], rows: list[list[str]], notes: Sequence[str] = ()) -> str:

@@ -19,12 +19,12 @@ def tabulate(study: Study, name: str, rows: list[Model], seeds: int, run: bool) 
         study.run([(model, seed) for seed in range(seeds) for model in rows])
     found = [(model, study.finished(model, seeds)) for model in rows]
     base = found[0][1]
-    head = [*tables.HEAD, f"AUC - {rows[0].label}", "95 % interval", *tables.COSTS, "gate contrast"]
+    head = [*tables.HEAD, f"AUC - {rows[0].label}", *tables.INTERVALS, *tables.COSTS, "gate contrast"]
     cells = []
     for model, outcomes in found:
         if not outcomes:
             continue
-        gap = tables.difference(outcomes, base) if base else ["", ""]
+        gap = tables.difference(outcomes, base)
         contrasts = [o.results["gate_contrast"] for o in outcomes if o.results["gate_contrast"] is not None]
         shown = f"{np.mean(contrasts):.3f}" if contrasts else ""
         cells.append([*tables.figures(model.label, outcomes), *gap, *tables.costs(outcomes), shown])

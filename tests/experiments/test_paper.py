@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from experiments.bench.models import write as write_timings
 from experiments.bench.models_measure import Row, Size, Timing
 from experiments.paper import keep, lengths, models, open_points, pareto, search, study, table2, table3, table4
-from experiments.paper.intervals import paired, resampled_aucs, weighted_auc
+from experiments.paper.intervals import over_seeds, paired, resampled_aucs, weighted_auc
 from experiments.paper.outsider import WINDOWS, match_counts
 from laser_jax import metrics
 from laser_jax.batch import Batch
@@ -41,11 +41,32 @@ def test_resamples_are_of_users_and_the_same_for_all_models():
     good, bad = labels + rng.normal(size=1000), 0.2 * labels + rng.normal(size=1000)
     ours, theirs = (resampled_aucs(users, labels, logits, 200) for logits in (good, bad))
     assert ours[0] == pytest.approx(metrics.auc(labels, good))
-    difference, low, high = paired(ours, theirs)
+    difference, low, high = paired(ours[None], theirs[None])
     assert 0 < low < difference < high
-    assert paired(ours, ours) == (0, 0, 0)
+    assert paired(ours[None], ours[None]) == (0, 0, 0)
+    assert over_seeds(ours[None], theirs[None]) is None  # of one seed nothing is known of others
     # One user alone is the same in every resample; forty are not.
     assert np.ptp(resampled_aucs(np.zeros(1000), labels, good, 20)) == 0 < np.ptp(ours[1:])
+
+
+def test_intervals_over_seeds_have_room_for_how_seeds_differ():
+    """Of models whose AUC varies by so much over seeds and users, the interval is as wide as it should be."""
+    rng = np.random.default_rng(0)
+    of_users, of_seeds, seeds, widths = 0.0006, 0.001, 3, []
+    for _ in range(300):
+        both = rng.normal(0, of_users, 401)  # what users make of a resample, the same for all models
+        both[0] = 0
+
+        def model(both=both):
+            return 0.8 + rng.normal(0, of_seeds, (seeds, 1)) + both + rng.normal(0, of_users, (seeds, 401))
+
+        low, high = over_seeds(model(), model())
+        widths.append(((high - low) / (2 * 1.96)) ** 2)
+    # Two means of so many seeds, each with its own part of what users make of it.
+    assert np.mean(widths) == pytest.approx(2 * (of_seeds**2 / seeds + of_users**2 / (seeds - 1)), rel=0.15)
+    apart = 0.8 + np.array([[0.001], [-0.001], [0.0]]) + np.zeros((3, 401))
+    low, high = over_seeds(apart, apart - 0.0005)
+    assert low < 0 < high and paired(apart, apart - 0.0005)[1] > 0
 
 
 def test_match_counts_are_those_of_the_events():

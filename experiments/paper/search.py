@@ -1,27 +1,35 @@
 """Settings are searched on validation, with seed 0 and whole histories: each change is tried on the best so far.
 
-Not with short histories, which cost less: what is best at 200 events need not be best at 1000, least of all what
-models have for long ones (how many events they select, the mass of what they attend to).
+One seed's validation is as noisy as what is looked for. So what was found has to beat the model as it comes on the
+validation of SEEDS seeds; if it does not, the model stays as it comes. Not with short histories, which cost less: what
+is best at 200 events need not be best at 1000, least of all what models have for long ones (how many events they
+select, the mass of what they attend to).
 """
 
 from typing import Any
 
+import numpy as np
+
 from experiments.paper import models
 from experiments.paper.study import Model, Study
 
+SEEDS = 3
+
 
 def choose(study: Study, column: str, names: list[str], trials: int, run: bool) -> dict[str, Model]:
-    """Each model with those of its settings that were best on validation with seed 0.
+    """Each model with what was found for it, or as it comes where that is better on validation.
 
-    Where none has been tried yet they are the model's own defaults. Both columns have the settings that were best with
-    all tricks: what differs between them is then the tricks alone.
+    Where nothing has been tried yet it is as it comes, too. Both columns have the settings that were best with all
+    tricks: what differs between them is then the tricks alone.
     """
     if run:
         # The first trials of all models, then the second ones: what is cut short has every model in it.
         for _ in range(trials):
             tried = {name: _search(study, name, trials)[1] for name in names}
             study.run([(_model(name, trial), 0) for name, trial in tried.items() if trial is not None])
-    found = {name: _search(study, name, trials)[0] for name in names}
+        compared = [_model(name, settings) for name in names for settings in _finalists(study, name, trials)]
+        study.run([(model, seed) for seed in range(SEEDS) for model in compared])
+    found = {name: _best(study, name, trials) for name in names}
     return {name: Model(name, name, {**models.model(name, column).settings, **found[name]}) for name in names}
 
 
@@ -29,7 +37,12 @@ def unfinished(study: Study, name: str, trials: int) -> str:
     """What is missing of a model's search, such as "2 of 4 trials"; empty if nothing is."""
     all_of_them = len(models.trials(name)[:trials])
     done = _search(study, name, trials)[2]
-    return "" if done == all_of_them else f"{done} of {all_of_them} trials"
+    if done < all_of_them:
+        return f"{done} of {all_of_them} trials"
+    seeds = min(
+        (len(_validations(study, name, settings)) for settings in _finalists(study, name, trials)), default=SEEDS
+    )
+    return "" if seeds == SEEDS else f"{seeds} of {SEEDS} seeds"
 
 
 def chosen(study: Study, name: str) -> Model:
@@ -63,6 +76,24 @@ def _search(study: Study, name: str, trials: int) -> tuple[dict[str, Any], dict[
         if outcome.results["valid_auc"] > highest:
             best, highest = trial, outcome.results["valid_auc"]
     return best, None, len(models.trials(name)[:trials])
+
+
+def _finalists(study: Study, name: str, trials: int) -> list[dict[str, Any]]:
+    """The model as it comes and what was found for it; none where these are the same."""
+    found = _search(study, name, trials)[0]
+    return [{}, found] if found else []
+
+
+def _best(study: Study, name: str, trials: int) -> dict[str, Any]:
+    """The better one of the finalists; what was found as long as not all of their seeds are there."""
+    found = _search(study, name, trials)[0]
+    means = [np.mean(_validations(study, name, settings)) for settings in _finalists(study, name, trials)]
+    return {} if means and not unfinished(study, name, trials) and means[0] >= means[1] else found
+
+
+def _validations(study: Study, name: str, settings: dict[str, Any]) -> list[float]:
+    """AUC on validation of the seeds that are finished, of SEEDS."""
+    return [outcome.results["valid_auc"] for outcome in study.finished(_model(name, settings), SEEDS)]
 
 
 def _model(name: str, settings: dict[str, Any]) -> Model:

@@ -140,29 +140,36 @@ def test_every_model_is_given_as_many_trials_and_known_fields():
 
 
 class Rehearsal:
-    """A study whose runs cost nothing: `score` says what validation finds of settings."""
+    """A study whose runs cost nothing: `score` says what validation finds of settings, with seed 0 or another one."""
 
     def __init__(self, score, most=100):
         self.score, self.left, self.done = score, most, {}
 
     def run(self, runs):
-        for model, seed in runs[: self.left]:
-            self.left -= 1
-            self.done[json.dumps([model.settings, seed])] = self.score(model.settings)
+        for model, seed in runs:
+            key = json.dumps([model.settings, seed])
+            if key not in self.done and self.left:
+                self.left -= 1
+                self.done[key] = self.score(model.settings, seed)
 
     def outcome(self, model, seed):
         found = self.done.get(json.dumps([model.settings, seed]))
         return None if found is None else types.SimpleNamespace(results={"valid_auc": found})
 
+    def finished(self, model, seeds):
+        return [outcome for seed in range(seeds) if (outcome := self.outcome(model, seed)) is not None]
+
 
 def test_each_setting_is_tried_on_the_best_so_far():
     own = models.model("ta", "tricks").settings
     gains = {"optim.learning_rate": 0.01, "optim.table_learning_rate": -0.01, "encoder.mass": 0.01}
-    ran = Rehearsal(lambda settings: 0.5 + sum(gain for name, gain in gains.items() if name in settings))
+    ran = Rehearsal(lambda settings, _: 0.5 + sum(gain for name, gain in gains.items() if name in settings))
     chosen = search.choose(ran, "tricks", ["ta", "gbdt"], trials=4, run=True)
     low, mass = {"optim.learning_rate": 1e-3}, {"encoder.mass": True}
     tried = [own | change for change in ({}, low, low | {"optim.table_learning_rate": 0.2}, low | mass)]
-    assert [key for key in ran.done if "head.products" in key] == [json.dumps([settings, 0]) for settings in tried]
+    finalists = [(own | change, seed) for seed in (1, 2) for change in ({}, low | mass)]
+    runs = [json.dumps([settings, seed]) for settings, seed in [*((settings, 0) for settings in tried), *finalists]]
+    assert [key for key in ran.done if "head.products" in key] == runs
     assert chosen["ta"].settings == own | low | mass
     without = {"head.matches": (), "head.match_horizons": (), "head.mean": False}
     assert chosen["gbdt"].settings == without
@@ -172,15 +179,31 @@ def test_each_setting_is_tried_on_the_best_so_far():
     assert plain == chosen["ta"].settings | without | {"head.products": False, "encoder.tied": False}
     assert list(ran.done) == searched  # one search for both columns
     assert search.choose(ran, "tricks", ["ta"], trials=1, run=True)["ta"].settings == own
-    worse = Rehearsal(lambda settings: 0.5 - 0.01 * len(settings))
+    worse = Rehearsal(lambda settings, _: 0.5 - 0.01 * len(settings))
     assert search.choose(worse, "tricks", ["ta"], trials=4, run=True)["ta"].settings == own
+
+
+def test_what_one_seed_finds_has_to_hold_for_others():
+    own = models.model("ta", "tricks").settings
+
+    def lucky(settings, seed):
+        return 0.5 + (0.01 if seed == 0 else -0.006) * ("encoder.mass" in settings)
+
+    ran = Rehearsal(lucky)
+    assert search.choose(ran, "tricks", ["ta"], trials=4, run=True)["ta"].settings == own
+    assert search.unfinished(ran, "ta", 4) == "" and len(ran.done) == 4 + 2 * 2
+    part = Rehearsal(lucky, most=6)
+    found = search.choose(part, "tricks", ["ta"], trials=4, run=True)["ta"].settings
+    assert found == own | {"encoder.mass": True} and search.unfinished(part, "ta", 4) == "2 of 3 seeds"
+    with pytest.raises(ValueError, match="the search for ta has come to 2 of 3 seeds: finish table2"):
+        search.chosen(part, "ta")
 
 
 def test_a_search_that_is_under_way_is_not_taken_for_a_finished_one():
     own = models.model("ta", "tricks")
     assert search.chosen(Rehearsal(None), "ta") == own  # nothing is searched: the defaults
     for done, missing in ((0, "0 of 4 trials"), (1, "1 of 4 trials"), (3, "3 of 4 trials"), (4, "")):
-        ran = Rehearsal(lambda settings: 0.5, most=done)
+        ran = Rehearsal(lambda settings, _: 0.5, most=done)
         search.choose(ran, "tricks", ["ta"], trials=4, run=True)
         assert search.unfinished(ran, "ta", 4) == missing
         if done == 3:
@@ -192,7 +215,7 @@ def test_a_search_that_is_under_way_is_not_taken_for_a_finished_one():
 
 def test_variants_have_the_learning_rates_that_were_found_and_their_own_form():
     def best(**settings):
-        ran = Rehearsal(lambda found: 0.7 if settings.items() <= found.items() else 0.6)
+        ran = Rehearsal(lambda found, _: 0.7 if settings.items() <= found.items() else 0.6)
         search.choose(ran, "tricks", ["laser"], trials=4, run=True)
         return search.chosen_rates(ran, "laser").settings
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from laser_jax.serving.files import ModelError
 from laser_jax.sharding import MeshConfig, make_mesh
 from laser_jax.state import StateFactory
 from laser_jax.step import make_eval_step
+from tests.conftest import USERS
 from tests.small_config import get_config
 
 LENGTH = 16
@@ -142,6 +144,71 @@ def test_what_training_never_met_is_told(model):
     unseen = model.assemble([nothing], asked).unseen
     np.testing.assert_array_equal(unseen, ~np.isin(items, known))
     assert unseen.any() and not unseen.all()
+
+
+@pytest.fixture(scope="module")
+def asked(known_data, trained, model):
+    """Histories and requests that the model scores."""
+    found = StoredRequests.open(os.path.join(known_data.path, "requests", "test")).read(np.arange(3))
+    vault = seqvault.open(trained.config.data.vault_path)
+    histories = vault.gather(found.user, found.time, LENGTH, fields=model.event_fields)
+    return vault, histories, Requests(found.time, found.offsets, dict(found.candidates), dict(found.context))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: replace(r, candidates=without(r.candidates, "item")), "candidates has no 'item': .* item, category"),
+        (lambda r: replace(r, candidates=r.candidates | {"colour": r.candidates["item"]}), "'colour', which is none"),
+        (
+            lambda r: replace(r, candidates=r.candidates | {"item": r.candidates["item"] / 1}),
+            "'item' is of type float64",
+        ),
+        (lambda r: replace(r, candidates=r.candidates | {"item": r.candidates["item"].astype(str)}), "of type <U"),
+        (lambda r: replace(r, candidates=r.candidates | {"item": r.candidates["item"].astype(object)}), "type object"),
+        (
+            lambda r: replace(r, candidates=r.candidates | {"item": r.candidates["item"][1:]}),
+            r"'item' has shape .* by ",
+        ),
+        (lambda r: replace(r, candidates=r.candidates | {"item": r.candidates["item"].tolist()}), "'item' is a list"),
+        (lambda r: replace(r, context={}), "context has no 'scene'"),
+        (lambda r: replace(r, context=r.context | {"page": r.context["scene"]}), "'page', which is none of .*scene"),
+        (lambda r: replace(r, context={"scene": r.context["scene"][:1]}), r"'scene' has shape \(1,\): .* needs \(3,\)"),
+        (lambda r: replace(r, time=r.time[:2]), r"time has shape \(2,\): by the histories of 3 users it needs \(3,\)"),
+        (lambda r: replace(r, time=r.time / 2), "time is of type float64"),
+        (lambda r: replace(r, offsets=r.offsets[:-1]), r"offsets has shape \(3,\): by 3 requests it needs \(4,\)"),
+        (lambda r: replace(r, offsets=r.offsets.tolist()), "offsets is a list: give a numpy array of integers"),
+        (lambda r: replace(r, offsets=r.offsets[::-1].copy()), "offsets are .* begin with 0 and never fall"),
+    ],
+)
+def test_requests_that_a_model_cannot_score_are_refused_by_column(model, asked, change, message):
+    _, histories, requests = asked
+    assert len(model.score(histories, requests)) == requests.offsets[-1]
+    with pytest.raises(ValueError, match=message):
+        model.score(histories, change(requests))
+
+
+def test_histories_that_a_model_cannot_read_are_refused_by_column(model, asked):
+    vault, histories, requests = asked
+    one = vault.get(requests.time[0], LENGTH, fields=model.event_fields)
+    with pytest.raises(ValueError, match="histories is a History, which is one user's: give what vault.gather"):
+        model.score(one, requests)
+    with pytest.raises(ValueError, match="histories have no column 'dwell', only time, item, category, action"):
+        model.score(vault.gather(USERS[:3], None, LENGTH, fields=model.event_fields[:3]), requests)
+    with pytest.raises(ValueError, match="histories are of no user"):
+        model.score(histories.take([]), requests)
+    decoded = seqvault.Histories(
+        histories.columns | {"category": histories.columns["category"].astype(str)}, histories.offsets, None, 0, LENGTH
+    )
+    with pytest.raises(ValueError, match="histories' 'category' is of type <U"):
+        model.score(decoded, requests)
+    # What the model does not read may be there.
+    everything = vault.gather(USERS[:3], requests.time, LENGTH)
+    assert len(model.score(everything, requests)) == requests.offsets[-1]
+
+
+def without(columns, name):
+    return {key: values for key, values in columns.items() if key != name}
 
 
 @pytest.mark.parametrize(("quantize", "tolerance"), [("bf16", 2e-2), ("int8", 3e-2)])

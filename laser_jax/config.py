@@ -122,6 +122,7 @@ FREE_TO_CHANGE = (
     "data.prefetch",
     "data.cache_bytes",
 )
+_VAULT = "fingerprint.vault"  # begins the names of what tells one vault from another
 AT_LEAST_ONE = {
     "data": (
         "history_length",
@@ -214,6 +215,12 @@ def remember(config: Config, workdir: str, data: dict[str, str], write: bool = T
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key) and key not in FREE_TO_CHANGE
     ]
+    if changed and all(entry.startswith(_VAULT) for entry in changed):
+        raise ValueError(
+            f"{workdir} holds a run on a vault that has changed since, by appends, by merging or for another one "
+            f"({'; '.join(changed)}): give another --workdir. Pinned by data.snapshot, a vault stays as it is for "
+            "a run, whatever is appended meanwhile"
+        )
     if changed:
         raise ValueError(
             f"{workdir} holds a run of another config ({'; '.join(changed)}): give another --workdir, or the old values"

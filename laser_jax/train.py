@@ -63,6 +63,7 @@ class _Run:
         self.sources = {
             split: BatchSource(config.data, config.features, split, share) for split in ("train", "valid", "test")
         }
+        self.sources["train"].check_histories()
         if jax.process_count() > 1:
             for source in self.sources.values():
                 source.least = dict(zip(source.least, hosts.agree(list(source.least.values())), strict=True))

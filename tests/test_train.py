@@ -269,6 +269,19 @@ def test_requests_of_which_one_finds_an_event_or_of_an_empty_vault_may_train(kno
     assert train.run(config, str(tmp_path / "run")).lengths.max() == 0
 
 
+def test_labels_that_are_all_alike_are_told_once(known_data, tmp_path, caplog):
+    config = with_other_requests(known_data, tmp_path / "data", lambda found: replace(found, label=0 * found.label))
+    config.train.eval_every = 10
+    caplog.set_level("INFO", "laser_jax")
+    train.run(config, str(tmp_path / "run"))
+    told = [record.getMessage() for record in caplog.records if "alike" in record.getMessage()]
+    assert [text.partition(" are all alike")[0] for text in told] == [
+        "the labels of steps 1 to 10",
+        "the labels of valid",
+        "the labels of test",
+    ]
+
+
 def test_a_run_on_a_vault_that_changes_says_so_and_how_to_pin_it(known_data, tmp_path):
     shutil.copytree(known_data.path, tmp_path / "data")
     config, workdir = config_for(known_data, "mean", data__epochs=1), str(tmp_path / "run")

@@ -18,7 +18,7 @@ from laser_jax.metrics import auc
 from laser_jax.models import ENCODERS
 from laser_jax.pipeline import BatchSource
 from laser_jax.requests import Requests as StoredRequests
-from laser_jax.serving.export import Run, export_model, load_run, score_split
+from laser_jax.serving.export import Run, export_model, load_run, main, score_split
 from laser_jax.serving.exported import PIECE, ExportedModel, Requests
 from laser_jax.serving.files import ModelError
 from laser_jax.sharding import MeshConfig, make_mesh
@@ -259,6 +259,17 @@ def test_wrong_settings_are_told(trained, model, tmp_path):
     with pytest.raises(ModelError, match="holds no exported model"):
         ExportedModel(str(tmp_path))
     assert os.listdir(tmp_path) == []
+
+
+def test_the_command_says_in_one_line_what_is_wrong(workdir, tmp_path, capsys):
+    out = f"--out={tmp_path}/model"
+    assert main([f"--workdir={workdir}", out, "--lengths=64,abc"]) == 1
+    assert capsys.readouterr().err == "error: --lengths=64,abc: give numbers of events, such as 64,256\n"
+    (tmp_path / "run").mkdir()
+    shutil.copy(workdir / "config.json", tmp_path / "run")
+    assert main([f"--workdir={tmp_path}/run", out]) == 1
+    assert capsys.readouterr().err == f"error: {tmp_path}/run has no checkpoint: train first, for 20 steps at least\n"
+    assert os.listdir(tmp_path / "run") == ["config.json"]
 
 
 def test_the_command_says_what_became_of_the_auc(workdir, tmp_path):

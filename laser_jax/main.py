@@ -2,7 +2,8 @@
 
 Kept short on purpose: everything else can be imported and tested. The same command again goes on from the newest
 checkpoint in the workdir. Several processes train together where a scheduler starts them (TPU pods, SLURM, Open MPI),
-or with --coordinator=HOST:PORT --num_processes=N --process_id=I on each; workdir and data set are shared by all.
+or with --coordinator=HOST:PORT --num_processes=N --process_id=I on each; workdir and data set are shared by all. What
+is wrong with a command is said in one line, with exit status 2; what goes wrong in training, with a trace and 1.
 """
 
 import contextlib

@@ -14,10 +14,13 @@ import pytest
 
 from laser_jax import vault as seqvault
 from laser_jax.config import from_dict, to_dict
+from laser_jax.features import FeatureConfig, FieldConfig
 from laser_jax.metrics import auc
 from laser_jax.models import ENCODERS
 from laser_jax.pipeline import BatchSource
 from laser_jax.requests import Requests as StoredRequests
+from laser_jax.requests import RequestsWriter
+from laser_jax.schema import Field, Schema
 from laser_jax.serving.export import Run, export_model, load_run, main, score_split
 from laser_jax.serving.exported import PIECE, ExportedModel, Requests
 from laser_jax.serving.files import ModelError
@@ -205,6 +208,26 @@ def test_histories_that_a_model_cannot_read_are_refused_by_column(model, asked):
     # What the model does not read may be there.
     everything = vault.gather(USERS[:3], requests.time, LENGTH)
     assert len(model.score(everything, requests)) == requests.offsets[-1]
+
+
+def test_strings_may_be_any_array_of_texts_or_their_codes(tmp_path):
+    brands = np.array(["ant", "bee", "cat", "ant"])
+    with seqvault.create(tmp_path / "vault", Schema(fields=(Field("brand", "string"),))) as writer:
+        writer.write({"user": [1, 1, 2, 2], "time": [1, 2, 3, 4], "brand": brands.tolist()})
+    vault = seqvault.open(tmp_path / "vault")
+    codes = vault.encode("brand", ["bee", "ant"])
+    with RequestsWriter(tmp_path / "requests" / "train", candidates={"brand": "int32"}) as writer:
+        writer.write(user=[1], time=[9], counts=[2], candidates={"brand": codes}, label=[0, 1])
+    config = get_config("mean")
+    config.data.path, config.features = str(tmp_path), FeatureConfig(item=(FieldConfig("brand", 4, 10),))
+    model = ExportedModel(export_model(untrained(config), str(tmp_path / "model")).path)
+    histories, moment, offsets = vault.gather(np.array([1]), 9, LENGTH), np.array([9]), np.array([0, 2])
+    wanted = model.score(histories, Requests(moment, offsets, {"brand": codes}, {}))
+    assert np.ptp(wanted) > 0
+    for texts in (np.array(["bee", "ant"]), np.array(["bee", "ant"], object)):
+        np.testing.assert_array_equal(model.score(histories, Requests(moment, offsets, {"brand": texts}, {})), wanted)
+    with pytest.raises(ValueError, match="'brand' is of type float64: give strings, or their codes as integers"):
+        model.score(histories, Requests(moment, offsets, {"brand": codes / 1}, {}))
 
 
 def without(columns, name):

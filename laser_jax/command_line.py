@@ -48,6 +48,8 @@ def parse(argv: list[str]) -> list[str]:
         if (why := _unknown_field(str(error))) is None:
             raise
         refuse(why)
+    except ValueError as error:  # those of the experiment file come as flags.Error
+        refuse(f"--config: {error}")
     except flags.Error as error:
         # What an experiment file refuses, such as an unknown encoder, comes with a trace of the libraries.
         refused = _last_line(error).partition("ValueError: ")
@@ -65,8 +67,10 @@ def parse(argv: list[str]) -> list[str]:
 def _unknown_field(text: str) -> str | None:
     """What to give instead of a field that a config does not have; None if the text is of something else."""
     found = next(filter(None, (re.search(pattern, text) for pattern in _NO_FIELD)), None)
-    if found is None or found["kind"] not in kinds():
+    if found is None:
         return None
+    if found["kind"] not in kinds():
+        return f"--config: a {found['kind']} has no field {found['field']!r}"
     known = [field.name for field in dataclasses.fields(kinds()[found["kind"]])]
     near = difflib.get_close_matches(found["field"], known, n=1)
     hint = f"did you mean {near[0]!r}? It has" if near else "it has"

@@ -71,6 +71,8 @@ def test_a_wrong_command_ends_with_one_line_and_writes_nothing(known_data, envir
     attempts = {
         "field": ([path, "--config.optim.learning_rat=.1"], {}, "OptimConfig has no field 'learning_rat'; did you"),
         "part": ([path, "--config.optm.clip=1"], {}, "did you mean 'optim'?"),
+        "value of a value": ([path, "--config.optim.clip.x=1"], {}, "a float has no field 'x'"),
+        "path": ([path, "--config.features.item[0=1"], {}, "features.item[0"),
         "type": ([path, "--config.data.epochs=many"], {}, "--config.data.epochs=many"),
         "argument": ([path, "width=32"], {}, "unexpected arguments width=32"),
         "encoder": ([path], {"config": "tests/small_config.py:lazer"}, "no encoder 'lazer'; choose one of laser"),

@@ -122,6 +122,7 @@ FREE_TO_CHANGE = (
     "data.prefetch",
     "data.cache_bytes",
 )
+_VAULT = "fingerprint.vault"  # begins the names of what tells one vault from another
 AT_LEAST_ONE = {
     "data": (
         "history_length",
@@ -135,7 +136,21 @@ AT_LEAST_ONE = {
         "prefetch",
     ),
     "train": ("eval_every", "save_every", "log_every"),
+    "head": ("tokens", "width", "expansion", "match_gates"),
+    "features": ("age_buckets",),
 }
+AT_LEAST_NONE = {
+    "data": ("seed", "cache_bytes"),
+    "train": ("seed", "gate_maps"),
+    "head": ("blocks",),
+    "features": ("age_width",),
+}
+
+
+def kinds() -> dict[str, type]:
+    """The classes of a config's parts by their names."""
+    parts = (Config, DataConfig, FeatureConfig, FieldConfig, HeadConfig, OptimConfig, MeshConfig, TrainConfig)
+    return {kind.__name__: kind for kind in (*parts, *(type(make()) for make in ENCODERS.values()))}
 
 
 def from_dict(value: Any) -> Any:
@@ -148,9 +163,7 @@ def from_dict(value: Any) -> Any:
         return tuple(from_dict(one) for one in value)
     if not isinstance(value, dict) or "class" not in value:
         return value
-    known = {kind.__name__: kind for kind in (Config, DataConfig, FeatureConfig, FieldConfig, HeadConfig)}
-    known |= {kind.__name__: kind for kind in (OptimConfig, MeshConfig, TrainConfig)}
-    known |= {type(make()).__name__: type(make()) for make in ENCODERS.values()}
+    known = kinds()
     if value["class"] not in known:
         raise ValueError(f"this version has no config called {value['class']!r}")
     kind = known[value["class"]]
@@ -168,11 +181,16 @@ def check_sizes(config: Config) -> None:
             value = getattr(getattr(config, part), name)
             if value < 1:
                 raise ValueError(f"{part}.{name}={value}: give at least 1")
+    if config.width < 1:
+        raise ValueError(f"width={config.width}: give at least 1")
+    for part, names in AT_LEAST_NONE.items():
+        for name in names:
+            value = getattr(getattr(config, part), name)
+            if value < 0:
+                raise ValueError(f"{part}.{name}={value}: give 0 or more")
     config.optim.check()
-    if config.train.patience_s <= 0:
+    if not config.train.patience_s > 0:
         raise ValueError(f"train.patience_s={config.train.patience_s}: give more than 0")
-    if config.data.cache_bytes < 0:
-        raise ValueError(f"data.cache_bytes={config.data.cache_bytes}: give 0 (no cache) or more")
     edges = config.train.length_edges
     if edges[:1] != (0,) or list(edges) != sorted(set(edges)):
         raise ValueError(f"train.length_edges={edges}: give ascending lower bounds that begin with 0")
@@ -214,6 +232,12 @@ def remember(config: Config, workdir: str, data: dict[str, str], write: bool = T
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key) and key not in FREE_TO_CHANGE
     ]
+    if changed and all(entry.startswith(_VAULT) for entry in changed):
+        raise ValueError(
+            f"{workdir} holds a run on a vault that has changed since, by appends, by merging or for another one "
+            f"({'; '.join(changed)}): give another --workdir. Pinned by data.snapshot, a vault stays as it is for "
+            "a run, whatever is appended meanwhile"
+        )
     if changed:
         raise ValueError(
             f"{workdir} holds a run of another config ({'; '.join(changed)}): give another --workdir, or the old values"

@@ -2,9 +2,11 @@
 
 Kept short on purpose: everything else can be imported and tested. The same command again goes on from the newest
 checkpoint in the workdir. Several processes train together where a scheduler starts them (TPU pods, SLURM, Open MPI),
-or with --coordinator=HOST:PORT --num_processes=N --process_id=I on each; workdir and data set are shared by all.
+or with --coordinator=HOST:PORT --num_processes=N --process_id=I on each; workdir and data set are shared by all. What
+is wrong with a command is said in one line, with exit status 2; what goes wrong in training, with a trace and 1.
 """
 
+import contextlib
 import logging
 import sys
 
@@ -12,8 +14,7 @@ import absl.logging
 from absl import app, flags
 from ml_collections import config_flags
 
-from laser_jax import hosts, train
-from laser_jax.config import Config
+from laser_jax import command_line, hosts, train
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file, e.g. experiments/xhs.py:laser_plus.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and the report go.")
@@ -24,8 +25,6 @@ _HEARTBEAT = flags.DEFINE_integer("heartbeat_s", 30, "Seconds of silence after w
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     absl.logging.set_verbosity(absl.logging.WARNING)  # orbax tells much
     # Saving between two evaluations is meant, and so is reading one part of a checkpoint.
     meant = ("did not provide metrics", "Metadata file does not exist")
@@ -36,15 +35,16 @@ def main(argv: list[str]) -> None:
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     logger.propagate = False  # the libraries' own chatter stays at warnings
-    if not isinstance(_CONFIG.value, Config):
-        raise app.UsageError("--config names no experiment file whose get_config() returns a laser_jax.config.Config")
-    hosts.connect(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _HEARTBEAT.value)
-    try:
-        train.run(_CONFIG.value, _WORKDIR.value)
-    except hosts.Stopped as stopped:
-        logger.info("stopped: %s", stopped)
+    with contextlib.ExitStack() as stack:
+        with command_line.refusals():
+            hosts.connect(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _HEARTBEAT.value)
+            run = stack.enter_context(train.started(_CONFIG.value, _WORKDIR.value))
+        try:
+            run.finish()
+        except hosts.Stopped as stopped:
+            logger.info("stopped: %s", stopped)
 
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    app.run(main, flags_parser=command_line.parse)

@@ -1,6 +1,7 @@
 """Optimizers: Adam for dense parameters (optax), row-sparse ones for tables (layers/row_optimizers)."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -82,22 +83,31 @@ class OptimConfig:
         for name in ("compute", "table_type"):
             if getattr(self, name) not in TABLE_TYPES:
                 raise ValueError(f"optim.{name}={getattr(self, name)!r} is not one of {TABLE_TYPES}")
+        if not 0 < self.learning_rate < math.inf or not 0 <= self.b1 < 1 or not 0 <= self.b2 < 1:
+            raise ValueError(
+                f"optim.learning_rate={self.learning_rate}, b1={self.b1}, b2={self.b2}: give a rate above 0 and decays "
+                "in [0, 1)"
+            )
         if self.microbatches < 0:
             raise ValueError(f"optim.microbatches={self.microbatches}: give at least 1, or 0 for what is fast here")
         if self.length_steps < 0:
             raise ValueError(f"optim.length_steps={self.length_steps}: give at least 1, or 0 for what is fast here")
-        if self.table_learning_rate <= 0 or not 0 <= self.table_b1 < 1 or not 0 <= self.table_b2 < 1:
+        if not 0 < self.table_learning_rate < math.inf or not 0 <= self.table_b1 < 1 or not 0 <= self.table_b2 < 1:
             raise ValueError(
                 f"optim.table_learning_rate={self.table_learning_rate}, table_b1={self.table_b1}, "
                 f"table_b2={self.table_b2}: give a rate above 0 and decays in [0, 1)"
             )
-        if self.warmup < 0 or self.decay < TO_THE_END or self.clip < 0:
+        if self.warmup < 0 or self.decay < TO_THE_END or not self.clip >= 0:
             raise ValueError(
                 f"optim.warmup={self.warmup}, decay={self.decay}, clip={self.clip}: give 0 or more, or for decay "
                 f"{TO_THE_END}, to the end of the run"
             )
-        if self.table_accumulator <= 0:
+        if not self.table_accumulator > 0:
             raise ValueError(f"optim.table_accumulator={self.table_accumulator}: give more than 0, it is divided by")
+        if not self.table_std >= 0 or not self.table_l1 >= 0 or not self.table_l2 >= 0:
+            raise ValueError(
+                f"optim.table_std={self.table_std}, table_l1={self.table_l1}, table_l2={self.table_l2}: give 0 or more"
+            )
 
     def parts(self, requests: int, history_length: int) -> int:
         """In how many parts a device takes its requests of a batch.

@@ -28,6 +28,7 @@ from laser_jax.vault.storage import is_url, must_read, storage_of
 
 SPLITS = ("train", "valid", "test")
 PROBES = 8  # batches whose needs are looked at before the first
+SEARCHED = 1000  # rows of the first epoch among which at least one must have a history
 
 
 class Recipe(Protocol):
@@ -176,6 +177,32 @@ class BatchSource:
 
     def __reduce__(self):
         return type(self), self._args
+
+    def check_histories(self) -> None:
+        """Raises ValueError if none of the first requests has an event before it, though the vault holds events.
+
+        All processes of a run look at the same ones.
+        """
+        requests = self.requests.read(np.unique(self._row_request[self._order(0)[:SEARCHED]]))
+        found = self.vault.gather(requests.user, requests.time, 1, as_of=requests.sequence, fields=[])
+        if found.num_events or not self.vault.num_events:
+            return
+        newest = self.vault.gather(requests.user, None, 1, fields=[])
+        known = np.flatnonzero(np.diff(newest.offsets))
+        if len(known):
+            one = known[0]
+            hidden = "" if requests.sequence is None else ", and with sequence numbers of this vault"
+            why = (
+                f"the newest event of user {requests.user[one]} has time {newest[one].columns['time'][0]}, its request "
+                f"{requests.time[one]}; write requests in the unit of the vault's schema, which is "
+                f"{self.vault.schema.time_unit!r}{hidden}"
+            )
+        else:
+            why = f"it knows none of their users, such as {requests.user[0]}; write requests with the vault's users"
+        raise ValueError(
+            f"{self.requests.path}: none of {len(requests)} requests looked at has an event of its user before it in "
+            f"{self.vault.path}: {why}. To train without histories on purpose, give a vault without events"
+        )
 
     def users(self) -> np.ndarray:
         """The user of every row of the split, of all processes."""
@@ -403,7 +430,8 @@ def prepare(data: DataConfig) -> None:
     if data.recipe is not None:
         data.recipe.prepare(data.path)
         return
-    missing = [name for name in ("vault", "requests") if not os.path.isdir(os.path.join(data.path, name))]
+    wanted = ("requests",) if data.vault else ("vault", "requests")
+    missing = [name for name in wanted if not os.path.isdir(os.path.join(data.path, name))]
     if missing:
         raise FileNotFoundError(
             f"{data.path} is no data set ({' and '.join(missing)} missing): ingest a vault and write requests there, "
@@ -418,6 +446,12 @@ def read_vocabularies(data: DataConfig, features: FeatureConfig) -> dict[str, np
         for field in (*features.item, *features.event, *features.context)
         if field.ids == "vocab"
     }
+
+
+def _appended(path: str) -> int:
+    """Sequence number behind what was appended to a vault since its manifest; 0 if nothing was."""
+    with seqvault.open(path, cache_bytes=0) as vault:
+        return vault.next_sequence if vault.next_sequence != vault.manifest["next_sequence"] else 0
 
 
 def fingerprint(data: DataConfig) -> dict[str, str]:
@@ -437,6 +471,9 @@ def fingerprint(data: DataConfig) -> dict[str, str]:
         for path in partition_paths(root) if partitioned else [root]:
             inner = f"{os.path.basename(path)}/" if partitioned else ""
             add(f"vault/{inner}{manifest}", must_read(storage_of(path), manifest))
+            appended = 0 if data.snapshot or is_url(root) else _appended(path)
+            if appended:  # only then: else the manifest alone says what the vault holds
+                add(f"vault/{inner}appended", str(appended).encode())
     for split in SPLITS:
         with open(os.path.join(data.path, "requests", split, MANIFEST), "rb") as file:
             add(f"requests/{split}/{MANIFEST}", file.read())

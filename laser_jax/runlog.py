@@ -47,6 +47,7 @@ class RunLog:
         self._pending: list[Any] = []
         self._waited = 0.0
         self._since = time.monotonic()
+        self._told_alike = False
         self._shapes: set[tuple[tuple[int, ...], ...]] = set()
 
     @property
@@ -109,6 +110,9 @@ class RunLog:
             "events_per_second": float(sum(c.events for c in fetched)) / seconds,
             "input_wait": self._waited / seconds,
         }
+        if math.isnan(entry["auc"]) and not self._told_alike:
+            self._told_alike = True
+            self._tell("the labels of steps %d to %d are all alike: no AUC", step - len(fetched) + 1, step)
         if not math.isnan(contrast):
             entry["gate_contrast"] = contrast
         eta = (self._total - step) * seconds / len(fetched)

@@ -5,8 +5,10 @@ import dataclasses
 import json
 import logging
 import os
+from collections.abc import Iterator
 
 import jax
+import numpy as np
 
 from laser_jax import hosts, report
 from laser_jax.checkpoint import Checkpoints
@@ -35,6 +37,17 @@ def run(config: Config, workdir: str) -> Predictions:
     Raises:
       hosts.Stopped: SIGTERM came; the state is saved, or (during an evaluation) was at the newest checkpoint.
     """
+    with started(config, workdir) as run:
+        return run.finish()
+
+
+@contextlib.contextmanager
+def started(config: Config, workdir: str) -> Iterator["Run"]:
+    """A run that is set up: its config and data are checked, its state is there.
+
+    Raises:
+      ValueError, OSError, VaultError: what is wrong with config, data or workdir.
+    """
     check_sizes(config)
     check_parts(config.train.warm_parts)
     prepare(config.data)
@@ -44,14 +57,16 @@ def run(config: Config, workdir: str) -> Predictions:
             stack.enter_context(hosts.LastWords())
             watchdog = stack.enter_context(hosts.Watchdog(config.train.patience_s))
         try:
-            return _Run(config, os.path.abspath(workdir), peers, watchdog).finish()
+            run = Run(config, os.path.abspath(workdir), peers, watchdog)
+            run.restore()
+            yield run
         except jax.errors.JaxRuntimeError as error:
             if jax.process_count() > 1:
                 hosts.lost_peer(error)
             raise
 
 
-class _Run:
+class Run:
     """One process's part in a run: everything from the config to the report."""
 
     def __init__(self, config: Config, workdir: str, peers: hosts.Peers, watchdog: hosts.Watchdog | None):
@@ -63,6 +78,7 @@ class _Run:
         self.sources = {
             split: BatchSource(config.data, config.features, split, share) for split in ("train", "valid", "test")
         }
+        self.sources["train"].check_histories()
         if jax.process_count() > 1:
             for source in self.sources.values():
                 source.least = dict(zip(source.least, hosts.agree(list(source.least.values())), strict=True))
@@ -81,6 +97,7 @@ class _Run:
             source.dictionaries = ids
         self.checkpoints = Checkpoints(workdir, ids, self.factory.largest_bytes)
         self.eval_step = make_eval_step(self.factory)
+        self._alike: set[str] = set()  # splits of which it was told that all labels are alike
 
     @property
     def others(self) -> hosts.Peers | None:
@@ -92,7 +109,7 @@ class _Run:
 
     def finish(self) -> Predictions:
         """Trains to the end, or to SIGTERM, then tests."""
-        state, start = self._restored()
+        (state, start), self._state = self._state, None
         train = self.sources["train"]
         if hosts.is_first():
             logger.info("parameters %s; train %s", self.factory.num_parameters(), train.describe())
@@ -116,6 +133,10 @@ class _Run:
             _write_results(self.config, self.workdir, predictions, best, costs, log, maps, gates)
         hosts.agree([0])  # who leaves first would be taken for dead while the report is written
         return predictions
+
+    def restore(self) -> None:
+        """Finds the state that `finish` goes on from."""
+        self._state = self._restored()
 
     def _restored(self) -> tuple[TrainState, int]:
         """The newest state that can be read, or a fresh one; and its step."""
@@ -148,7 +169,11 @@ class _Run:
             if self.peers.asked_to_stop:
                 self._stop(f"SIGTERM during {what}")
 
-        return predict(self.eval_step, state, self.sources[split], self.mesh, what, self.others, moved)
+        predictions = predict(self.eval_step, state, self.sources[split], self.mesh, what, self.others, moved)
+        if hosts.is_first() and split not in self._alike and len(np.unique(predictions.labels > 0.5)) < 2:
+            self._alike.add(split)
+            logger.warning("the labels of %s are all alike: no AUC", split)
+        return predictions
 
     def _stop(self, why: str) -> None:
         self.checkpoints.close()

@@ -294,6 +294,19 @@ def test_what_the_server_had_not_seen_is_kept_out_and_a_snapshot_stands_still(tm
     assert fingerprint(live) != before and BatchSource(live, features, "test").batch(0).lengths.tolist() == [3, 1, 4]
 
 
+def test_what_was_appended_to_one_partition_changes_the_fingerprint(known_data, tmp_path):
+    schema = Schema(fields=[Field("item", "int64")])
+    with seqvault.create(tmp_path / "vault", schema, partitions=2) as writer:
+        writer.write({"user": np.arange(8), "time": np.arange(8), "item": np.arange(8)})
+    data = config(known_data, vault=str(tmp_path / "vault"))
+    before = fingerprint(data)
+    assert sum("vault" in name for name in before) == 2
+    with seqvault.open(tmp_path / "vault") as vault:
+        vault.append({"user": [3], "time": [9], "item": [9]})
+    new = fingerprint(data).keys() - before.keys()
+    assert len(new) == 1 and new.pop().startswith("vault/partition-0000")
+
+
 def test_a_service_gives_the_batches_of_its_vault(known_data):
     at_home = config(known_data)
     with VaultService(at_home.vault_path, read_only=True) as service:

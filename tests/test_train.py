@@ -4,18 +4,22 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import tensorstore as ts
 
 from laser_jax import hosts, train
+from laser_jax import vault as seqvault
 from laser_jax.checkpoint import CheckpointError, Checkpoints
 from laser_jax.features import FieldConfig
+from laser_jax.pipeline import BatchSource, fingerprint
+from laser_jax.requests import Requests, RequestsWriter
 from laser_jax.runlog import RunLog
 from laser_jax.vault import VaultError
 from tests import dictionary_config
-from tests.conftest import USERS
+from tests.conftest import LENGTHS, SPAN, USERS
 from tests.small_config import get_config
 
 
@@ -215,6 +219,90 @@ def test_a_start_that_fails_does_not_occupy_the_workdir(known_data, tmp_path, ch
     with pytest.raises((ValueError, FileNotFoundError, VaultError), match=message):
         train.run(config_for(known_data, **change), workdir)
     assert not os.path.exists(os.path.join(workdir, "config.json"))  # the corrected command must not be refused
+
+
+def with_other_requests(data, path, change):
+    """A config for requests that `change` makes of the known ones, with the vault where it is."""
+    shutil.copytree(os.path.join(data.path, "vocab"), path / "vocab")
+    for split in data.requests:
+        stored = Requests.open(os.path.join(data.path, "requests", split))
+        found = change(stored.read(np.arange(len(stored))))
+        with RequestsWriter(
+            path / "requests" / split, context=stored.context_columns, candidates=stored.columns
+        ) as writer:
+            counts = np.diff(found.offsets)
+            keys = dict(user=found.user, time=found.time, counts=counts, label=found.label)
+            writer.write(**keys, context=found.context, candidates=found.candidates)
+    config = config_for(data, "mean", data__epochs=1)
+    config.data.path, config.data.vault = str(path), config.data.vault_path
+    return config
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda found: replace(found, time=found.time // 10**6), r"time \d+, its request 0; .* schema, which is 's'"),
+        (lambda found: replace(found, user=found.user + 1000), "it knows none of their users, such as"),
+    ],
+)
+def test_requests_that_find_no_event_at_all_are_refused_before_the_start(known_data, tmp_path, change, reason):
+    config, workdir = with_other_requests(known_data, tmp_path / "data", change), tmp_path / "run"
+    with pytest.raises(ValueError, match=f"data/requests/train: none of 150 requests .* {known_data.path}.*{reason}"):
+        train.run(config, str(workdir))
+    assert not workdir.exists()
+
+
+def test_requests_of_which_one_finds_an_event_or_of_an_empty_vault_may_train(known_data, tmp_path):
+    stranger, known = 1000, USERS[np.argmax(LENGTHS)]
+
+    def mostly_strangers(found):
+        user, time = np.full(len(found), stranger), found.time.copy()
+        user[7], time[7] = known, SPAN
+        return replace(found, user=user, time=time)
+
+    config = with_other_requests(known_data, tmp_path / "data", mostly_strangers)
+    BatchSource(config.data, config.features, "train").check_histories()
+    with seqvault.open(config.data.vault) as vault, seqvault.create(tmp_path / "empty", vault.schema):
+        pass
+    config = with_other_requests(known_data, tmp_path / "cold", lambda found: replace(found, user=found.user + 1000))
+    config.data.vault = str(tmp_path / "empty")
+    assert train.run(config, str(tmp_path / "run")).lengths.max() == 0
+
+
+def test_labels_that_are_all_alike_are_told_once(known_data, tmp_path, caplog):
+    config = with_other_requests(known_data, tmp_path / "data", lambda found: replace(found, label=0 * found.label))
+    config.train.eval_every = 10
+    caplog.set_level("INFO", "laser_jax")
+    train.run(config, str(tmp_path / "run"))
+    told = [record.getMessage() for record in caplog.records if "alike" in record.getMessage()]
+    assert [text.partition(" are all alike")[0] for text in told] == [
+        "the labels of steps 1 to 10",
+        "the labels of valid",
+        "the labels of test",
+    ]
+
+
+def test_a_run_on_a_vault_that_changes_says_so_and_how_to_pin_it(known_data, tmp_path):
+    shutil.copytree(known_data.path, tmp_path / "data")
+    config, workdir = config_for(known_data, "mean", data__epochs=1), str(tmp_path / "run")
+    config.data.path = str(tmp_path / "data")
+    train.run(config, workdir)
+    with open(os.path.join(workdir, "config.json"), encoding="utf-8") as file:
+        told = json.load(file)["fingerprint"]
+    # Of a vault that was never appended to, the manifest says all.
+    assert [name for name in told if "vault" in name] == ["vault/manifest.json"]
+    event = {name: values[:1] for name, values in known_data.events.items()}
+    changed = r"run on a vault that has changed since, .*vault/{}.*another --workdir.* data.snapshot"
+    with seqvault.open(config.data.vault_path) as vault:
+        vault.append(event)
+        before = fingerprint(config.data)
+        with pytest.raises(ValueError, match=changed.format("appended: 'absent'")):
+            train.run(config, workdir)
+        vault.append(event | {"time": event["time"] + 1})
+        assert fingerprint(config.data) != before
+        vault.merge()
+        with pytest.raises(ValueError, match=changed.format("manifest.json")):
+            train.run(config, workdir)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(known_data, tmp_path):

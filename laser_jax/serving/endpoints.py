@@ -41,8 +41,8 @@ class RankEndpoint:
     """One user and C candidates a call -> a logit a candidate.
 
     Inputs are `user` [1], `candidates.FIELD` [C] for every item field, `context.FIELD` [1] and, if wanted, `time` [1].
-    Outputs are `logit` [C], `unseen` [C] (candidates that training never met, scored as unknown ones), `events` [1] (of
-    the history; 0 for an unknown user), and `time` and `as_of` [1], which say what was seen.
+    Outputs are `logit` [C], `unseen` [C] (candidates that training never met, scored as unknown ones; see Ranking),
+    `events` [1] (of the history; 0 for an unknown user), and `time` and `as_of` [1], which say what was seen.
     """
 
     def __init__(

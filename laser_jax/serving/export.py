@@ -149,6 +149,10 @@ def load_run(workdir: str) -> Run:
         raise ModelError(f"{workdir} holds no run: it has no config.json")
     with open(name, encoding="utf-8") as file:
         config = from_dict({key: value for key, value in json.load(file).items() if key != "fingerprint"})
+    # Looked for by itself: what opens checkpoints makes their directory, and clears it up in the background.
+    saved = os.path.join(workdir, "checkpoints")
+    if not os.path.isdir(saved) or not any(step.isdigit() for step in os.listdir(saved)):
+        raise ModelError(f"{workdir} has no checkpoint: train first, for {config.train.save_every} steps at least")
     if hasattr(config.encoder, "kernel"):
         config.encoder.kernel = "xla"  # what is exported must run anywhere
     if hasattr(config.encoder, "chunk"):
@@ -333,7 +337,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     started = time.monotonic()
     try:
-        lengths = tuple(int(length) for length in args.lengths.split(",") if length)
+        lengths = _numbers(args.lengths)
         run = load_run(args.workdir)
         made = export_model(run, args.out, lengths, args.quantize, args.version)
         said = f"version {made.version}, {made.programs} programs, {made.bytes:,} bytes"
@@ -344,6 +348,14 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     print(f"{said} in {time.monotonic() - started:.1f} s: {made.path}")
     return 0
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """What --lengths says."""
+    try:
+        return tuple(int(length) for length in text.split(",") if length)
+    except ValueError as error:
+        raise ValueError(f"--lengths={text}: give numbers of events, such as 64,256") from error
 
 
 def check(path: str, config: Config, workdir: str) -> str:

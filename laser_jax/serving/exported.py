@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from laser_jax.assembly import Assembly, Columns, comparable
 from laser_jax.features import FeatureConfig, FieldConfig, line_source
 from laser_jax.schema import Schema
+from laser_jax.serving.arguments import check_histories, check_moments, check_side
 from laser_jax.serving.embeddings import Embeddings, Table
 from laser_jax.serving.files import ModelError, read_manifest
 from laser_jax.vault.history import Histories
@@ -36,7 +37,7 @@ class Requests:
 
     Attributes:
       time: int64 [B], in the unit of the vault. offsets: int64 [B + 1].
-      candidates: field -> [N] (or [N, m]), strings as objects. context: field -> [B].
+      candidates: field -> [N] (or [N, m]), of strings themselves or their codes. context: field -> [B].
     """
 
     time: Int[np.ndarray, "B"]
@@ -167,7 +168,14 @@ class ExportedModel:
           histories: of the B requests' users, at most history_length events each, with event_fields.
           requests: at most BATCHES[-1] of them.
           translations: as for look_up.
+
+        Raises:
+          ValueError: histories or requests are not what the model reads, or are too many; names the column.
         """
+        check_histories(histories, self._history_fields, self.width_of)
+        count = check_moments(requests.time, requests.offsets, len(histories))
+        check_side("candidates", requests.candidates, self.features.item, count, self.width_of, self.strings)
+        check_side("context", requests.context, self.features.context, len(histories), self.width_of, self.strings)
         found, offsets = self.look_up(histories.columns, translations), histories.offsets.tolist()
         events = [found.part(start, stop) for start, stop in zip(offsets[:-1], offsets[1:], strict=True)]
         return self.run(self.assemble(events, requests))
@@ -280,7 +288,7 @@ class ExportedModel:
 
     def _coded(self, columns: Columns) -> Columns:
         """Strings as codes."""
-        return {name: self.codes(name, at) if at.dtype == object else at for name, at in columns.items()}
+        return {name: self.codes(name, at) if at.dtype.kind in "OU" else at for name, at in columns.items()}
 
     def _empty(self, shape: "_Shape") -> dict[str, Any]:
         """What a program takes beside weights, with nothing in it."""

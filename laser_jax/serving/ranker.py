@@ -60,7 +60,8 @@ class Ranking:
     """The answer to one request.
 
     Attributes:
-      logits: float32 [C]. unseen: bool [C], candidates that training never met: scored as unknown ones.
+      logits: float32 [C]. unseen: bool [C], candidates that training never met: scored as unknown ones. Only fields
+        with ids="vocab" or "dictionary" can tell; without any it is always false.
       events: of the history that were read; 0 for an unknown user.
       time, as_of: what was seen: events before that time, with a smaller sequence number. A training request with both
         sees the same.

@@ -174,12 +174,9 @@ class Server:
         watching: list[asyncio.Task] = []
         try:
             try:
-                # Under no name: this frame stays, and would keep the first model for ever.
-                await self._take_over(await self._opened())
+                await self._begin()
             except _StoppedError:
                 return
-            if not settings.read_only:
-                self.catalog.put(AppendEndpoint(self._vault, settings.queue, self.metrics.appended))
             logger.info("ready", extra={"data": {"model": self._path, **self.addresses}})
             watching = [asyncio.create_task(self._watch())]
             if not self._vault.local:
@@ -200,6 +197,14 @@ class Server:
     def stop(self) -> None:
         """Ends `run`. To be called in its loop."""
         self._stop.set()
+
+    async def _begin(self) -> None:
+        """Lets the first model serve. Not in `run`, whose frame stays and would keep the model for ever."""
+        endpoint = await self._opened()
+        # In one go with the model: whoever finds the server ready finds all that it serves.
+        if not self.settings.read_only:
+            self.catalog.put(AppendEndpoint(self._vault, self.settings.queue, self.metrics.appended))
+        await self._take_over(endpoint)
 
     async def _opened(self) -> RankEndpoint:
         """What _open gives; raises _StoppedError if the server is to stop meanwhile."""

@@ -62,23 +62,39 @@ def test_sigterm_saves_where_it_stands_and_ends_well(known_data, environment, tm
     for step in steps_saved(workdir):
         flip_a_bit_of_the_largest_chunk(f"{workdir}/checkpoints/{step}", part=0)  # it does not even decode
     process = start(environment, workdir, *flags)
-    assert process.wait(300) == 1
+    assert process.wait(300) == 2
     assert "no checkpoint of" in said(workdir) and "give another --workdir" in said(workdir)
 
 
-def test_a_misspelt_field_and_an_unknown_encoder_stop_the_process_and_write_nothing(known_data, environment, tmp_path):
+def test_a_wrong_command_ends_with_one_line_and_writes_nothing(known_data, environment, tmp_path):
     path = f"--config.data.path={known_data.path}"
     attempts = {
-        "field": start(environment, str(tmp_path / "field"), path, "--config.optim.learning_rat=.1"),
-        "type": start(environment, str(tmp_path / "type"), path, "--config.data.epochs=many"),
-        "argument": start(environment, str(tmp_path / "argument"), path, "width=32"),
-        "encoder": start(environment, str(tmp_path / "encoder"), path, config="tests/small_config.py:lazer"),
+        "field": ([path, "--config.optim.learning_rat=.1"], {}, "OptimConfig has no field 'learning_rat'; did you"),
+        "part": ([path, "--config.optm.clip=1"], {}, "did you mean 'optim'?"),
+        "value of a value": ([path, "--config.optim.clip.x=1"], {}, "a float has no field 'x'"),
+        "path": ([path, "--config.features.item[0=1"], {}, "features.item[0"),
+        "type": ([path, "--config.data.epochs=many"], {}, "--config.data.epochs=many"),
+        "argument": ([path, "width=32"], {}, "unexpected arguments width=32"),
+        "encoder": ([path], {"config": "tests/small_config.py:lazer"}, "no encoder 'lazer'; choose one of laser"),
+        "file": ([path], {"config": "tests/no_config.py:laser"}, "tests/no_config.py"),
+        "data": ([f"--config.data.path={tmp_path}"], {}, f"{tmp_path} is no data set"),
+        "snapshot": ([path, "--config.data.snapshot=monday"], {}, "monday"),
+        "value": ([path, "--config.optim.learning_rate=0"], {}, "optim.learning_rate=0.0"),
     }
-    named = {"field": "learning_rat", "type": "many", "argument": "width=32", "encoder": "lazer"}
-    for name, process in attempts.items():
-        assert process.wait(timeout=200) != 0, name
-        assert named[name] in said(str(tmp_path / name)), said(str(tmp_path / name))
+    started = {
+        name: start(environment, str(tmp_path / name), *flags, **config)
+        for name, (flags, config, _) in attempts.items()
+    }
+    for name, process in started.items():
+        told = [line for line in said_after(process, str(tmp_path / name)).splitlines() if "WARNING" not in line]
+        assert process.returncode == 2, (name, told)
+        assert len(told) == 1 and told[0].startswith("error: ") and attempts[name][2] in told[0], told
         assert not os.path.exists(tmp_path / name)
+
+
+def said_after(process, workdir):
+    process.wait(timeout=200)
+    return said(workdir)
 
 
 def test_the_tiny_experiment_ends_with_a_table_and_a_report(environment, tmp_path):

@@ -7,22 +7,27 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from laser_jax import vault as seqvault
 from laser_jax.config import from_dict, to_dict
+from laser_jax.features import FeatureConfig, FieldConfig
 from laser_jax.metrics import auc
 from laser_jax.models import ENCODERS
 from laser_jax.pipeline import BatchSource
 from laser_jax.requests import Requests as StoredRequests
-from laser_jax.serving.export import Run, export_model, load_run, score_split
+from laser_jax.requests import RequestsWriter
+from laser_jax.schema import Field, Schema
+from laser_jax.serving.export import Run, export_model, load_run, main, score_split
 from laser_jax.serving.exported import PIECE, ExportedModel, Requests
 from laser_jax.serving.files import ModelError
 from laser_jax.sharding import MeshConfig, make_mesh
 from laser_jax.state import StateFactory
 from laser_jax.step import make_eval_step
+from tests.conftest import USERS
 from tests.small_config import get_config
 
 LENGTH = 16
@@ -144,6 +149,91 @@ def test_what_training_never_met_is_told(model):
     assert unseen.any() and not unseen.all()
 
 
+@pytest.fixture(scope="module")
+def asked(known_data, trained, model):
+    """Histories and requests that the model scores."""
+    found = StoredRequests.open(os.path.join(known_data.path, "requests", "test")).read(np.arange(3))
+    vault = seqvault.open(trained.config.data.vault_path)
+    histories = vault.gather(found.user, found.time, LENGTH, fields=model.event_fields)
+    return vault, histories, Requests(found.time, found.offsets, dict(found.candidates), dict(found.context))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: replace(r, candidates=without(r.candidates, "item")), "candidates has no 'item': .* item, category"),
+        (lambda r: replace(r, candidates=r.candidates | {"colour": r.candidates["item"]}), "'colour', which is none"),
+        (
+            lambda r: replace(r, candidates=r.candidates | {"item": r.candidates["item"] / 1}),
+            "'item' is of type float64",
+        ),
+        (lambda r: replace(r, candidates=r.candidates | {"item": r.candidates["item"].astype(str)}), "of type <U"),
+        (lambda r: replace(r, candidates=r.candidates | {"item": r.candidates["item"].astype(object)}), "type object"),
+        (
+            lambda r: replace(r, candidates=r.candidates | {"item": r.candidates["item"][1:]}),
+            r"'item' has shape .* by ",
+        ),
+        (lambda r: replace(r, candidates=r.candidates | {"item": r.candidates["item"].tolist()}), "'item' is a list"),
+        (lambda r: replace(r, context={}), "context has no 'scene'"),
+        (lambda r: replace(r, context=r.context | {"page": r.context["scene"]}), "'page', which is none of .*scene"),
+        (lambda r: replace(r, context={"scene": r.context["scene"][:1]}), r"'scene' has shape \(1,\): .* needs \(3,\)"),
+        (lambda r: replace(r, time=r.time[:2]), r"time has shape \(2,\): by the histories of 3 users it needs \(3,\)"),
+        (lambda r: replace(r, time=r.time / 2), "time is of type float64"),
+        (lambda r: replace(r, offsets=r.offsets[:-1]), r"offsets has shape \(3,\): by 3 requests it needs \(4,\)"),
+        (lambda r: replace(r, offsets=r.offsets.tolist()), "offsets is a list: give a numpy array of integers"),
+        (lambda r: replace(r, offsets=r.offsets[::-1].copy()), "offsets are .* begin with 0 and never fall"),
+    ],
+)
+def test_requests_that_a_model_cannot_score_are_refused_by_column(model, asked, change, message):
+    _, histories, requests = asked
+    assert len(model.score(histories, requests)) == requests.offsets[-1]
+    with pytest.raises(ValueError, match=message):
+        model.score(histories, change(requests))
+
+
+def test_histories_that_a_model_cannot_read_are_refused_by_column(model, asked):
+    vault, histories, requests = asked
+    one = vault.get(requests.time[0], LENGTH, fields=model.event_fields)
+    with pytest.raises(ValueError, match="histories is a History, which is one user's: give what vault.gather"):
+        model.score(one, requests)
+    with pytest.raises(ValueError, match="histories have no column 'dwell', only time, item, category, action"):
+        model.score(vault.gather(USERS[:3], None, LENGTH, fields=model.event_fields[:3]), requests)
+    with pytest.raises(ValueError, match="histories are of no user"):
+        model.score(histories.take([]), requests)
+    decoded = seqvault.Histories(
+        histories.columns | {"category": histories.columns["category"].astype(str)}, histories.offsets, None, 0, LENGTH
+    )
+    with pytest.raises(ValueError, match="histories' 'category' is of type <U"):
+        model.score(decoded, requests)
+    # What the model does not read may be there.
+    everything = vault.gather(USERS[:3], requests.time, LENGTH)
+    assert len(model.score(everything, requests)) == requests.offsets[-1]
+
+
+def test_strings_may_be_any_array_of_texts_or_their_codes(tmp_path):
+    brands = np.array(["ant", "bee", "cat", "ant"])
+    with seqvault.create(tmp_path / "vault", Schema(fields=(Field("brand", "string"),))) as writer:
+        writer.write({"user": [1, 1, 2, 2], "time": [1, 2, 3, 4], "brand": brands.tolist()})
+    vault = seqvault.open(tmp_path / "vault")
+    codes = vault.encode("brand", ["bee", "ant"])
+    with RequestsWriter(tmp_path / "requests" / "train", candidates={"brand": "int32"}) as writer:
+        writer.write(user=[1], time=[9], counts=[2], candidates={"brand": codes}, label=[0, 1])
+    config = get_config("mean")
+    config.data.path, config.features = str(tmp_path), FeatureConfig(item=(FieldConfig("brand", 4, 10),))
+    model = ExportedModel(export_model(untrained(config), str(tmp_path / "model")).path)
+    histories, moment, offsets = vault.gather(np.array([1]), 9, LENGTH), np.array([9]), np.array([0, 2])
+    wanted = model.score(histories, Requests(moment, offsets, {"brand": codes}, {}))
+    assert np.ptp(wanted) > 0
+    for texts in (np.array(["bee", "ant"]), np.array(["bee", "ant"], object)):
+        np.testing.assert_array_equal(model.score(histories, Requests(moment, offsets, {"brand": texts}, {})), wanted)
+    with pytest.raises(ValueError, match="'brand' is of type float64: give strings, or their codes as integers"):
+        model.score(histories, Requests(moment, offsets, {"brand": codes / 1}, {}))
+
+
+def without(columns, name):
+    return {key: values for key, values in columns.items() if key != name}
+
+
 @pytest.mark.parametrize(("quantize", "tolerance"), [("bf16", 2e-2), ("int8", 3e-2)])
 def test_tables_may_be_smaller(trained, model, tmp_path, quantize, tolerance):
     made = export_model(trained, str(tmp_path / "small"), quantize=quantize)
@@ -192,6 +282,17 @@ def test_wrong_settings_are_told(trained, model, tmp_path):
     with pytest.raises(ModelError, match="holds no exported model"):
         ExportedModel(str(tmp_path))
     assert os.listdir(tmp_path) == []
+
+
+def test_the_command_says_in_one_line_what_is_wrong(workdir, tmp_path, capsys):
+    out = f"--out={tmp_path}/model"
+    assert main([f"--workdir={workdir}", out, "--lengths=64,abc"]) == 1
+    assert capsys.readouterr().err == "error: --lengths=64,abc: give numbers of events, such as 64,256\n"
+    (tmp_path / "run").mkdir()
+    shutil.copy(workdir / "config.json", tmp_path / "run")
+    assert main([f"--workdir={tmp_path}/run", out]) == 1
+    assert capsys.readouterr().err == f"error: {tmp_path}/run has no checkpoint: train first, for 20 steps at least\n"
+    assert os.listdir(tmp_path / "run") == ["config.json"]
 
 
 def test_the_command_says_what_became_of_the_auc(workdir, tmp_path):

@@ -708,3 +708,23 @@ def test_nothing_of_a_model_stays_when_a_newer_one_has_taken_over(trained, known
     running = None
     asyncio.run(swap())
     gc.unfreeze()  # what the server froze of the tests'
+
+
+def test_who_finds_the_server_ready_finds_all_that_it_serves(model, known_data, tmp_path):
+    shutil.copytree(os.path.join(known_data.path, "vault"), tmp_path / "vault")
+    small = dict(port=0, grpc_port=0, max_batch=1, max_candidates=1)
+    server = Server(Settings(model.path, str(tmp_path / "vault"), **small))
+
+    async def first_found():
+        running = asyncio.create_task(server.run())
+        deadline = time.monotonic() + 300
+        while not server.catalog.ready:
+            assert time.monotonic() < deadline and not running.done()
+            await asyncio.sleep(0.005)
+        found = server.catalog.names()
+        server.stop()
+        await running
+        return found
+
+    assert set(asyncio.run(first_found())) == {model.name, "append"}
+    gc.unfreeze()  # what the server froze of the tests'

@@ -253,7 +253,7 @@ def _verify(options: argparse.Namespace) -> int:
 def _repair(options: argparse.Namespace) -> int:
     report = seqvault.repair(options.path)
     print(json.dumps(vars(report)) if options.json else report)
-    return 0
+    return 1 if report.loss else 0
 
 
 def _snapshot(options: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from laser_jax.schema import Schema, SchemaError
+from laser_jax.vault import set_aside
 from laser_jax.vault.appender import Appender
 from laser_jax.vault.dictionary import Dictionary
 from laser_jax.vault.errors import UnavailableError, VaultError
@@ -82,7 +83,8 @@ def forget(appender: Appender, users: list[Any]) -> int:
 
     The new parts are written first, then snapshots and manifest are changed to them, then the old ones go: whoever
     kills it in between leaves a whole vault, and calls it again. The log files that were kept for finding repeated
-    events go too: a later writer does not know the events in them.
+    events go too: a later writer does not know the events in them. So does what `repair` set aside: whose events these
+    are cannot be told.
     """
     maintenance = appender.maintenance
     storage = LocalStorage(maintenance.root)
@@ -107,6 +109,10 @@ def forget(appender: Appender, users: list[Any]) -> int:
             log = maintenance.state.manifest["log"]
             maintenance.commit(log={"first": log["first"], "kept": log["first"]})
         maintenance.collect(force=True)
+        try:
+            set_aside.drop_all(maintenance.root)
+        except OSError as error:
+            raise UnavailableError(f"{maintenance.root}: {error}; forget these users once more") from error
     return removed
 
 

@@ -1,5 +1,6 @@
 """What a vault holds, and whether it is whole."""
 
+import contextlib
 import os
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ from laser_jax.vault.dictionary import Dictionary
 from laser_jax.vault.errors import CorruptionError, UnavailableError, VaultError
 from laser_jax.vault.files import Folder
 from laser_jax.vault.follower import Follower
-from laser_jax.vault.format import DICTIONARIES, LOG, MANIFEST, MANIFEST_COPY, PAGE
+from laser_jax.vault.format import DICTIONARIES, LOG, MANIFEST, MANIFEST_COPY, MANIFESTS, PAGE
 from laser_jax.vault.log import FILE_HEADER, LogFile, log_numbers, log_path, log_size, read_acknowledged
 from laser_jax.vault.lookup import LocalPages, RemotePages
 from laser_jax.vault.manifest import HeldManifest, parse_manifest, snapshots
@@ -105,9 +106,26 @@ def verify(path: str | os.PathLike, progress: Callable[[str], None] | None = Non
                 parse_manifest(copy, storage.path(MANIFEST_COPY), storage.root)
         except VaultError as error:
             damages.append(str(error))
+        damages += damaged_manifests(storage)
         damages += _lasting(storage, lambda manifest: [] if manifest is None else _damaged_log(storage, manifest))
     # A damaged directory file is found by name and again when the part is opened.
     return list(dict.fromkeys(damages))
+
+
+def damaged_manifests(storage: LocalStorage) -> list[str]:
+    """Damages of the manifests that are kept for readers, but of the one that is the vault's."""
+    damages = []
+    folder = storage.path(MANIFESTS)
+    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
+        data = storage.read(f"{MANIFESTS}/{name}")
+        with contextlib.suppress(FileNotFoundError):  # a writer may remove it, or replace the manifest, at any moment
+            if data is None or os.path.samefile(storage.path(f"{MANIFESTS}/{name}"), storage.path(MANIFEST)):
+                continue
+        try:
+            parse_manifest(data, storage.path(f"{MANIFESTS}/{name}"), storage.root)
+        except VaultError as error:
+            damages.append(str(error))
+    return damages
 
 
 def _lasting(storage: LocalStorage | KvStorage, look: Callable[[dict[str, Any] | None], list[str]]) -> list[str]:
@@ -172,13 +190,20 @@ def _damaged_files_of(
             continue
         seen.add(entry["name"])
         say(f"part {position} of {len(manifest['parts'])}: {entry['name']}, {entry['events']:,} events")
-        damages.extend(_damaged_part(storage, manifest, entry, schemas, num_values))
+        damages.extend(damaged_part(storage, manifest, entry, schemas, num_values))
     return damages
 
 
-def _damaged_part(
+def damaged_part(
     storage: Any, manifest: dict[str, Any], entry: dict[str, Any], schemas: list[Schema], num_values: dict[str, int]
 ) -> list[str]:
+    """Damages of one part, which is read as a whole.
+
+    Args:
+      storage: of the vault. manifest: that names the part.
+      entry: of the part. schemas: of the vault.
+      num_values: values of each string field.
+    """
     damages = _damaged_files(Folder(storage, f"{vault_format.PARTS}/{entry['name']}", entry["files"]))
     try:
         part = Part(storage, entry, schemas)

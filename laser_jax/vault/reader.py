@@ -305,6 +305,8 @@ class Vault:
     def forget(self, users: Any) -> int:
         """Removes every event of some users, from old parts, log and snapshots too: no file holds them afterwards.
 
+        What `repair` has set aside in `damaged/` is deleted, all of it: it cannot be told whose events these are.
+
         Returns:
           Events removed, those of copies included.
         """

@@ -17,12 +17,14 @@ from laser_jax.vault.storage import LocalStorage
 from laser_jax.vault.tasks import MergeTask
 
 
-def snapshot(appender: Appender, name: str | None) -> str:
+def snapshot(appender: Appender, name: str | None, replace: bool) -> str:
     """See Vault.snapshot."""
     maintenance = appender.maintenance
     if name is not None:
         checked_name(name)
     with maintenance.locked():
+        if not replace and name in snapshots(LocalStorage(maintenance.root)):
+            raise taken(maintenance.root, name)
         maintenance.flush()
         name = name or f"{maintenance.state.parts_end:012d}"
         try:
@@ -30,6 +32,13 @@ def snapshot(appender: Appender, name: str | None) -> str:
         except OSError as error:
             raise UnavailableError(f"{maintenance.root}: snapshot {name!r} cannot be written: {error}") from error
     return name
+
+
+def taken(path: str, name: str) -> VaultError:
+    """What is wrong with the name of a new snapshot that there is already."""
+    return VaultError(
+        f"{path} has a snapshot {name!r} already: give another name, or move that one with replace=True (--replace)"
+    )
 
 
 def unpin(appender: Appender, name: str) -> None:

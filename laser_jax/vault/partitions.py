@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 
 from laser_jax.schema import Schema, SchemaError
+from laser_jax.vault.administration import taken
+from laser_jax.vault.arguments import checked_values
 from laser_jax.vault.codebook import Codebook
 from laser_jax.vault.columns import Coded, check_columns
 from laser_jax.vault.errors import (
@@ -200,7 +202,7 @@ class PartitionedVault:
         """Codes of strings, int32 [N]; -1 for a value that has none."""
         self.dictionary(field)
         dictionary = self._codes.dictionaries[field]
-        listed = values.tolist() if isinstance(values, np.ndarray) else values
+        listed = checked_values(field, values)
         return np.fromiter((dictionary.code(value) for value in listed), np.int32, len(listed))
 
     def partition_of(self, users: Any) -> np.ndarray:
@@ -296,10 +298,13 @@ class PartitionedVault:
         """As Vault.merge."""
         self._each(lambda vault: vault.merge(progress))
 
-    def snapshot(self, name: str | None = None) -> str:
+    def snapshot(self, name: str | None = None, replace: bool = False) -> str:
         """As Vault.snapshot: pins each partition under one name, one after the other."""
+        if not replace and name in self.snapshots():
+            raise taken(self.path, name)
         name = name or f"{sum(self.next_sequence):012d}"
-        self._each(lambda vault: vault.snapshot(name))
+        # Of a call that failed halfway some partitions have it.
+        self._each(lambda vault: vault.snapshot(name, replace=True))
         return name
 
     def snapshots(self) -> list[str]:

@@ -96,7 +96,7 @@ CALLS = {
     "flush": (lambda vault: vault.flush(), set(HELD), set(OLD)),
     "merge": (lambda vault: vault.merge(), set(HELD), set(OLD)),
     "snapshot": (lambda vault: vault.snapshot("new"), set(HELD), set(OLD)),
-    "snapshot again": (lambda vault: vault.snapshot("old"), set(HELD), set(HELD)),
+    "snapshot again": (lambda vault: vault.snapshot("old", replace=True), set(HELD), set(HELD)),
     "drop_snapshot": (lambda vault: vault.drop_snapshot("old"), set(HELD), None),
     "forget": (lambda vault: vault.forget([3]), without(HELD, 3), without(OLD, 3)),
     "evolve": (lambda vault: vault.evolve(WIDER), set(HELD), set(OLD)),

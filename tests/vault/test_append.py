@@ -1020,12 +1020,25 @@ def test_a_snapshot_keeps_what_merges_and_retention_drop(make):
     assert items(latest, 1) == [200] and vault.verify() == []
 
 
+def test_a_snapshot_is_moved_only_when_that_is_said(make):
+    vault = make(ITEMS)
+    vault.append(events([1]))
+    vault.snapshot("now")
+    vault.append(events([1], 1))
+    with pytest.raises(seqvault.VaultError, match="has a snapshot 'now' already: give another name, or move that one"):
+        vault.snapshot("now")
+    assert items(seqvault.open(vault.path, at="now"), 1) == [0]
+    assert vault.snapshot("now", replace=True) == "now"
+    assert items(seqvault.open(vault.path, at="now"), 1) == [0, 1]
+    assert vault.snapshot() == vault.snapshot() and len(vault.snapshots()) == 2
+
+
 def test_readers_of_a_snapshot_keep_it_when_its_name_is_given_anew_or_dropped(make):
     vault = make(ITEMS)
     readers = []
     for number in range(3):
         vault.append(events([1], number))
-        vault.snapshot("now")
+        vault.snapshot("now", replace=True)
         readers.append(seqvault.open(vault.path, at="now", cache_bytes=0))
         if number:
             vault.drop_snapshot("now")

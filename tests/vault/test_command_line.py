@@ -55,6 +55,7 @@ def test_a_day_in_the_life(path, tmp_path, capsys, monkeypatch):
         "snapshot monday: open it with at='monday'\n",
     )
     run(capsys, monkeypatch, "append", path, given=lines(30, first=30))
+    assert run(capsys, monkeypatch, "snapshot", path, "--name=monday")[0] == 1
     status, out, err = run(capsys, monkeypatch, "merge", path, "--keep-events=5", "--json")
     assert json.loads(out)["events"] == [60, 15] and "merged 3 of 3 users" in err
     status, out, _ = run(capsys, monkeypatch, "get", path, "1", "--at=monday", "--n=99", "--json")
@@ -67,6 +68,7 @@ def test_a_day_in_the_life(path, tmp_path, capsys, monkeypatch):
     assert json.loads(run(capsys, monkeypatch, "stats", url, "--json")[1])["events"] == 30
     status, out, _ = run(capsys, monkeypatch, "forget", path, "1", "3")
     assert status == 0 and out.startswith("30 events of 2 users removed")
+    assert run(capsys, monkeypatch, "snapshot", path, "--name=monday", "--replace")[0] == 0
     assert run(capsys, monkeypatch, "snapshot", path, "--list")[1] == "monday\n"
     assert run(capsys, monkeypatch, "snapshot", path, "--drop=monday", "--json")[1] == "[]\n"
     assert run(capsys, monkeypatch, "verify", path)[:2] == (0, f"whole: {path}\n")

@@ -53,6 +53,9 @@ def test_answers_are_those_of_one_vault(case):
         reader = seqvault.open(path)
         assert_reads(reader, users, model)
         assert vault.snapshot("then") == "then"
+        with pytest.raises(seqvault.VaultError, match="has a snapshot 'then'"):
+            vault.snapshot("then")
+        assert vault.snapshot("then", replace=True) == "then"
         vault.append(take(log, slice(0, 100)))
         reader.refresh()
         assert reader.num_events == 6100
@@ -93,6 +96,8 @@ def test_strings_have_one_code_in_all_partitions(tmp_path):
     with seqvault.open(tmp_path / "vault", writing=WRITING) as vault:
         found = vault.gather(users)
         np.testing.assert_array_equal(found.columns["brand"], vault.encode("brand", brands))
+        with pytest.raises(seqvault.SchemaError, match="need a sequence of strings"):
+            vault.encode("brand", "food")
         vault.append({"user": users, "time": users + 200, "brand": brands[::-1] + "!"})
         again = seqvault.open(tmp_path / "vault")
         assert again.dictionary("brand").tolist() == vault.dictionary("brand").tolist()

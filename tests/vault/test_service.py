@@ -55,6 +55,25 @@ def served(request, tmp_path):
     return Schema(user=request.param, fields=FIELDS), users, tmp_path / "vault"
 
 
+def test_a_service_is_verified_by_the_command_and_not_repaired(items, capsys):
+    assert main(["verify", url(items), "--json"]) == 0 and json.loads(capsys.readouterr().out) == []
+    assert main(["repair", url(items)]) == 1
+    assert "repair needs the directory of the vault" in capsys.readouterr().err
+
+
+def test_what_a_call_cannot_mean_is_refused(items):
+    """Milliseconds given to a vault of seconds would show the future; a bare string is not its letters."""
+    for vault in (seqvault.open(items.vault.path), seqvault.open(url(items))):
+        for before in (1_700_000_000_000, np.int64(1_700_000_000_000)):
+            with pytest.raises(seqvault.SchemaError, match="before=1700000000000: need an integer <= 4102444800 in s"):
+                vault.get(1, before=before)
+            with pytest.raises(seqvault.SchemaError, match="before=1700000000000"):
+                vault.gather([1, 2], before=[before, 5])
+        assert len(vault.get(1, before=4102444800)) == len(vault.get(1, before=2**63 - 1)) == 10
+        with pytest.raises(seqvault.SchemaError, match=r"values 'b1' of 'brand': need a sequence of strings"):
+            vault.encode("brand", "b1")
+
+
 @pytest.mark.parametrize("partitions", [None, 3])
 def test_answers_are_those_of_the_vault(served, partitions):
     schema, users, path = served
@@ -273,6 +292,9 @@ def test_a_snapshot_changes_under_who_reads_it(tmp_path):
         with pytest.raises(seqvault.VaultError, match="no snapshot 's'"):
             here.refresh()
         vault.snapshot("s")
+        with pytest.raises(seqvault.VaultError, match="has a snapshot 's'"):
+            vault.snapshot("s")
+        assert vault.snapshot("s", replace=True) == "s"
         assert at.get(2)["time"].tolist() == far.get(2)["time"].tolist() == [6, 7]
         here.refresh()
         assert here.get(2)["time"].tolist() == [6, 7]

@@ -26,7 +26,8 @@ def check_columns(schema: Schema, columns: Mapping[str, Any]) -> dict[str, Any]:
       `time` int64 [N]; `user` int64 [N] or Coded; each field [N] or [N, size] of its dtype, strings as Coded.
 
     Raises:
-      SchemaError: a column is missing, unknown, of the wrong type, length or range, or holds a null.
+      SchemaError: a column is missing, unknown, of the wrong type, length or range, or holds a null or a
+        vector with a number that is not finite.
     """
     wanted = ("user", "time", *schema.names)
     for name in columns:
@@ -83,6 +84,9 @@ def _field(field: Field, column: Any) -> Any:
     if field.size is not None and array.shape[1] != field.size:
         raise SchemaError(f"column {field.name!r} has vectors of {array.shape[1]} values, the schema says {field.size}")
     kind = field.dtype.kind
+    if field.size is not None and array.dtype.kind == "f":
+        # One such number spoils every sum that the vector is part of. A scalar that is NaN is a missing one.
+        _refuse(field.name, array, ~np.isfinite(array), "in a vector is no finite number; drop the event or fill it")
     if array.dtype == field.dtype:
         return array.copy()  # it may wait in a buffer while the caller fills theirs anew
     if kind == "b":

@@ -780,3 +780,24 @@ def test_the_command_serves_until_it_is_told_to_stop(tmp_path):
     with seqvault.open(tmp_path / "vault", writing=WRITING) as vault:
         vault.begin_writing()
         assert [vault.get(user)["item"].tolist() for user in (1, 2)] == [[5], [6]]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_vectors_of_no_finite_numbers_come_through_no_door(tmp_path, bad):
+    """Nor does a client that checks nothing bring them in."""
+    with seqvault.create(tmp_path / "vault", Schema(fields=(Field("pair", "float16", 2),))):
+        pass
+    good = {"user": [1, 2], "time": [1, 2], "pair": np.ones((2, 2), np.float16)}
+    wrong = good | {"pair": np.array([[1, 2], [1, bad]], np.float16)}
+    with VaultService(str(tmp_path / "vault"), writing=WRITING) as service, seqvault.open(url(service)) as vault:
+        for append in (vault.append, vault.append_async, service.vault.append, service.vault.append_async):
+            with pytest.raises(seqvault.SchemaError, match=f"column 'pair', row 1: {bad} in a vector is no finite"):
+                append(wrong)
+        client = flight.connect(url(service))
+        pairs = pa.FixedSizeListArray.from_arrays(pa.array(wrong["pair"].ravel()), 2)
+        batch = pa.record_batch({"user": pa.array([1, 2]), "time": pa.array([1, 2]), "pair": pairs})
+        writer, reader = client.do_put(flight.FlightDescriptor.for_command(b"{}"), batch.schema)
+        with pytest.raises(flight.FlightError, match="column 'pair', row 1"), writer:
+            writer.write_batch(batch)
+            reader.read()
+        assert vault.num_events == 0 and vault.append(good) == 2

@@ -112,7 +112,7 @@ def _field(field: Field, column: Any) -> Any:
 def _finite(array: np.ndarray) -> np.ndarray:
     """Which numbers are finite."""
     if array.dtype == np.float16:
-        # By the bits of the exponent: numpy converts each half float, which takes ten times as long.
+        # By the bits of the exponent: numpy converts each half float, which takes five times as long.
         return (array.view(np.uint16) & 0x7C00) != 0x7C00
     return np.isfinite(array)
 

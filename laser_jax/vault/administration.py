@@ -11,7 +11,7 @@ from laser_jax.vault.dictionary import Dictionary
 from laser_jax.vault.errors import UnavailableError, VaultError
 from laser_jax.vault.evolution import check_evolution
 from laser_jax.vault.hashing import hash_strings
-from laser_jax.vault.manifest import HeldManifest, checked_name, drop_snapshot, snapshots, write_snapshot
+from laser_jax.vault.manifest import HeldManifest, checked_name, drop_snapshot, read_manifest, snapshots, write_snapshot
 from laser_jax.vault.part import Part
 from laser_jax.vault.storage import LocalStorage
 from laser_jax.vault.tasks import MergeTask
@@ -22,23 +22,22 @@ def snapshot(appender: Appender, name: str | None, replace: bool) -> str:
     maintenance = appender.maintenance
     if name is not None:
         checked_name(name)
+    storage = LocalStorage(maintenance.root)
     with maintenance.locked():
-        if not replace and name in snapshots(LocalStorage(maintenance.root)):
-            raise taken(maintenance.root, name)
         maintenance.flush()
+        # Who calls again after an error pins the same once more: that moves nothing.
+        if not replace and name in snapshots(storage):
+            if HeldManifest(storage, name).content != read_manifest(storage):
+                raise VaultError(
+                    f"{maintenance.root} has a snapshot {name!r} already, of another state: give another name, or move "
+                    "that one with replace=True (--replace)"
+                )
         name = name or f"{maintenance.state.parts_end:012d}"
         try:
             write_snapshot(maintenance.root, name, maintenance.state.manifest)
         except OSError as error:
             raise UnavailableError(f"{maintenance.root}: snapshot {name!r} cannot be written: {error}") from error
     return name
-
-
-def taken(path: str, name: str) -> VaultError:
-    """What is wrong with the name of a new snapshot that there is already."""
-    return VaultError(
-        f"{path} has a snapshot {name!r} already: give another name, or move that one with replace=True (--replace)"
-    )
 
 
 def unpin(appender: Appender, name: str) -> None:

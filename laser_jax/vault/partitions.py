@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from laser_jax.schema import Schema, SchemaError
-from laser_jax.vault.administration import taken
 from laser_jax.vault.arguments import checked_values
 from laser_jax.vault.codebook import Codebook
 from laser_jax.vault.columns import Coded, check_columns
@@ -300,11 +299,10 @@ class PartitionedVault:
 
     def snapshot(self, name: str | None = None, replace: bool = False) -> str:
         """As Vault.snapshot: pins each partition under one name, one after the other."""
-        if not replace and name in self.snapshots():
-            raise taken(self.path, name)
+        # Of a call that failed halfway only some partitions have it.
+        replace = replace or name not in self.snapshots()
         name = name or f"{sum(self.next_sequence):012d}"
-        # Of a call that failed halfway some partitions have it.
-        self._each(lambda vault: vault.snapshot(name, replace=True))
+        self._each(lambda vault: vault.snapshot(name, replace))
         return name
 
     def snapshots(self) -> list[str]:

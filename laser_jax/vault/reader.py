@@ -306,7 +306,7 @@ class Vault:
           replace: moves the snapshot of that name, if there is one, to what is there now.
 
         Raises:
-          VaultError: there is one, and `replace` is not set.
+          VaultError: there is one of another state, and `replace` is not set.
         """
         return self._write(lambda writer: administration.snapshot(writer, name, replace))
 

@@ -420,7 +420,7 @@ def test_something_else_lies_where_a_file_belongs(tmp_path, name):
         (tmp_path / "aside").rename(path / name)
     with seqvault.open(path, writing=QUIET) as vault:
         vault.append(events(vault, range(8, 12)))
-        vault.snapshot("now")
+        vault.snapshot("now", replace=True)
         assert seen(vault) == seen(seqvault.open(path, at="now")) == acknowledged | set(range(8, 12))
         assert vault.verify() == []
 

@@ -1023,9 +1023,9 @@ def test_a_snapshot_keeps_what_merges_and_retention_drop(make):
 def test_a_snapshot_is_moved_only_when_that_is_said(make):
     vault = make(ITEMS)
     vault.append(events([1]))
-    vault.snapshot("now")
+    assert vault.snapshot("now") == vault.snapshot("now") == "now"
     vault.append(events([1], 1))
-    with pytest.raises(seqvault.VaultError, match="has a snapshot 'now' already: give another name, or move that one"):
+    with pytest.raises(seqvault.VaultError, match="has a snapshot 'now' already, of another state: give"):
         vault.snapshot("now")
     assert items(seqvault.open(vault.path, at="now"), 1) == [0]
     assert vault.snapshot("now", replace=True) == "now"

@@ -95,7 +95,8 @@ CALLS = {
     "append": (lambda vault: vault.append(events(vault, range(100, 108))), set(range(108)), set(OLD)),
     "flush": (lambda vault: vault.flush(), set(HELD), set(OLD)),
     "merge": (lambda vault: vault.merge(), set(HELD), set(OLD)),
-    "snapshot": (lambda vault: vault.snapshot("new"), set(HELD), set(OLD)),
+    # It may be there when the call is made again, with more events.
+    "snapshot": (lambda vault: vault.snapshot("new", replace=True), set(HELD), set(OLD)),
     "snapshot again": (lambda vault: vault.snapshot("old", replace=True), set(HELD), set(HELD)),
     "drop_snapshot": (lambda vault: vault.drop_snapshot("old"), set(HELD), None),
     "forget": (lambda vault: vault.forget([3]), without(HELD, 3), without(OLD, 3)),

@@ -33,10 +33,11 @@ def stats(vault: Any) -> dict[str, Any]:
     """Sizes and shape of an open vault, as plain JSON values.
 
     Returns:
-      users, events, parts, pages, bytes (of parts, dictionaries and manifest), bytes_per_event, log_bytes, fill (events
-      over slots of the pages), first_time, last_time, time_unit, parts_per_user (mean, p99 and largest), dictionaries
-      (values of each string field), index_bytes (memory), tail_events, tail_bytes, snapshots, lengths: [[low, high,
-      users], ...] with low <= events of a user < high; of the parts.
+      users, events (that can be read), superseded_events (copies in old parts, which a merge has written anew), parts,
+      pages, bytes (of parts, dictionaries and manifest), bytes_per_event (copies are events, too), log_bytes, fill
+      (events over slots of the pages), first_time, last_time, time_unit, parts_per_user (mean, p99 and largest),
+      dictionaries (values of each string field), index_bytes (memory), tail_events, tail_bytes, snapshots, lengths:
+      [[low, high, users], ...] with low <= events of a user < high; of the parts.
     """
     state = vault.state
     manifest, table = state.manifest, state.table
@@ -54,8 +55,9 @@ def stats(vault: Any) -> dict[str, Any]:
     if len(lengths):
         bins = np.bincount(np.log2(lengths).astype(np.int64))
         histogram = [[1 << power, 2 << power, count] for power, count in enumerate(bins.tolist()) if count]
-    num_events, num_pages = vault.num_events, sum(part.num_pages for part in state.parts.values())
-    in_parts = sum(entry["events"] for entry in entries)
+    num_pages = sum(part.num_pages for part in state.parts.values())
+    in_parts, alive = sum(entry["events"] for entry in entries), int(found.size.sum())
+    in_tails = sum(tail.size for tail in state.tails)
     times = [*(entry["first_time"] for entry in entries), *(entry["last_time"] for entry in entries)]
     shares = None
     if len(per_user):
@@ -63,7 +65,8 @@ def stats(vault: Any) -> dict[str, Any]:
     return {
         "path": vault.path,
         "users": len(vault),
-        "events": num_events,
+        "events": alive + in_tails,
+        "superseded_events": in_parts - alive,
         "parts": len(entries),
         "pages": num_pages,
         "bytes": size,
@@ -76,7 +79,7 @@ def stats(vault: Any) -> dict[str, Any]:
         "parts_per_user": shares,
         "dictionaries": {field: len(vault.dictionary(field)) for field in manifest["dictionaries"]},
         "index_bytes": table.num_bytes + sum(index.num_bytes for index in state.indexes),
-        "tail_events": sum(tail.size for tail in state.tails),
+        "tail_events": in_tails,
         "tail_bytes": sum(tail.num_bytes for tail in state.tails),
         "snapshots": vault.snapshots(),
         "lengths": histogram,

@@ -349,7 +349,8 @@ class PartitionedVault:
     def stats(self) -> dict[str, Any]:
         """Sums over the partitions, and each partition's own figures."""
         found = [vault.stats() for vault in self.partitions]
-        summed = ("users", "events", "parts", "pages", "bytes", "log_bytes", "index_bytes", "tail_events", "tail_bytes")
+        summed = ("users", "events", "superseded_events", "parts", "pages", "bytes", "log_bytes", "index_bytes")
+        summed += ("tail_events", "tail_bytes")
         return {"path": self.path} | {key: sum(one[key] for one in found) for key in summed} | {"partitions": found}
 
     def verify(self) -> list[str]:

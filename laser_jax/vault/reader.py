@@ -49,7 +49,8 @@ class Vault:
     Attributes:
       path: absolute path of the vault, or its URL.
       schema: of its events.
-      num_events: events in parts and tail; one that a merge has yet to drop counts twice.
+      num_events: events in parts and tail; one that a merge has written anew counts twice while its old part is there
+        (`stats` counts those that can be read).
       next_sequence: sequence number that the next event written gets.
     """
 
@@ -119,7 +120,7 @@ class Vault:
 
     @property
     def num_events(self) -> int:
-        """Events in parts and tail; one that a merge has yet to drop counts twice."""
+        """Events in parts and tail; one that a merge has written anew counts twice while its old part is there."""
         state = self._state
         return sum(part["events"] for part in state.manifest["parts"]) + sum(tail.size for tail in state.tails)
 

@@ -202,7 +202,7 @@ class _Repair:
         say = self._report.actions.append
         mended = mend_strings(self._storage, piece)
         if mended:
-            say(f"{where}dictionary {piece['name']}: {', '.join(mended)} made anew, nothing of it is lost")
+            say(f"{where}dictionary {piece['name']}: {', '.join(mended)} made anew")
         try:
             folder = Folder(self._storage, f"{DICTIONARIES}/{piece['name']}", piece["files"])
             return piece, read_strings(folder, piece["values"])
@@ -230,7 +230,7 @@ class _Repair:
         say = self._report.actions.append
         mended = mend_part(self._storage, entry, schemas)
         if mended:
-            say(f"{where}part {entry['name']}: {', '.join(mended)} made anew, nothing of it is lost")
+            say(f"{where}part {entry['name']}: {', '.join(mended)} made anew")
         try:
             part = Part(self._storage, entry, schemas)
         except CorruptionError as error:

@@ -240,3 +240,14 @@ def test_copies_of_the_manifest_are_verified_and_repaired(copy):
     assert seqvault.verify(copy) == [] and seqvault.repair(copy).actions == []
     assert (copy / "manifest.copy.json").read_bytes() == (copy / "manifest.json").read_bytes()
     assert reader.num_events == 1099
+
+
+def test_a_part_that_was_lost_comes_back_from_a_backup(whole, copy):
+    part = part_of(copy, 0)
+    shutil.rmtree(part.folder.path)
+    report = seqvault.repair(copy)
+    (aside,) = report.set_aside
+    assert report.events_lost == part.entry["events"] and aside["path"] == str(copy / "damaged" / "parts" / part.name)
+    shutil.rmtree(aside["path"])
+    shutil.copytree(whole / "parts" / part.name, aside["path"])
+    assert not seqvault.repair(copy).set_aside and read(seqvault.open(copy)) == read(seqvault.open(whole))

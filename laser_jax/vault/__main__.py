@@ -12,8 +12,10 @@ import numpy as np
 
 from laser_jax import vault as seqvault
 from laser_jax.schema import Schema
+from laser_jax.vault.client import is_service
 from laser_jax.vault.errors import SchemaError, VaultError
 from laser_jax.vault.history import History
+from laser_jax.vault.storage import is_url
 
 _UNITS = {"": 1, "B": 1, "KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30, "TB": 1 << 40}
 
@@ -74,10 +76,14 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     command("verify", _verify, "read everything and name every damage")
-    command("repair", _repair, "give up what is damaged, and keep the rest")
+    repair = command(
+        "repair", _repair, "make damaged files anew, set aside what cannot be, and keep the rest", path=False
+    )
+    repair.add_argument("path", help="directory of the vault, on the machine where it lies; nobody may be writing it")
 
     snapshot = command("snapshot", _snapshot, "pin what is there now; list or drop what was pinned")
     snapshot.add_argument("--name", help="of the new snapshot; its sequence number if left out")
+    snapshot.add_argument("--replace", action="store_true", help="move the snapshot of that name, if there is one")
     snapshot.add_argument("--list", action="store_true", help="only list")
     snapshot.add_argument("--drop", metavar="NAME", help="unpin that one")
 
@@ -239,7 +245,11 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    damages = seqvault.verify(options.path, progress=lambda line: print(line, file=sys.stderr, flush=True))
+    if is_service(options.path):
+        with seqvault.open(options.path) as vault:
+            damages = vault.verify()
+    else:
+        damages = seqvault.verify(options.path, progress=lambda line: print(line, file=sys.stderr, flush=True))
     if options.json:
         print(json.dumps(damages))
     elif damages:
@@ -251,9 +261,11 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _repair(options: argparse.Namespace) -> int:
+    if is_service(options.path) or is_url(options.path):
+        raise VaultError(f"{options.path}: repair needs the directory of the vault, where no service writes it")
     report = seqvault.repair(options.path)
     print(json.dumps(vars(report)) if options.json else report)
-    return 0
+    return 1 if report.loss else 0
 
 
 def _snapshot(options: argparse.Namespace) -> int:
@@ -261,7 +273,7 @@ def _snapshot(options: argparse.Namespace) -> int:
         if options.drop is not None:
             vault.drop_snapshot(options.drop)
         elif not options.list:
-            name = vault.snapshot(options.name)
+            name = vault.snapshot(options.name, options.replace)
             print(json.dumps(name) if options.json else f"snapshot {name}: open it with at={name!r}")
             return 0
         names = vault.snapshots()

@@ -5,24 +5,33 @@ from typing import Any
 import numpy as np
 
 from laser_jax.schema import Schema, SchemaError
+from laser_jax.vault import set_aside
 from laser_jax.vault.appender import Appender
 from laser_jax.vault.dictionary import Dictionary
 from laser_jax.vault.errors import UnavailableError, VaultError
 from laser_jax.vault.evolution import check_evolution
 from laser_jax.vault.hashing import hash_strings
-from laser_jax.vault.manifest import HeldManifest, checked_name, drop_snapshot, snapshots, write_snapshot
+from laser_jax.vault.manifest import HeldManifest, checked_name, drop_snapshot, read_manifest, snapshots, write_snapshot
 from laser_jax.vault.part import Part
 from laser_jax.vault.storage import LocalStorage
 from laser_jax.vault.tasks import MergeTask
 
 
-def snapshot(appender: Appender, name: str | None) -> str:
+def snapshot(appender: Appender, name: str | None, replace: bool) -> str:
     """See Vault.snapshot."""
     maintenance = appender.maintenance
     if name is not None:
         checked_name(name)
+    storage = LocalStorage(maintenance.root)
     with maintenance.locked():
         maintenance.flush()
+        # Who calls again after an error pins the same once more: that moves nothing.
+        if not replace and name in snapshots(storage):
+            if HeldManifest(storage, name).content != read_manifest(storage):
+                raise VaultError(
+                    f"{maintenance.root} has a snapshot {name!r} already, of another state: give another name, or move "
+                    "that one with replace=True (--replace)"
+                )
         name = name or f"{maintenance.state.parts_end:012d}"
         try:
             write_snapshot(maintenance.root, name, maintenance.state.manifest)
@@ -82,7 +91,8 @@ def forget(appender: Appender, users: list[Any]) -> int:
 
     The new parts are written first, then snapshots and manifest are changed to them, then the old ones go: whoever
     kills it in between leaves a whole vault, and calls it again. The log files that were kept for finding repeated
-    events go too: a later writer does not know the events in them.
+    events go too: a later writer does not know the events in them. So does what `repair` set aside: whose events these
+    are cannot be told.
     """
     maintenance = appender.maintenance
     storage = LocalStorage(maintenance.root)
@@ -107,6 +117,10 @@ def forget(appender: Appender, users: list[Any]) -> int:
             log = maintenance.state.manifest["log"]
             maintenance.commit(log={"first": log["first"], "kept": log["first"]})
         maintenance.collect(force=True)
+        try:
+            set_aside.drop_all(maintenance.root)
+        except OSError as error:
+            raise UnavailableError(f"{maintenance.root}: {error}; forget these users once more") from error
     return removed
 
 

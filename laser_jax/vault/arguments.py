@@ -45,6 +45,41 @@ def checked_bounds(name: str, value: Any, size: int) -> np.ndarray:
     return np.broadcast_to(array.astype(np.int64), (size,))
 
 
+def checked_time(schema: Schema, before: Any) -> int:
+    """A bound on times as an int64; SchemaError if no event of this schema can have such a time.
+
+    Milliseconds given to a vault of seconds would bound nothing, and show the future. NO_BOUND and what is beyond int64
+    bound nothing on purpose.
+    """
+    bound = checked_bound("before", before)
+    if schema.time_limit < bound < NO_BOUND:
+        raise _impossible(schema, bound)
+    return bound
+
+
+def checked_times(schema: Schema, before: Any, size: int) -> np.ndarray:
+    """As checked_time, for each of `size` users, int64 [size]."""
+    bounds = checked_bounds("before", before, size)
+    wrong = (bounds > schema.time_limit) & (bounds < NO_BOUND)
+    if wrong.any():
+        raise _impossible(schema, int(bounds[wrong.argmax()]))
+    return bounds
+
+
+def _impossible(schema: Schema, bound: int) -> SchemaError:
+    unit = schema.time_unit
+    return SchemaError(
+        f"before={bound}: need an integer <= {schema.time_limit} in {unit} since 1970 (is the unit right?)"
+    )
+
+
+def checked_values(field: str, values: Any) -> list[Any]:
+    """Strings to be encoded, as a list; SchemaError for one string, whose letters nobody means."""
+    if isinstance(values, (str, bytes)):
+        raise SchemaError(f"values {values!r} of {field!r}: need a sequence of strings, such as [{values!r}]")
+    return values.tolist() if isinstance(values, np.ndarray) else list(values)
+
+
 def checked_user(schema: Schema, user: Any) -> Any:
     """A key as the schema has it; None for an id beyond int64, which is nobody's."""
     if schema.user == "string":

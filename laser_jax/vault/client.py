@@ -18,7 +18,7 @@ from pyarrow import flight
 
 from laser_jax.schema import Schema
 from laser_jax.vault import wire
-from laser_jax.vault.arguments import checked_bounds, checked_user, checked_users
+from laser_jax.vault.arguments import checked_bounds, checked_user, checked_users, checked_values
 from laser_jax.vault.columns import check_columns
 from laser_jax.vault.credentials import token_from
 from laser_jax.vault.dictionary import Dictionary
@@ -169,7 +169,7 @@ class VaultClient:
         """As Vault.encode."""
         self.dictionary(field)
         known = self._dictionaries[field]
-        listed = values.tolist() if isinstance(values, np.ndarray) else values
+        listed = checked_values(field, values)
         codes = np.fromiter((known.code(value) for value in listed), np.int32, len(listed))
         if (codes >= 0).all():  # a code never changes
             return codes
@@ -277,9 +277,10 @@ class VaultClient:
         """As Vault.merge, without progress."""
         self.action("merge")
 
-    def snapshot(self, name: str | None = None) -> str:
+    def snapshot(self, name: str | None = None, replace: bool = False) -> str:
         """As Vault.snapshot."""
-        return self.action("snapshot", **({} if name is None else {"name": name}))
+        given = {} if name is None else {"name": name}
+        return self.action("snapshot", **given | ({"replace": True} if replace else {}))
 
     def snapshots(self) -> list[str]:
         """As Vault.snapshots."""

@@ -26,7 +26,8 @@ def check_columns(schema: Schema, columns: Mapping[str, Any]) -> dict[str, Any]:
       `time` int64 [N]; `user` int64 [N] or Coded; each field [N] or [N, size] of its dtype, strings as Coded.
 
     Raises:
-      SchemaError: a column is missing, unknown, of the wrong type, length or range, or holds a null.
+      SchemaError: a column is missing, unknown, of the wrong type, length or range, or holds a null or a
+        vector with a number that is not finite.
     """
     wanted = ("user", "time", *schema.names)
     for name in columns:
@@ -83,6 +84,9 @@ def _field(field: Field, column: Any) -> Any:
     if field.size is not None and array.shape[1] != field.size:
         raise SchemaError(f"column {field.name!r} has vectors of {array.shape[1]} values, the schema says {field.size}")
     kind = field.dtype.kind
+    if field.size is not None and array.dtype.kind == "f":
+        # One such number spoils every sum that the vector is part of. A scalar that is NaN is a missing one.
+        _refuse(field.name, array, ~_finite(array), "in a vector is no finite number; drop the event or fill it")
     if array.dtype == field.dtype:
         return array.copy()  # it may wait in a buffer while the caller fills theirs anew
     if kind == "b":
@@ -103,6 +107,14 @@ def _field(field: Field, column: Any) -> Any:
                 f"does not fit {field.type}",
             )
     return array.astype(field.dtype)
+
+
+def _finite(array: np.ndarray) -> np.ndarray:
+    """Which numbers are finite."""
+    if array.dtype == np.float16:
+        # By the bits of the exponent: numpy converts each half float, which takes five times as long.
+        return (array.view(np.uint16) & 0x7C00) != 0x7C00
+    return np.isfinite(array)
 
 
 def _array(name: str, column: Any, ndim: int, dtype: np.dtype) -> np.ndarray:

@@ -6,6 +6,7 @@
     snapshots/NAME.json            manifests that were pinned
     writer.lock                    held by the one writer
     log/N.log, log/acknowledged    events that are in no part yet (see laser_jax.vault.log)
+    damaged/                       what `repair` gave up (see laser_jax.vault.set_aside); no reader looks there
     dictionaries/FIELD-N-HEX/      values of a string field: plain zarr v3 arrays `bytes`, `offsets`
     parts/part-N-HEX/              a zarr v3 group, written whole, never edited; a name is never used again
       pages                        [pages, words, 256] uint32, sharded; a page = 256 events of one user
@@ -45,6 +46,7 @@ LOG = "log"
 LOCK = "writer.lock"
 PARTS = "parts"
 DICTIONARIES = "dictionaries"
+DAMAGED = "damaged"
 #: Events in a page, and pages in a shard file.
 PAGE = 256
 SHARD_PAGES = 4096

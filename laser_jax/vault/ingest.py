@@ -59,10 +59,11 @@ def ingest(
 
     Files are ordered by name; each must have every column of the schema, found by its name, others are ignored. CSV
     files have a header, UTF-8, cells split at commas (tabs in .tsv) and quoted by double quotes or not at all; an
-    empty cell is an empty string, a missing float, or an error. Repeated events are treated as the schema says,
-    wherever in the log they are (only an event key that comes back at another time, in a history too long for the
-    writer's buffer, a quarter of `memory`, stays). Nothing is left at `out` if anything fails; what a killed ingestion
-    left there, the next one to the same place removes. Errors count rows from 0, without the header.
+    empty cell is an empty string, a missing float (NaN), or an error; elements of vectors are finite. Repeated events
+    are treated as the schema says, wherever in the log they are (only an event key that comes back at another time, in
+    a history too long for the writer's buffer, a quarter of `memory`, stays). Nothing is left at `out` if anything
+    fails; what a killed ingestion left there, the next one to the same place removes. Errors count rows from 0, without
+    the header.
 
     Args:
       schema: of the events; also how CSV columns are read.

@@ -1,5 +1,6 @@
 """What a vault holds, and whether it is whole."""
 
+import contextlib
 import os
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ from laser_jax.vault.dictionary import Dictionary
 from laser_jax.vault.errors import CorruptionError, UnavailableError, VaultError
 from laser_jax.vault.files import Folder
 from laser_jax.vault.follower import Follower
-from laser_jax.vault.format import DICTIONARIES, LOG, MANIFEST, MANIFEST_COPY, PAGE
+from laser_jax.vault.format import DICTIONARIES, LOG, MANIFEST, MANIFEST_COPY, MANIFESTS, PAGE
 from laser_jax.vault.log import FILE_HEADER, LogFile, log_numbers, log_path, log_size, read_acknowledged
 from laser_jax.vault.lookup import LocalPages, RemotePages
 from laser_jax.vault.manifest import HeldManifest, parse_manifest, snapshots
@@ -32,10 +33,11 @@ def stats(vault: Any) -> dict[str, Any]:
     """Sizes and shape of an open vault, as plain JSON values.
 
     Returns:
-      users, events, parts, pages, bytes (of parts, dictionaries and manifest), bytes_per_event, log_bytes, fill (events
-      over slots of the pages), first_time, last_time, time_unit, parts_per_user (mean, p99 and largest), dictionaries
-      (values of each string field), index_bytes (memory), tail_events, tail_bytes, snapshots, lengths: [[low, high,
-      users], ...] with low <= events of a user < high; of the parts.
+      users, events (that can be read), superseded_events (copies in old parts, which a merge has written anew), parts,
+      pages, bytes (of parts, dictionaries and manifest), bytes_per_event (copies are events, too), log_bytes, fill
+      (events over slots of the pages), first_time, last_time, time_unit, parts_per_user (mean, p99 and largest),
+      dictionaries (values of each string field), index_bytes (memory), tail_events, tail_bytes, snapshots, lengths:
+      [[low, high, users], ...] with low <= events of a user < high; of the parts.
     """
     state = vault.state
     manifest, table = state.manifest, state.table
@@ -53,8 +55,9 @@ def stats(vault: Any) -> dict[str, Any]:
     if len(lengths):
         bins = np.bincount(np.log2(lengths).astype(np.int64))
         histogram = [[1 << power, 2 << power, count] for power, count in enumerate(bins.tolist()) if count]
-    num_events, num_pages = vault.num_events, sum(part.num_pages for part in state.parts.values())
-    in_parts = sum(entry["events"] for entry in entries)
+    num_pages = sum(part.num_pages for part in state.parts.values())
+    in_parts, alive = sum(entry["events"] for entry in entries), int(found.size.sum())
+    in_tails = sum(tail.size for tail in state.tails)
     times = [*(entry["first_time"] for entry in entries), *(entry["last_time"] for entry in entries)]
     shares = None
     if len(per_user):
@@ -62,7 +65,8 @@ def stats(vault: Any) -> dict[str, Any]:
     return {
         "path": vault.path,
         "users": len(vault),
-        "events": num_events,
+        "events": alive + in_tails,
+        "superseded_events": in_parts - alive,
         "parts": len(entries),
         "pages": num_pages,
         "bytes": size,
@@ -75,7 +79,7 @@ def stats(vault: Any) -> dict[str, Any]:
         "parts_per_user": shares,
         "dictionaries": {field: len(vault.dictionary(field)) for field in manifest["dictionaries"]},
         "index_bytes": table.num_bytes + sum(index.num_bytes for index in state.indexes),
-        "tail_events": sum(tail.size for tail in state.tails),
+        "tail_events": in_tails,
         "tail_bytes": sum(tail.num_bytes for tail in state.tails),
         "snapshots": vault.snapshots(),
         "lengths": histogram,
@@ -105,9 +109,26 @@ def verify(path: str | os.PathLike, progress: Callable[[str], None] | None = Non
                 parse_manifest(copy, storage.path(MANIFEST_COPY), storage.root)
         except VaultError as error:
             damages.append(str(error))
+        damages += damaged_manifests(storage)
         damages += _lasting(storage, lambda manifest: [] if manifest is None else _damaged_log(storage, manifest))
     # A damaged directory file is found by name and again when the part is opened.
     return list(dict.fromkeys(damages))
+
+
+def damaged_manifests(storage: LocalStorage) -> list[str]:
+    """Damages of the manifests that are kept for readers, but of the one that is the vault's."""
+    damages = []
+    folder = storage.path(MANIFESTS)
+    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
+        data = storage.read(f"{MANIFESTS}/{name}")
+        with contextlib.suppress(FileNotFoundError):  # a writer may remove it, or replace the manifest, at any moment
+            if data is None or os.path.samefile(storage.path(f"{MANIFESTS}/{name}"), storage.path(MANIFEST)):
+                continue
+        try:
+            parse_manifest(data, storage.path(f"{MANIFESTS}/{name}"), storage.root)
+        except VaultError as error:
+            damages.append(str(error))
+    return damages
 
 
 def _lasting(storage: LocalStorage | KvStorage, look: Callable[[dict[str, Any] | None], list[str]]) -> list[str]:
@@ -172,13 +193,20 @@ def _damaged_files_of(
             continue
         seen.add(entry["name"])
         say(f"part {position} of {len(manifest['parts'])}: {entry['name']}, {entry['events']:,} events")
-        damages.extend(_damaged_part(storage, manifest, entry, schemas, num_values))
+        damages.extend(damaged_part(storage, manifest, entry, schemas, num_values))
     return damages
 
 
-def _damaged_part(
+def damaged_part(
     storage: Any, manifest: dict[str, Any], entry: dict[str, Any], schemas: list[Schema], num_values: dict[str, int]
 ) -> list[str]:
+    """Damages of one part, which is read as a whole.
+
+    Args:
+      storage: of the vault. manifest: that names the part.
+      entry: of the part. schemas: of the vault.
+      num_values: values of each string field.
+    """
     damages = _damaged_files(Folder(storage, f"{vault_format.PARTS}/{entry['name']}", entry["files"]))
     try:
         part = Part(storage, entry, schemas)

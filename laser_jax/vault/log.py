@@ -234,8 +234,11 @@ class LogFile:
         self.close()
 
 
-def scan_records(path: str) -> Iterator[tuple[int, int, bytes]]:
-    """(rows, first sequence number, body) of every whole record of a log file, wherever it lies; for `repair`."""
+def scan_records(path: str) -> Iterator[tuple[int, int, bytes | None]]:
+    """(rows, first sequence number, body) of every record of a log file, wherever it lies; for `repair`.
+
+    The body is None if it is all there but damaged. A record that the file's end cuts is left out.
+    """
     with open(path, "rb") as file:
         data = file.read()
     at = FILE_HEADER
@@ -249,6 +252,8 @@ def scan_records(path: str) -> Iterator[tuple[int, int, bytes]]:
                 yield rows, first, body
                 at += RECORD_HEADER + size
                 continue
+            if len(body) == size:
+                yield rows, first, None
         at += 1
 
 

@@ -113,8 +113,9 @@ def check(schema: Schema, survey: Survey, files: list[str], plain_times: bool) -
         raise SchemaError(f"{where}: the log holds no event")
     for column, unfit, missing in zip(log_files.columns_of(schema), survey.unfit, survey.missing, strict=True):
         if unfit:
+            finite = " of finite numbers" if column.field.size is not None and column.field.dtype.kind == "f" else ""
             raise SchemaError(
-                f"{unfit.where}: column {column.name!r}: {unfit.value!r} is not of type {column.type} "
+                f"{unfit.where}: column {column.name!r}: {unfit.value!r} is not of type {column.type}{finite} "
                 f"(in {_rows(unfit.count)}); correct the log, or change the schema"
             )
         if missing:

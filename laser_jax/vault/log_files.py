@@ -9,6 +9,7 @@ import re
 import secrets
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from laser_jax.schema import Field, Schema, SchemaError
@@ -290,7 +291,7 @@ def _value(raw: str, column: Column, found: str, schema: Schema, path: str) -> t
             "column, or change the schema"
         )
     if column.field.size is not None:
-        return _vector(raw, raw, column.field), missing
+        return _vector(raw, column.field), missing
     return (raw if found == sql and column.field.type != "float16" else _number(raw, column.field)), missing
 
 
@@ -311,10 +312,10 @@ def _parsed(raw: str, field: Field) -> str:
     if field.size is not None:
         if kind in "iu":
             whole = rf"\s*\[{_WHOLE}(,{_WHOLE})*\]\s*"
-            return f"CASE WHEN regexp_full_match({raw}, '{whole}') THEN {_vector(raw, raw, field)} END"
+            return f"CASE WHEN regexp_full_match({raw}, '{whole}') THEN {_vector(raw, field)} END"
         elements = f"TRY_CAST({raw} AS VARCHAR[])"
         numbers = f"TRY_CAST({elements} AS DOUBLE[])" if kind == "f" else elements
-        return f"CASE WHEN NOT contains({raw}, '_') THEN {_vector(elements, numbers, field)} END"
+        return f"CASE WHEN NOT contains({raw}, '_') THEN {_vector(numbers, field)} END"
     if kind == "b":
         return f"TRY_CAST({raw} AS BOOLEAN)"
     if kind in "iu":
@@ -326,19 +327,21 @@ def _parsed(raw: str, field: Field) -> str:
     return f"CASE WHEN NOT ({odd}) THEN {_number(number, field)} END"
 
 
-def _vector(given: str, numbers: str, field: Field) -> str:
-    """SQL that converts a list; null if its length is another, or an element has no value or does not fit.
+def _vector(numbers: str, field: Field) -> str:
+    """SQL that converts a list; null if its length is another, or an element is null, does not fit or is not finite.
 
     Args:
-      given: SQL of the list as the log has it, to count elements in.
-      numbers: SQL of the same list, to convert.
+      numbers: SQL of the list.
       field: of the vector.
     """
     sql = _SQL_TYPES[field.type]
     cast = f"TRY_CAST({numbers} AS {sql}[{field.size}])"
     # An element that does not fit becomes null, and a null float would be NaN.
-    count = f"list_count({cast}::{sql}[])"
-    whole = f"{count} = list_count({given})" if field.dtype.kind == "f" else f"{count} = {field.size}"
+    whole = f"list_count({cast}::{sql}[]) = {field.size}"
+    if field.dtype.kind == "f":
+        # NaN is greater than any number.
+        limit = float(np.finfo(field.dtype).max)
+        whole += f" AND list_min({cast}::{sql}[]) >= {-limit} AND list_max({cast}::{sql}[]) <= {limit}"
     return f"CASE WHEN {whole} THEN {cast} END"
 
 

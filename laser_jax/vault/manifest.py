@@ -195,7 +195,7 @@ def snapshots(storage: LocalStorage | KvStorage) -> list[str]:
 
 
 def write_snapshot(root: str, name: str, manifest: dict[str, Any]) -> None:
-    """Pins a manifest under a name, durably; replaces one of that name."""
+    """Pins a manifest under a name, durably; replaces one of that name, in one step."""
     folder = os.path.join(root, SNAPSHOTS)
     os.makedirs(folder, exist_ok=True)
     target = os.path.join(folder, f"{checked_name(name)}.json")

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from laser_jax.schema import Schema, SchemaError
+from laser_jax.vault.arguments import checked_values
 from laser_jax.vault.codebook import Codebook
 from laser_jax.vault.columns import Coded, check_columns
 from laser_jax.vault.errors import (
@@ -200,7 +201,7 @@ class PartitionedVault:
         """Codes of strings, int32 [N]; -1 for a value that has none."""
         self.dictionary(field)
         dictionary = self._codes.dictionaries[field]
-        listed = values.tolist() if isinstance(values, np.ndarray) else values
+        listed = checked_values(field, values)
         return np.fromiter((dictionary.code(value) for value in listed), np.int32, len(listed))
 
     def partition_of(self, users: Any) -> np.ndarray:
@@ -296,10 +297,12 @@ class PartitionedVault:
         """As Vault.merge."""
         self._each(lambda vault: vault.merge(progress))
 
-    def snapshot(self, name: str | None = None) -> str:
+    def snapshot(self, name: str | None = None, replace: bool = False) -> str:
         """As Vault.snapshot: pins each partition under one name, one after the other."""
+        # Of a call that failed halfway only some partitions have it.
+        replace = replace or name not in self.snapshots()
         name = name or f"{sum(self.next_sequence):012d}"
-        self._each(lambda vault: vault.snapshot(name))
+        self._each(lambda vault: vault.snapshot(name, replace))
         return name
 
     def snapshots(self) -> list[str]:
@@ -346,7 +349,8 @@ class PartitionedVault:
     def stats(self) -> dict[str, Any]:
         """Sums over the partitions, and each partition's own figures."""
         found = [vault.stats() for vault in self.partitions]
-        summed = ("users", "events", "parts", "pages", "bytes", "log_bytes", "index_bytes", "tail_events", "tail_bytes")
+        summed = ("users", "events", "superseded_events", "parts", "pages", "bytes", "log_bytes", "index_bytes")
+        summed += ("tail_events", "tail_bytes")
         return {"path": self.path} | {key: sum(one[key] for one in found) for key in summed} | {"partitions": found}
 
     def verify(self) -> list[str]:

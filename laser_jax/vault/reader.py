@@ -14,8 +14,11 @@ from laser_jax.vault.arguments import (
     checked_bound,
     checked_bounds,
     checked_count,
+    checked_time,
+    checked_times,
     checked_user,
     checked_users,
+    checked_values,
     no_rows,
 )
 from laser_jax.vault.batch import BatchReader
@@ -46,7 +49,8 @@ class Vault:
     Attributes:
       path: absolute path of the vault, or its URL.
       schema: of its events.
-      num_events: events in parts and tail; one that a merge has yet to drop counts twice.
+      num_events: events in parts and tail; one that a merge has written anew counts twice while its old part is there
+        (`stats` counts those that can be read).
       next_sequence: sequence number that the next event written gets.
     """
 
@@ -116,7 +120,7 @@ class Vault:
 
     @property
     def num_events(self) -> int:
-        """Events in parts and tail; one that a merge has yet to drop counts twice."""
+        """Events in parts and tail; one that a merge has written anew counts twice while its old part is there."""
         state = self._state
         return sum(part["events"] for part in state.manifest["parts"]) + sum(tail.size for tail in state.tails)
 
@@ -142,10 +146,14 @@ class Vault:
         return self._dictionaries[field].array
 
     def encode(self, field: str, values: Sequence[str]) -> np.ndarray:
-        """Codes of strings in a field's dictionary, int32 [N]; -1 for a value that is not in it."""
+        """Codes of strings in a field's dictionary, int32 [N]; -1 for a value that is not in it.
+
+        Raises:
+          SchemaError: `values` is one string; give a list of it.
+        """
         self.dictionary(field)
         dictionary = self._dictionaries[field]
-        listed = values.tolist() if isinstance(values, np.ndarray) else values
+        listed = checked_values(field, values)
         return np.fromiter((dictionary.code(value) for value in listed), np.int32, len(listed))
 
     def get(
@@ -163,7 +171,8 @@ class Vault:
         Args:
           user: an int64 or a string, as the schema says; an unknown user has an empty history.
           n: events at most.
-          before: strict bound on event time in the schema's unit; None reads everything.
+          before: strict bound on event time in the schema's unit; None reads everything. A time that no event can have
+            is refused: its unit is wrong.
           as_of: strict bound on the sequence number, that is on what had been written; None reads everything
             that has been acknowledged.
           fields: names of the fields to read; None reads all but the vectors. `time` always comes.
@@ -175,7 +184,7 @@ class Vault:
           of the same user: they are read-only then.
 
         Raises:
-          UnknownFieldError, CorruptionError, UnavailableError.
+          SchemaError, UnknownFieldError, CorruptionError, UnavailableError.
         """
         if before is None and as_of is None and fields is None and not where and max_scan is None:
             found = self._latest(user, n)
@@ -183,7 +192,7 @@ class Vault:
                 return found
         asked = self._fields(fields)
         n = checked_count(n)
-        bound = NO_BOUND if before is None else checked_bound("before", before)
+        bound = NO_BOUND if before is None else checked_time(self.schema, before)
         hidden = NO_BOUND if as_of is None else checked_bound("as_of", as_of)
         if max_scan is not None and not where:
             raise VaultError("max_scan goes with `where`: without conditions n events are read, and no more")
@@ -221,13 +230,13 @@ class Vault:
           fields: as for get.
 
         Raises:
-          UnknownFieldError, CorruptionError, UnavailableError.
+          SchemaError, UnknownFieldError, CorruptionError, UnavailableError.
         """
         asked = self._fields(fields)
         n = checked_count(n)
         keys, beyond = checked_users(self.schema, users)
         size = len(keys)
-        bounds = np.full(size, NO_BOUND) if before is None else checked_bounds("before", before, size)
+        bounds = np.full(size, NO_BOUND) if before is None else checked_times(self.schema, before, size)
         hidden = np.full(size, NO_BOUND) if as_of is None else checked_bounds("as_of", as_of, size)
         if beyond is not None:
             bounds = np.where(beyond, np.iinfo(np.int64).min, bounds)
@@ -290,9 +299,17 @@ class Vault:
             raise VaultError(f"{self.path}: this handle has no background; call merge()")
         writer.maintenance.wake()
 
-    def snapshot(self, name: str | None = None) -> str:
-        """Pins everything that has been acknowledged, to be opened by `open(path, at=name)`; returns the name."""
-        return self._write(lambda writer: administration.snapshot(writer, name))
+    def snapshot(self, name: str | None = None, replace: bool = False) -> str:
+        """Pins everything that has been acknowledged, to be opened by `open(path, at=name)`; returns the name.
+
+        Args:
+          name: of the snapshot; None calls it by the number of the next event.
+          replace: moves the snapshot of that name, if there is one, to what is there now.
+
+        Raises:
+          VaultError: there is one of another state, and `replace` is not set.
+        """
+        return self._write(lambda writer: administration.snapshot(writer, name, replace))
 
     def snapshots(self) -> list[str]:
         """Names of the snapshots."""
@@ -304,6 +321,8 @@ class Vault:
 
     def forget(self, users: Any) -> int:
         """Removes every event of some users, from old parts, log and snapshots too: no file holds them afterwards.
+
+        What `repair` has set aside in `damaged/` is deleted, all of it: it cannot be told whose events these are.
 
         Returns:
           Events removed, those of copies included.

@@ -1,5 +1,6 @@
 """Makes a damaged vault readable again, and keeps everything that is whole."""
 
+import copy
 import dataclasses
 import os
 import secrets
@@ -8,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from laser_jax.schema import Schema
+from laser_jax.vault import set_aside
 from laser_jax.vault.dictionary import Dictionary
 from laser_jax.vault.errors import CorruptionError, MissingError, NotAVaultError, UnavailableError, VaultError
 from laser_jax.vault.files import Folder, inventory, sync_tree, write_strings, writer_lock
-from laser_jax.vault.follower import Follower
-from laser_jax.vault.format import DICTIONARIES, LOG, MANIFEST, MANIFEST_COPY, PARTS
-from laser_jax.vault.log import Batch, decode_body, log_numbers, log_path, scan_records
+from laser_jax.vault.format import DAMAGED, DICTIONARIES, MANIFEST, MANIFEST_COPY, PARTS, SNAPSHOTS
+from laser_jax.vault.inspection import damaged_manifests, damaged_part
+from laser_jax.vault.log_repair import repair_log
 from laser_jax.vault.lookup import LocalPages
 from laser_jax.vault.manifest import (
     HeldManifest,
@@ -23,7 +25,8 @@ from laser_jax.vault.manifest import (
     snapshots,
     write_snapshot,
 )
-from laser_jax.vault.part import Part, part_number
+from laser_jax.vault.mending import mend_part, mend_strings
+from laser_jax.vault.part import Part
 from laser_jax.vault.partitioning import is_partitioned, partition_paths
 from laser_jax.vault.state import read_strings
 from laser_jax.vault.storage import LocalStorage
@@ -38,25 +41,43 @@ class RepairReport:
     Attributes:
       path: of the vault.
       events_lost: of parts and log, as far as it can be known.
+      loss: whether anything was given up: events, strings, or what only a snapshot had.
       actions: what was done, in words; empty if the vault was whole.
+      set_aside: what lies in `damaged/` now: {"path"}; of a part also the "events" that it held, how many of these were
+        "lost" and, if it was there before, "why" it stays.
     """
 
     path: str
     events_lost: int = 0
+    loss: bool = False
     actions: list[str] = dataclasses.field(default_factory=list)
+    set_aside: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def __str__(self) -> str:
-        if not self.actions:
-            return f"whole: {self.path}"
-        lines = "\n".join(self.actions)
-        return f"{lines}\nrepaired, {self.events_lost:,} events lost: {self.path}"
+        lines = list(self.actions)
+        for one in self.set_aside:
+            held = f" (part of {one['events']:,} events, {one['lost']:,} of them lost)" if "events" in one else ""
+            lines.append(f"set aside: {one['path']}{held}{': ' + one['why'] if 'why' in one else ''}")
+        if self.loss:
+            lines.append(
+                "LOST: put the bytes of a part, from a backup of the vault, where it is set aside, and repair again; "
+                "what is set aside stays until `forget` is called"
+            )
+        lines.append(
+            f"repaired, {self.events_lost:,} events lost: {self.path}" if self.actions else f"whole: {self.path}"
+        )
+        return "\n".join(lines)
 
 
 def repair(path: str | os.PathLike) -> RepairReport:
-    """Repairs the vault at `path`: damaged pages, log records and dictionaries are given up, the rest is kept.
+    """Repairs the vault at `path`: what can be made anew is, other damaged things are given up, the rest is kept.
 
-    A part with damaged pages is written anew without them; one whose directory is damaged is given up as a whole. Log
-    records are kept wherever they are whole. A lost dictionary value becomes "<lost CODE>".
+    Files of a part that follow from its pages, the schema or the manifest are made anew, byte for byte. A part with
+    damaged pages is written anew without them; one whose users are damaged is given up as a whole. Log records are kept
+    wherever they are whole. A lost dictionary value becomes "<lost CODE>".
+
+    Nothing that is given up is deleted: it lies in `damaged/` as it was. A part comes back when its bytes are put there
+    and `repair` is called again, unless its users were merged meanwhile. `forget` deletes all that lies there.
 
     Raises:
       LockedError: somebody is writing.
@@ -66,210 +87,255 @@ def repair(path: str | os.PathLike) -> RepairReport:
     path = os.fspath(path)
     if is_partitioned(path):
         found = [repair(inner) for inner in partition_paths(path)]
-        actions = [action for one in found for action in one.actions]
-        return RepairReport(path, sum(one.events_lost for one in found), actions)
+        return RepairReport(
+            path,
+            sum(one.events_lost for one in found),
+            any(one.loss for one in found),
+            [action for one in found for action in one.actions],
+            [lying for one in found for lying in one.set_aside],
+        )
     storage = LocalStorage(path)
     root = storage.root
-    report = RepairReport(root)
     if not os.path.isdir(root):
         raise NotAVaultError(f"{root} is not a vault: no such directory")
     try:
         with writer_lock(root):
-            manifest = _manifest(storage, report)
-            dictionaries = _dictionaries(storage, manifest, report)
-            _log(storage, manifest, dictionaries, report)
-            for name in snapshots(storage):
-                _snapshot(storage, name, report)
-            manifest["parts"] = _parts(storage, manifest, report)
-            if report.actions:
-                manifest["number"] += 1
-                commit_manifest(root, manifest)
-                collect_garbage(root, force=True)
+            return _Repair(storage).run()
     except OSError as error:
         raise UnavailableError(f"{root} cannot be repaired: {error}") from error
-    return report
 
 
-def _manifest(storage: LocalStorage, report: RepairReport) -> dict[str, Any]:
-    try:
-        manifest = HeldManifest(storage).content
-    except (CorruptionError, NotAVaultError):
+class _Repair:
+    """One vault at work."""
+
+    def __init__(self, storage: LocalStorage):
+        self._storage = storage
+        self._root = storage.root
+        self._report = RepairReport(storage.root)
+        #: What stands for a part, or for a dictionary's piece with its values, from now on.
+        self._parts: dict[str, dict[str, Any] | None] = {}
+        self._pieces: dict[str, tuple[dict[str, Any], list[str]]] = {}
+        #: Parts that are given up, and how many events of each.
+        self._given_up: dict[str, tuple[dict[str, Any], int]] = {}
+
+    def run(self) -> RepairReport:
+        """All of it, in an order in which it can be killed at any moment and called again."""
+        report, root = self._report, self._root
+        manifest = self._manifest()
+        pinned = self._snapshots()
+        before = copy.deepcopy({None: manifest} | pinned)
+        dictionaries = self._dictionaries(manifest, "")
+        manifest["parts"] = self._whole_parts(manifest, "")
+        report.events_lost = sum(lost for _, lost in self._given_up.values())
+        if repair_log(self._storage, manifest, dictionaries, report):
+            for number in range(before[None]["log"]["first"], manifest["log"]["first"]):
+                set_aside.set_aside(root, f"log/{number:09d}.log")
+        for name, content in pinned.items():
+            self._dictionaries(content, f"snapshot {name!r}: ")
+            content["parts"] = self._whole_parts(content, f"snapshot {name!r}: ")
+        self._note_parts(before, manifest["next_part"])
+        back, why = self._come_back(manifest, pinned)
+        for name, content in pinned.items():
+            if content != before[name]:
+                write_snapshot(root, name, content)
+        if report.actions:
+            manifest["number"] += 1
+            commit_manifest(root, manifest)
+            collect_garbage(root, force=True)
+            for name in back:
+                set_aside.drop_one(root, f"{PARTS}/{name}")
+        report.set_aside = [
+            one | {"why": why[name]} if (name := os.path.basename(one["path"])) in why else one
+            for one in set_aside.listed(root)
+        ]
+        return report
+
+    def _manifest(self) -> dict[str, Any]:
+        storage, say = self._storage, self._report.actions.append
         data = storage.read(MANIFEST_COPY)
-        if data is None:
-            raise
-        manifest = parse_manifest(data, storage.path(MANIFEST_COPY), storage.root)
-        report.actions.append(f"{MANIFEST} was damaged or missing: restored from {MANIFEST_COPY}")
-    return manifest
+        try:
+            manifest = HeldManifest(storage).content
+        except (CorruptionError, NotAVaultError):
+            if data is None:
+                raise
+            manifest = parse_manifest(data, storage.path(MANIFEST_COPY), storage.root)
+            say(f"{MANIFEST} was damaged or missing: restored from {MANIFEST_COPY}")
+            return manifest
+        try:
+            if data is not None:
+                parse_manifest(data, storage.path(MANIFEST_COPY), storage.root)
+        except VaultError as error:
+            say(f"{MANIFEST_COPY} is written anew from {MANIFEST}: {error}")
+        for damage in damaged_manifests(storage):
+            say(f"an older manifest is removed, which only a reader that is open may need: {damage}")
+        return manifest
 
-
-def _dictionaries(storage: LocalStorage, manifest: dict[str, Any], report: RepairReport) -> dict[str, Dictionary]:
-    found = {}
-    for field, pieces in manifest["dictionaries"].items():
-        values: list[str] = []
-        for position, piece in enumerate(pieces):
-            folder = Folder(storage, f"{DICTIONARIES}/{piece['name']}", piece["files"])
+    def _snapshots(self) -> dict[str, dict[str, Any]]:
+        """Manifests of the snapshots; one that is damaged is given up."""
+        found = {}
+        for name in snapshots(self._storage):
             try:
-                values += read_strings(folder, piece["values"])
-            except (CorruptionError, UnicodeDecodeError) as error:
-                lost = [f"<lost {code}>" for code in range(len(values), len(values) + piece["values"])]
-                values += lost
-                name = f"{field}-{position:06d}-{secrets.token_hex(4)}"
-                target = os.path.join(storage.root, DICTIONARIES, name)
-                write_strings(target, "", lost)
-                sync_tree(target)
-                pieces[position] = {"name": name, "values": piece["values"], "files": inventory(target, [])}
-                report.actions.append(f"{len(lost)} values of {field!r} are lost, and called {lost[0]!r} ...: {error}")
-        found[field] = Dictionary(values)
-    return found
+                found[name] = HeldManifest(self._storage, name).content
+            except CorruptionError as error:
+                set_aside.set_aside(self._root, f"{SNAPSHOTS}/{name}.json")
+                os.remove(self._storage.path(f"{SNAPSHOTS}/{name}.json"))
+                self._report.actions.append(f"snapshot {name!r} is given up: {error}")
+                self._report.loss = True
+        return found
 
+    def _dictionaries(self, manifest: dict[str, Any], where: str) -> dict[str, Dictionary]:
+        found = {}
+        for field, pieces in manifest["dictionaries"].items():
+            values: list[str] = []
+            for position, piece in enumerate(pieces):
+                if piece["name"] not in self._pieces:
+                    self._pieces[piece["name"]] = self._piece(field, position, len(values), piece, where)
+                pieces[position], strings = self._pieces[piece["name"]]
+                values += strings
+            found[field] = Dictionary(values)
+        return found
 
-def _parts(storage: LocalStorage, manifest: dict[str, Any], report: RepairReport) -> list[dict[str, Any]]:
-    schemas = [Schema.from_json(schema) for schema in manifest["schemas"]]
-    kept = []
-    for entry in manifest["parts"]:
+    def _piece(
+        self, field: str, position: int, code: int, piece: dict[str, Any], where: str
+    ) -> tuple[dict[str, Any], list[str]]:
+        """What stands for a dictionary's piece whose values begin at `code`, and the values."""
+        say = self._report.actions.append
+        mended = mend_strings(self._storage, piece)
+        if mended:
+            say(f"{where}dictionary {piece['name']}: {', '.join(mended)} made anew")
         try:
-            part = Part(storage, entry, schemas)
-        except CorruptionError as error:
-            report.events_lost += entry["events"]
-            report.actions.append(f"part {entry['name']} with {entry['events']:,} events is given up: {error}")
-            continue
-        new = _whole_pages(storage, part, entry, report)
-        if new is not None:
-            kept.append(new)
-    return kept
-
-
-def _whole_pages(storage: LocalStorage, part: Part, entry: dict[str, Any], report: RepairReport) -> Any:
-    """The part's entry if it is whole; else that of a new part with what can be read of it."""
-    pages = LocalPages()
-    fills = dict.fromkeys(part.schema.names, 0)
-    users: list[Any] = []
-    covers: dict[Any, int] = {}
-    columns: dict[str, list[np.ndarray]] = {name: [] for name in ("time", SEQUENCE, *part.schema.names)}
-    damaged = []
-    directory = part.users
-    for position in range(part.num_users):
-        first, end = directory.first_page[position : position + 2].tolist()
-        key = directory.key(position)
-        covers[key] = int(directory.covers[position])
-        try:
-            runs = [(first, end, read_entries(part, pages, part.schema, fills, np.array([first]), np.array([end])))]
-        except (CorruptionError, MissingError):
-            runs = []
-            for page in range(first, end):
-                try:
-                    one = read_entries(part, pages, part.schema, fills, np.array([page]), np.array([page + 1]))
-                    runs.append((page, page + 1, one))
-                except CorruptionError as error:
-                    damaged.append(str(error))
-                    report.events_lost += int(part.page_count[page])
-        for _, _, (rows, lengths) in runs:
-            users.extend([key] * int(lengths.sum()))
-            for name, column in rows.items():
-                columns[name].append(column)
-    if not damaged:
-        return entry
-    report.actions.extend(damaged)
-    if not users:
-        report.actions.append(f"part {part.name}: nothing of it can be read")
-        return None
-    name = f"part-{part.number:06d}-{secrets.token_hex(4)}"
-    rows = {column: np.concatenate(found) for column, found in columns.items()}
-    new = write_rows(storage.root, name, part.schema, users, rows, covers if entry["covers"] else None)
-    report.actions.append(f"part {part.name}: {new['events']:,} of {entry['events']:,} events are kept, in {name}")
-    return {"name": name, "schema": entry["schema"], **new}
-
-
-def _snapshot(storage: LocalStorage, name: str, report: RepairReport) -> None:
-    try:
-        manifest = HeldManifest(storage, name).content
-    except CorruptionError as error:
-        os.remove(storage.path(f"snapshots/{name}.json"))
-        report.actions.append(f"snapshot {name!r} is given up: {error}")
-        return
-    inner = RepairReport(storage.root)
-    _dictionaries(storage, manifest, inner)
-    manifest["parts"] = _parts(storage, manifest, inner)
-    if inner.actions:
-        report.actions.extend(f"snapshot {name!r}: {action}" for action in inner.actions)
-        write_snapshot(storage.root, name, manifest)
-
-
-def _log(
-    storage: LocalStorage, manifest: dict[str, Any], dictionaries: dict[str, Dictionary], report: RepairReport
-) -> None:
-    """If the log is damaged, makes a part of its whole records and begins a new log."""
-    root = storage.root
-    schema = Schema.from_json(manifest["schemas"][-1])
-    first = manifest["log"]["first"]
-    numbers = [number for number in log_numbers(root) if number >= first]
-    if not numbers or _log_is_whole(storage, manifest, schema, report):
-        return
-    batches: list[Batch] = []
-    for number in numbers:
-        for rows, sequence, body in scan_records(log_path(root, number)):
-            if sequence >= manifest["next_sequence"]:
-                batches.append(decode_body(schema, body, rows, sequence))
-    batches.sort(key=lambda batch: batch.first_sequence)
-    users: list[Any] = []
-    columns: dict[str, list[np.ndarray]] = {name: [] for name in ("time", SEQUENCE, *schema.names)}
-    end = manifest["next_sequence"]
-    for batch in batches:
-        for field, (code, values) in batch.new.items():
-            dictionary = dictionaries[field]
-            if code > len(dictionary):
-                dictionary.extend(len(dictionary), [f"<lost {lost}>" for lost in range(len(dictionary), code)])
-            dictionary.extend(code, values)
-        users.extend(batch.users)
-        columns[SEQUENCE].append(np.arange(batch.first_sequence, batch.first_sequence + len(batch)))
-        for name, column in batch.columns.items():
-            columns[name].append(column)
-        report.events_lost += max(0, batch.first_sequence - end)
-        end = max(end, batch.first_sequence + len(batch))
-    for field in schema.fields:
-        # Codes that no record defines any more.
-        if field.type == "string" and columns[field.name]:
-            size, top = len(dictionaries[field.name]), int(max(column.max() for column in columns[field.name])) + 1
-            if top > size:
-                dictionaries[field.name].extend(size, [f"<lost {code}>" for code in range(size, top)])
-    if users:
-        number = max([manifest["next_part"] - 1, *(part_number(entry["name"]) for entry in manifest["parts"])]) + 1
-        name = f"part-{number:06d}-{secrets.token_hex(4)}"
-        rows = {column: np.concatenate(found) for column, found in columns.items()}
-        new = write_rows(root, name, schema, users, rows)
-        manifest["parts"] = [*manifest["parts"], {"name": name, "schema": len(manifest["schemas"]) - 1, **new}]
-        manifest["next_part"] = number + 1
-    for field, dictionary in dictionaries.items():
-        pieces = manifest["dictionaries"][field]
-        values = dictionary.since(sum(piece["values"] for piece in pieces))
-        if values:
-            name = f"{field}-{len(pieces):06d}-{secrets.token_hex(4)}"
-            target = os.path.join(root, DICTIONARIES, name)
-            write_strings(target, "", values)
+            folder = Folder(self._storage, f"{DICTIONARIES}/{piece['name']}", piece["files"])
+            return piece, read_strings(folder, piece["values"])
+        except (CorruptionError, UnicodeDecodeError) as error:
+            lost = [f"<lost {code + number}>" for number in range(piece["values"])]
+            name = f"{field}-{position:06d}-{secrets.token_hex(4)}"
+            target = os.path.join(self._root, DICTIONARIES, name)
+            write_strings(target, "", lost)
             sync_tree(target)
-            pieces.append({"name": name, "values": len(values), "files": inventory(target, [])})
-    sync_tree(os.path.join(root, PARTS))
-    manifest["next_sequence"] = end
-    manifest["log"] = {"first": numbers[-1] + 1, "kept": numbers[-1] + 1}
-    mark = os.path.join(root, LOG, "acknowledged")
-    if os.path.exists(mark):
-        os.remove(mark)
-    report.actions.append(f"the log was damaged: {len(users):,} events of its whole records are kept")
+            set_aside.set_aside(self._root, f"{DICTIONARIES}/{piece['name']}")
+            say(f"{where}{len(lost)} values of {field!r} are lost, and called '<lost {code}>' ...: {error}")
+            self._report.loss = True
+            return {"name": name, "values": piece["values"], "files": inventory(target, [])}, lost
+
+    def _whole_parts(self, manifest: dict[str, Any], where: str) -> list[dict[str, Any]]:
+        """Entries of what stands for the parts of a manifest."""
+        schemas = [Schema.from_json(schema) for schema in manifest["schemas"]]
+        for entry in manifest["parts"]:
+            if entry["name"] not in self._parts:
+                self._parts[entry["name"]] = self._whole_part(entry, schemas, where)
+        found = [self._parts[entry["name"]] for entry in manifest["parts"]]
+        return [entry for entry in found if entry is not None]
+
+    def _whole_part(self, entry: dict[str, Any], schemas: list[Schema], where: str) -> dict[str, Any] | None:
+        say = self._report.actions.append
+        mended = mend_part(self._storage, entry, schemas)
+        if mended:
+            say(f"{where}part {entry['name']}: {', '.join(mended)} made anew")
+        try:
+            part = Part(self._storage, entry, schemas)
+        except CorruptionError as error:
+            self._give_up(entry, entry["events"])
+            say(f"{where}part {entry['name']} with {entry['events']:,} events is given up: {error}")
+            return None
+        return self._whole_pages(part, entry, where)
+
+    def _give_up(self, entry: dict[str, Any], lost: int) -> None:
+        set_aside.set_aside(self._root, f"{PARTS}/{entry['name']}")
+        self._given_up[entry["name"]] = entry, lost
+        self._report.loss = True
+
+    def _whole_pages(self, part: Part, entry: dict[str, Any], where: str) -> dict[str, Any] | None:
+        """The part's entry if it is whole; else that of a new part with what can be read of it."""
+        pages = LocalPages()
+        fills = dict.fromkeys(part.schema.names, 0)
+        users: list[Any] = []
+        covers: dict[Any, int] = {}
+        columns: dict[str, list[np.ndarray]] = {name: [] for name in ("time", SEQUENCE, *part.schema.names)}
+        damaged, lost = [], 0
+        directory = part.users
+        for position in range(part.num_users):
+            first, end = directory.first_page[position : position + 2].tolist()
+            key = directory.key(position)
+            covers[key] = int(directory.covers[position])
+            try:
+                runs = [read_entries(part, pages, part.schema, fills, np.array([first]), np.array([end]))]
+            except (CorruptionError, MissingError):
+                runs = []
+                for page in range(first, end):
+                    try:
+                        runs.append(
+                            read_entries(part, pages, part.schema, fills, np.array([page]), np.array([page + 1]))
+                        )
+                    except CorruptionError as error:
+                        damaged.append(f"{where}{error}")
+                        lost += int(part.page_count[page])
+            for rows, lengths in runs:
+                users.extend([key] * int(lengths.sum()))
+                for name, column in rows.items():
+                    columns[name].append(column)
+        if not damaged:
+            return entry
+        self._report.actions.extend(damaged)
+        self._give_up(entry, lost)
+        if not users:
+            self._report.actions.append(f"{where}part {part.name}: nothing of it can be read")
+            return None
+        name = f"part-{part.number:06d}-{secrets.token_hex(4)}"
+        rows = {column: np.concatenate(found) for column, found in columns.items()}
+        new = write_rows(self._root, name, part.schema, users, rows, covers if entry["covers"] else None)
+        self._report.actions.append(
+            f"{where}part {part.name}: {new['events']:,} of {entry['events']:,} events are kept, in {name}"
+        )
+        return {"name": name, "schema": entry["schema"], **new}
+
+    def _note_parts(self, before: dict[str | None, dict[str, Any]], next_part: int) -> None:
+        """Notes of the parts that are given up, for when their bytes come back."""
+        for name, (entry, lost) in self._given_up.items():
+            having = [home for home, content in before.items() if entry in content["parts"]]
+            new = self._parts[name]
+            record = {"entry": entry, "lost": lost, "instead": new and new["name"], "next_part": next_part}
+            record |= {"current": None in having}
+            record |= {"snapshots": {home: before[home]["number"] for home in having if home is not None}}
+            set_aside.keep_record(self._root, record)
+
+    def _come_back(
+        self, manifest: dict[str, Any], pinned: dict[str, dict[str, Any]]
+    ) -> tuple[list[str], dict[str, str]]:
+        """Takes parts that an earlier repair set aside, and that are whole again, into the manifests that had them.
+
+        Returns:
+          Names of these parts; and of the others, why they stay.
+        """
+        back: list[str] = []
+        why: dict[str, str] = {}
+        outside = LocalStorage(os.path.join(self._root, DAMAGED))
+        schemas = [Schema.from_json(schema) for schema in manifest["schemas"]]
+        values = {field: sum(piece["values"] for piece in found) for field, found in manifest["dictionaries"].items()}
+        for record in set_aside.records(self._root):
+            entry = record["entry"]
+            name = entry["name"]
+            if name in self._given_up:
+                continue
+            mend_part(outside, entry, schemas)
+            damages = damaged_part(outside, manifest, entry, schemas, values)
+            if damages:
+                why[name] = f"still damaged: {damages[0]}"
+                continue
+            part = Part(outside, entry, schemas)
+            homes = [manifest] if record["current"] else []
+            homes += [pinned[home] for home, number in record["snapshots"].items() if _is(pinned.get(home), number)]
+            homes = [home for home in homes if not set_aside.hides(self._storage, home, record, part)]
+            if not homes:
+                why[name] = "whole, but it cannot come back: its users were merged since, or its snapshot is gone"
+                continue
+            set_aside.put_back(self._root, name)
+            for home in homes:
+                home["parts"] = [other for other in home["parts"] if other["name"] != record["instead"]] + [entry]
+            self._report.actions.append(f"part {name} is back, with {entry['events']:,} events")
+            back.append(name)
+        return back, why
 
 
-def _log_is_whole(storage: LocalStorage, manifest: dict[str, Any], schema: Schema, report: RepairReport) -> bool:
-    """Whether the next writer could take up the log as it is."""
-    known = {field: Dictionary() for field in manifest["dictionaries"]}
-    for field, pieces in manifest["dictionaries"].items():
-        size = sum(piece["values"] for piece in pieces)
-        known[field] = Dictionary([f"code {code}" for code in range(size)])
-    follower = Follower(storage, manifest, schema, known)
-    try:
-        whole = follower.follow()
-        follower.replay([number for number in log_numbers(storage.root) if number >= manifest["log"]["first"]])
-    except (VaultError, FileNotFoundError, ValueError) as error:
-        report.actions.append(f"log: {error}")
-        return False
-    if not whole:
-        report.actions.append(f"log: {log_path(storage.root, follower.file)} is missing")
-    return whole
+def _is(snapshot: dict[str, Any] | None, number: int) -> bool:
+    """Whether a snapshot is still that of a manifest's number."""
+    return snapshot is not None and snapshot["number"] == number

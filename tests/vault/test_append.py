@@ -1020,12 +1020,38 @@ def test_a_snapshot_keeps_what_merges_and_retention_drop(make):
     assert items(latest, 1) == [200] and vault.verify() == []
 
 
+def test_stats_count_what_can_be_read(make):
+    """A merge leaves the old events of a user in an old part while most of that part is needed."""
+    vault = make(ITEMS)
+    vault.append(events(range(40)))
+    vault.flush()
+    vault.append(events(range(5), 40))
+    assert vault.stats()["events"] == 45 and vault.stats()["tail_events"] == 5
+    vault.merge()
+    stats = vault.stats()
+    assert stats["events"] == 45 == vault.gather(np.arange(40)).num_events and stats["superseded_events"] == 5
+    assert vault.num_events == 50 and sum(count for *_, count in stats["lengths"]) == stats["users"] == 40
+
+
+def test_a_snapshot_is_moved_only_when_that_is_said(make):
+    vault = make(ITEMS)
+    vault.append(events([1]))
+    assert vault.snapshot("now") == vault.snapshot("now") == "now"
+    vault.append(events([1], 1))
+    with pytest.raises(seqvault.VaultError, match="has a snapshot 'now' already, of another state: give"):
+        vault.snapshot("now")
+    assert items(seqvault.open(vault.path, at="now"), 1) == [0]
+    assert vault.snapshot("now", replace=True) == "now"
+    assert items(seqvault.open(vault.path, at="now"), 1) == [0, 1]
+    assert vault.snapshot() == vault.snapshot() and len(vault.snapshots()) == 2
+
+
 def test_readers_of_a_snapshot_keep_it_when_its_name_is_given_anew_or_dropped(make):
     vault = make(ITEMS)
     readers = []
     for number in range(3):
         vault.append(events([1], number))
-        vault.snapshot("now")
+        vault.snapshot("now", replace=True)
         readers.append(seqvault.open(vault.path, at="now", cache_bytes=0))
         if number:
             vault.drop_snapshot("now")

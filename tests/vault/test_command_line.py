@@ -55,6 +55,7 @@ def test_a_day_in_the_life(path, tmp_path, capsys, monkeypatch):
         "snapshot monday: open it with at='monday'\n",
     )
     run(capsys, monkeypatch, "append", path, given=lines(30, first=30))
+    assert run(capsys, monkeypatch, "snapshot", path, "--name=monday")[0] == 1
     status, out, err = run(capsys, monkeypatch, "merge", path, "--keep-events=5", "--json")
     assert json.loads(out)["events"] == [60, 15] and "merged 3 of 3 users" in err
     status, out, _ = run(capsys, monkeypatch, "get", path, "1", "--at=monday", "--n=99", "--json")
@@ -67,6 +68,7 @@ def test_a_day_in_the_life(path, tmp_path, capsys, monkeypatch):
     assert json.loads(run(capsys, monkeypatch, "stats", url, "--json")[1])["events"] == 30
     status, out, _ = run(capsys, monkeypatch, "forget", path, "1", "3")
     assert status == 0 and out.startswith("30 events of 2 users removed")
+    assert run(capsys, monkeypatch, "snapshot", path, "--name=monday", "--replace")[0] == 0
     assert run(capsys, monkeypatch, "snapshot", path, "--list")[1] == "monday\n"
     assert run(capsys, monkeypatch, "snapshot", path, "--drop=monday", "--json")[1] == "[]\n"
     assert run(capsys, monkeypatch, "verify", path)[:2] == (0, f"whole: {path}\n")
@@ -87,8 +89,9 @@ def test_damage_is_named_and_repaired(path, capsys, monkeypatch):
     status, out, _ = run(capsys, monkeypatch, "verify", path)
     assert status == 1 and "page 1 of pages, user 2: its checksum does not match" in out and "1 damages" in out
     status, out, _ = run(capsys, monkeypatch, "repair", path)
-    assert status == 0 and "repaired, 10 events lost" in out
-    assert run(capsys, monkeypatch, "repair", path)[1] == f"whole: {path}\n"
+    assert status == 1 and "LOST" in out and out.endswith(f"repaired, 10 events lost: {path}\n")
+    status, out, _ = run(capsys, monkeypatch, "repair", path)
+    assert status == 0 and out.endswith(f"whole: {path}\n")
     vault = seqvault.open(path)
     assert [len(vault.get(user)) for user in (1, 2, 3)] == [10, 0, 10]
 

@@ -110,7 +110,10 @@ def test_broken_compression_and_mixed_kinds(tmp_path):
         (Field("x", "float16"), "inf", True),
         (Field("x", "float32", 2), '"[1, x]"', False),
         (Field("x", "float32", 2), "[1]", False),
-        (Field("x", "float32", 2), '"[1.5, nan]"', True),
+        (Field("x", "float32", 2), '"[1.5, nan]"', False),
+        (Field("x", "float64", 2), '"[1, -inf]"', False),
+        (Field("x", "float16", 2), '"[NULL, 1]"', False),
+        (Field("x", "float64", 2), '"[1e308, 1e308]"', True),
         (Field("x", "int8", 2), '"[1.5, 2]"', False),
         (Field("x", "int8", 2), '"[1, 128]"', False),
         (Field("x", "int8", 2), '"[ 1,-2 ]"', True),
@@ -152,13 +155,24 @@ def test_each_parquet_file_has_its_own_types(tmp_path):
         ({"items": [1, 2]}, "log1.parquet: column 'item' is missing; its columns: user, time, items"),
         ({"item": pa.array([1, 2**63], pa.uint64())}, "log1.parquet, row 1: column 'item': '9223372036854775808' is"),
         ({"item": [1, None]}, r"log1.parquet, row 1: null item \(in 1 row\); drop"),
+        (
+            {"item": [1, 2], "pair": [[1.0, 2.0], [np.nan, 1.0]]},
+            r"log1.parquet, row 1: column 'pair': .*nan.* is not of",
+        ),
+        (
+            {"item": [1, 2], "pair": [[1.0, np.inf], [3.0, 1.0]]},
+            r"row 0: .* is not of type float32\[2\] of finite numbers",
+        ),
+        ({"item": [1, 2], "pair": [[1.0, None], [3.0, 1.0]]}, "row 0: column 'pair': .*NULL.* is not of type float32"),
         ({"item": [[1], [2]]}, r"log1.parquet: column 'item' has type BIGINT\[\], the schema says int64"),
     ],
 )
 def test_a_later_parquet_file_that_does_not_fit(tmp_path, columns, match):
-    write_parquet(tmp_path / "log0.parquet", item=[1, 2])
+    more = {"pair": [[0.0, 1.0]] * 2} if "pair" in columns else {}
+    write_parquet(tmp_path / "log0.parquet", item=[1, 2], **more)
     write_parquet(tmp_path / "log1.parquet", **columns)
-    refused(tmp_path, ITEMS, match)
+    fields = (*ITEMS.fields, Field("pair", "float32", 2)) if more else ITEMS.fields
+    refused(tmp_path, Schema(fields=fields), match)
 
 
 def test_a_missing_column_is_no_missing_float(tmp_path):

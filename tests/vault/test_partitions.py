@@ -54,6 +54,8 @@ def test_answers_are_those_of_one_vault(case):
         assert_reads(reader, users, model)
         assert vault.snapshot("then") == "then"
         vault.append(take(log, slice(0, 100)))
+        with pytest.raises(seqvault.VaultError, match="has a snapshot 'then'"):
+            vault.snapshot("then")
         reader.refresh()
         assert reader.num_events == 6100
         assert_reads(seqvault.open(path, at="then"), users, model)
@@ -93,6 +95,8 @@ def test_strings_have_one_code_in_all_partitions(tmp_path):
     with seqvault.open(tmp_path / "vault", writing=WRITING) as vault:
         found = vault.gather(users)
         np.testing.assert_array_equal(found.columns["brand"], vault.encode("brand", brands))
+        with pytest.raises(seqvault.SchemaError, match="need a sequence of strings"):
+            vault.encode("brand", "food")
         vault.append({"user": users, "time": users + 200, "brand": brands[::-1] + "!"})
         again = seqvault.open(tmp_path / "vault")
         assert again.dictionary("brand").tolist() == vault.dictionary("brand").tolist()

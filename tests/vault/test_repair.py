@@ -62,7 +62,7 @@ def test_everything_damaged_at_once(lived):
     vault = seqvault.open(path)
     merged, delta = vault.state.parts.values()
     flip(os.path.join(merged.folder.path, "pages/c/0/0/0"), int(merged.offset[1]) + 30, 2)
-    flip(os.path.join(delta.folder.path, "page_last_sequence/c/0"), 20, 1)
+    flip(os.path.join(delta.folder.path, "user_bytes/c/0"), 1, 1)
     brand = vault.manifest["dictionaries"]["brand"][0]["name"]
     flip(os.path.join(path, "dictionaries", brand, "bytes/c/0"), 0, 0)
     number = max(name for name in os.listdir(os.path.join(path, "log")) if name.endswith(".log"))

@@ -55,6 +55,25 @@ def served(request, tmp_path):
     return Schema(user=request.param, fields=FIELDS), users, tmp_path / "vault"
 
 
+def test_a_service_is_verified_by_the_command_and_not_repaired(items, capsys):
+    assert main(["verify", url(items), "--json"]) == 0 and json.loads(capsys.readouterr().out) == []
+    assert main(["repair", url(items)]) == 1
+    assert "repair needs the directory of the vault" in capsys.readouterr().err
+
+
+def test_what_a_call_cannot_mean_is_refused(items):
+    """Milliseconds given to a vault of seconds would show the future; a bare string is not its letters."""
+    for vault in (seqvault.open(items.vault.path), seqvault.open(url(items))):
+        for before in (1_700_000_000_000, np.int64(1_700_000_000_000)):
+            with pytest.raises(seqvault.SchemaError, match="before=1700000000000: need an integer <= 4102444800 in s"):
+                vault.get(1, before=before)
+            with pytest.raises(seqvault.SchemaError, match="before=1700000000000"):
+                vault.gather([1, 2], before=[before, 5])
+        assert len(vault.get(1, before=4102444800)) == len(vault.get(1, before=2**63 - 1)) == 10
+        with pytest.raises(seqvault.SchemaError, match=r"values 'b1' of 'brand': need a sequence of strings"):
+            vault.encode("brand", "b1")
+
+
 @pytest.mark.parametrize("partitions", [None, 3])
 def test_answers_are_those_of_the_vault(served, partitions):
     schema, users, path = served
@@ -266,13 +285,15 @@ def test_a_snapshot_changes_under_who_reads_it(tmp_path):
         here.refresh()
         assert len(here.get(1)) == 0 and len(here.get(2)) == 1
         vault.append({"user": [2], "time": [7]})
+        with pytest.raises(seqvault.VaultError, match="has a snapshot 's'"):
+            vault.snapshot("s")
         vault.drop_snapshot("s")
         for other in (at, far):
             with pytest.raises(seqvault.VaultError, match="no snapshot 's'"):
                 other.get(2)
         with pytest.raises(seqvault.VaultError, match="no snapshot 's'"):
             here.refresh()
-        vault.snapshot("s")
+        assert vault.snapshot("s") == vault.snapshot("s", replace=True)
         assert at.get(2)["time"].tolist() == far.get(2)["time"].tolist() == [6, 7]
         here.refresh()
         assert here.get(2)["time"].tolist() == [6, 7]
@@ -758,3 +779,24 @@ def test_the_command_serves_until_it_is_told_to_stop(tmp_path):
     with seqvault.open(tmp_path / "vault", writing=WRITING) as vault:
         vault.begin_writing()
         assert [vault.get(user)["item"].tolist() for user in (1, 2)] == [[5], [6]]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_vectors_of_no_finite_numbers_come_through_no_door(tmp_path, bad):
+    """Nor does a client that checks nothing bring them in."""
+    with seqvault.create(tmp_path / "vault", Schema(fields=(Field("pair", "float16", 2),))):
+        pass
+    good = {"user": [1, 2], "time": [1, 2], "pair": np.ones((2, 2), np.float16)}
+    wrong = good | {"pair": np.array([[1, 2], [1, bad]], np.float16)}
+    with VaultService(str(tmp_path / "vault"), writing=WRITING) as service, seqvault.open(url(service)) as vault:
+        for append in (vault.append, vault.append_async, service.vault.append, service.vault.append_async):
+            with pytest.raises(seqvault.SchemaError, match=f"column 'pair', row 1: {bad} in a vector is no finite"):
+                append(wrong)
+        client = flight.connect(url(service))
+        pairs = pa.FixedSizeListArray.from_arrays(pa.array(wrong["pair"].ravel()), 2)
+        batch = pa.record_batch({"user": pa.array([1, 2]), "time": pa.array([1, 2]), "pair": pairs})
+        writer, reader = client.do_put(flight.FlightDescriptor.for_command(b"{}"), batch.schema)
+        with pytest.raises(flight.FlightError, match="column 'pair', row 1"), writer:
+            writer.write_batch(batch)
+            reader.read()
+        assert vault.num_events == 0 and vault.append(good) == 2

@@ -240,7 +240,7 @@ class VaultMachine(RuleBasedStateMachine):
 
     @rule(name=st.none() | st.sampled_from(["one", "two.v2"]))
     def snapshot(self, name):
-        given = self.vault.snapshot(name)
+        given = self.vault.snapshot(name, replace=True)
         assert name is None or given == name
         self.snapshots[given] = self.view.copy()
         assert self.vault.snapshots() == sorted(self.snapshots)

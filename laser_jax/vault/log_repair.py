@@ -24,7 +24,7 @@ _LEAST_BYTES = 12
 
 def repair_log(
     storage: LocalStorage, manifest: dict[str, Any], dictionaries: dict[str, Dictionary], report: Any
-) -> int:
+) -> bool:
     """If the log is damaged, makes a part of its whole records and begins a new log.
 
     Args:
@@ -34,14 +34,14 @@ def repair_log(
       report: of the repair.
 
     Returns:
-      Events that are lost, as far as it can be known. The files of the log are still there.
+      Whether events were lost, or may have been. The files of the log are still there.
     """
     root = storage.root
     schema = Schema.from_json(manifest["schemas"][-1])
     first = manifest["log"]["first"]
     numbers = [number for number in log_numbers(root) if number >= first]
     if not numbers or _is_whole(storage, manifest, schema, report):
-        return 0
+        return False
     batches: list[Batch] = []
     # Behind the events that anybody was told of, by the damaged records themselves or by the word of the writer.
     acknowledged = read_acknowledged(root)
@@ -99,12 +99,13 @@ def repair_log(
     mark = os.path.join(root, LOG, "acknowledged")
     if os.path.exists(mark):
         os.remove(mark)
-    report.actions.append(
-        f"the log was damaged: {len(users):,} events of its whole records are kept, {lost:,} are lost"
-    )
+    said = f"the log was damaged: {len(users):,} events of its whole records are kept, {lost:,} are lost"
+    unknown = ", and perhaps more: it is not known how far it was acknowledged" if acknowledged is None else ""
+    report.actions.append(said + unknown)
     report.events_lost += lost
-    report.loss |= lost > 0
-    return lost
+    lossy = lost > 0 or acknowledged is None
+    report.loss |= lossy
+    return lossy
 
 
 def _is_whole(storage: LocalStorage, manifest: dict[str, Any], schema: Schema, report: Any) -> bool:

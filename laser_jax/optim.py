@@ -15,6 +15,7 @@ TABLE_TYPES = ("float32", "bfloat16")
 #: What is computed of requests with so many events in all fits a core's caches: with 4 of 1000 events at a time, a step
 #: on one core took .4 to .8 of what all 32 at once took, by encoder; on two .7.
 CPU_EVENTS = 4000
+CPU_REQUESTS = 2  # at least: of one alone, XLA makes loops that took twice as long at 4000 events, for every model
 #: Histories of so many events are worth the time that it takes to compile forms for shorter ones as well: with four, a
 #: step of `transformer` took .4 of the time and one of `laser_plus` .8 where histories fill 45 % of 1000 places.
 LONG, LENGTH_STEPS = 512, 4
@@ -112,7 +113,7 @@ class OptimConfig:
     def parts(self, requests: int, history_length: int) -> int:
         """In how many parts a device takes its requests of a batch.
 
-        By itself a CPU takes CPU_EVENTS at a time, in as few more requests as divide them evenly; other devices all.
+        By itself a CPU takes CPU_EVENTS at a time, or as few more requests as divide them evenly; other devices all.
 
         Raises:
           ValueError: `microbatches` does not divide them.
@@ -125,7 +126,7 @@ class OptimConfig:
             return self.microbatches
         if jax.default_backend() != "cpu":
             return 1
-        least = min(max(CPU_EVENTS // history_length, 1), requests)
+        least = min(max(CPU_EVENTS // history_length, CPU_REQUESTS), requests)
         return requests // next(size for size in range(least, requests + 1) if requests % size == 0)
 
     def lengths(self, history_length: int) -> list[int]:

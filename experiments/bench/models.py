@@ -16,9 +16,9 @@ What is not: the head and how q is made, the loss on labels, the tables' Adagrad
 cost the same for all models, but for the head's input, which is as wide as the encoder has tokens.
 
 Settings are the zoo's defaults, except a Transformer with a 1x feed-forward (the cost that LASER's paper quotes). All
-models take their requests in parts, as a training step does: on a CPU of about 4000 events each, else all at once
-(`--parts`: so many). Those with attention between events hold it block by block. LONGER's groups have a width of their
-own, whatever d is.
+models take their requests in parts, as a training step does: on a CPU of about 4000 events each, two requests at least,
+else all at once (`--parts`: so many). Those with attention between events hold it block by block. LONGER's groups have
+a width of their own, whatever d is.
 
 MACs are forward, what the encoder counts, without the gather; parameters those of the encoder; temporaries what the
 compiler asks for one step, without inputs and results. A model whose step would take more than `--most_seconds` or

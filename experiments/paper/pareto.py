@@ -4,9 +4,8 @@
 
 Reads what table2 has finished and adds the cheaper and dearer forms of laser_plus. --times: where
 experiments.bench.models wrote; then the scoring time that it measured is drawn as well: of models of its own width, by
-their default settings, which need not be those of the AUC. A model is on the front unless a cheaper
-one has a higher AUC and the interval of the difference, over users and seeds, excludes zero. Writes
-ROOT/DATA/pareto.{md,csv,png}.
+their default settings, which need not be those of the AUC. A model is on the front unless a cheaper one has a higher
+AUC and the interval of the difference, over users and seeds, excludes zero. Writes ROOT/DATA/pareto.{md,csv,png}.
 """
 
 import csv

@@ -3,7 +3,8 @@
   python -m experiments.paper.table2 --data=completejourney --seeds=3
   python -m experiments.paper.table2 --data=xhs_synthetic --seeds=3 --models=laser_plus,ta,transformer
 
-Settings are searched first (--trials of them a model, 1 for none; see search.py); then the seeds run.
+Settings are searched first (--trials of them a model, 1 for none), and what is found is tried on three seeds whatever
+--seeds says (see search.py); then the seeds run.
 Two columns: `tricks` gives every model what is not tied to segments, match readouts (layers/matches.py) too, and is
 what the search is for; `plain` is each model's own card, with the same settings. Differences are paired over users.
 Writes ROOT/DATA/table2-COLUMN.{md,csv,png}; the same command again goes on where it stopped.

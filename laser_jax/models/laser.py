@@ -51,12 +51,14 @@ class LaserConfig:
         history; empty for none. Those longer than the history are left out. With any, no event is read beyond the
         history length that the encoder was built for.
       tied: Wk := Wq and value projections := I at init (without it one pass does not align gates and values).
-      compute: "float32" or "bfloat16", of the events in STA; what is added up stays float32.
+      compute: "float32" or "bfloat16", of the events in STA; what is added up stays float32. Events that come in
+        bfloat16 stay so.
       kernel: what sums where folding pays and nothing is chunked: "xla", or on GPU and TPU "pallas" (one fused kernel
         forward and one backward, layers/segment_kernel.py); "pallas_interpret" runs that anywhere, slowly.
       chunk: users at a time, at most, whose rows are gathered where folding pays, so that the batch's [B, L, f] never
         exists here (a head with a mean or matches still gathers it); 0 gathers all at once. The result is the same:
-        8 is faster on CPU, 0 elsewhere and on sharded batches.
+        8 is faster on a CPU that is given a large batch at once, 0 elsewhere, on sharded batches and in training, which
+        gives a CPU a few requests at a time (OptimConfig.parts).
     """
 
     segment: int = 10

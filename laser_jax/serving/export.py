@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import google_crc32c
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -34,7 +35,7 @@ from laser_jax.requests import Requests as StoredRequests
 from laser_jax.requests import split_type
 from laser_jax.row_placement import places
 from laser_jax.serving.exported import BATCHES, PIECE, ExportedModel, Requests
-from laser_jax.serving.files import ModelError, begin, commit
+from laser_jax.serving.files import ModelError, begin, commit, describe
 from laser_jax.sharding import MeshConfig, make_mesh
 from laser_jax.state import StateFactory, TrainState
 from laser_jax.step import apply_gathered
@@ -90,7 +91,8 @@ def export_model(
       out: directory to make.
       lengths: of histories that get programs of their own, for requests with short ones; the full length always does.
       quantize: of tables, one of QUANTIZATIONS.
-      version: that the model is to bear; the step of the state if empty.
+      version: that the model is to bear; if empty the step of the state and a checksum of all that is written, so
+        that two models which score unlike each other have unlike versions.
 
     Raises:
       ModelError: `out` is there already.
@@ -108,7 +110,6 @@ def export_model(
     draft = begin(out)
     content: dict[str, Any] = {
         "name": config.name or type(config.encoder).__name__,
-        "model_version": version or str(run.step),
         "config": to_dict(config),
         "schema": vault.schema.to_json(),
         "features": dataclasses.asdict(config.features),
@@ -133,7 +134,10 @@ def export_model(
             with open(os.path.join(draft, "programs", f"{name}.bin"), "wb") as file:
                 file.write(program.serialize())
             content["programs"][name] = {"form": form, "length": length}
-    commit(draft, out, content)
+    files = describe(draft)
+    whole = google_crc32c.value(json.dumps(files, sort_keys=True).encode())
+    content["model_version"] = version or f"{run.step}-{whole:08x}"
+    commit(draft, out, content, files)
     size = sum(os.path.getsize(os.path.join(f, n)) for f, _, names in os.walk(out) for n in names)
     return Exported(out, content["model_version"], size, len(content["programs"]))
 
@@ -332,7 +336,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", required=True, help="directory to make")
     parser.add_argument("--lengths", default="", help="history lengths with programs of their own, such as 64,256")
     parser.add_argument("--quantize", default="none", choices=QUANTIZATIONS, help="of embedding tables")
-    parser.add_argument("--version", default="", help="of the model; the step of its state if left out")
+    parser.add_argument("--version", default="", help="of the model; by default the step of its state and a checksum")
     parser.add_argument("--no-check", action="store_true", help="do not score the test requests")
     args = parser.parse_args(arguments)
     started = time.monotonic()

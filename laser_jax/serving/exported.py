@@ -141,8 +141,9 @@ class ExportedModel:
         found = {}
         for name, texts in self.strings.items():
             theirs = vault.dictionary(name).tolist()
-            # What was appended since may be new to the model, and has the codes that training on it would meet.
-            if theirs[: len(texts)] != texts[: len(theirs)]:
+            # What was appended since may be new to the model, and has the codes that training on it would meet. A vault
+            # that has not met all of the model's strings yet may give their codes to others.
+            if theirs[: len(texts)] != texts:
                 found[name] = self.codes(name, theirs).astype(np.int32)
         return found
 

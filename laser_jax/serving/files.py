@@ -37,13 +37,18 @@ def checksum(path: str) -> int:
     return value
 
 
-def commit(draft: str, target: str, content: dict[str, Any]) -> None:
-    """Writes the manifest into `draft`, whose files are written, and makes it `target`: whole, or not at all."""
+def describe(draft: str) -> dict[str, list[int]]:
+    """Size and CRC-32C of every file."""
     files = {}
     for folder, _, names in os.walk(draft):
-        for name in sorted(names):
+        for name in names:
             path = os.path.join(folder, name)
             files[os.path.relpath(path, draft)] = [os.path.getsize(path), checksum(path)]
+    return files
+
+
+def commit(draft: str, target: str, content: dict[str, Any], files: dict[str, list[int]]) -> None:
+    """Writes the manifest into `draft`, whose `files` are written, and makes it `target`: whole, or not at all."""
     content = {"format": FORMAT, "version": VERSION, **content, "files": files}
     text = json.dumps(content, indent=1, sort_keys=True)
     content["checksum"] = google_crc32c.value(text.encode())

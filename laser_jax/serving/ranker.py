@@ -51,8 +51,17 @@ class RankRequest:
     time: int | None = None
 
 
-class _Checked(RankRequest):
-    """One that was checked, which need not be done again."""
+@dataclasses.dataclass(frozen=True)
+class CheckedRequest(RankRequest):
+    """A request as it is scored: every column an array, strings as codes, and with a time.
+
+    Attributes:
+      texts: (side, field) -> the strings of which `candidates` or `context` hold the codes.
+      unknown: (side, field) -> places of strings that the vault does not know.
+    """
+
+    texts: dict[tuple[str, str], np.ndarray] = dataclasses.field(default_factory=dict)
+    unknown: dict[tuple[str, str], list[int]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +174,9 @@ class Ranker:
                 answers[place] = ranking
         return answers
 
-    def _scored(self, checked: list[RankRequest], histories: list[tuple[Columns, int]], began: float) -> list[Ranking]:
+    def _scored(
+        self, checked: list[CheckedRequest], histories: list[tuple[Columns, int]], began: float
+    ) -> list[Ranking]:
         """The answers to requests whose histories were read since `began`."""
         if any(len(self.vault.dictionary(name)) > len(codes) for name, codes in self._translations.items()):
             self._translations = self.model.translations(self.vault)  # strings have come since
@@ -273,13 +284,13 @@ class Ranker:
             groups += [pieces[at : at + most] for at in range(0, len(pieces), most)]
         return groups
 
-    def check(self, request: RankRequest, position: int = 0) -> RankRequest:
-        """The request with arrays for columns, and a time.
+    def check(self, request: RankRequest, position: int = 0) -> CheckedRequest:
+        """The request as it is scored.
 
         Raises:
           RequestError: it makes no sense.
         """
-        if isinstance(request, _Checked):
+        if isinstance(request, CheckedRequest):
             return request
         user, schema = request.user, self.vault.schema
         wanted = str if schema.user == "string" else (int, np.integer)
@@ -293,36 +304,45 @@ class Ranker:
             unit = schema.time_unit
             raise RequestError(position, f"time {moment!r}: need an integer, 0 <= time < {schema.time_limit} in {unit}")
         features = self.model.features
-        candidates = self._columns(position, "candidates", features.item, request.candidates)
+        checked = CheckedRequest(user, {}, {}, int(moment))
+        self._fill(checked, position, "candidates", features.item, request.candidates)
+        candidates = checked.candidates
         lengths = {name: len(values) for name, values in candidates.items()}
         if len(set(lengths.values())) > 1:
             raise RequestError(position, f"candidates of unlike lengths: {lengths}")
         if not _count(candidates):
             raise RequestError(position, "no candidates")
         given = {name: [value] for name, value in request.context.items()}
-        context = self._columns(position, "context", features.context, given)
-        return _Checked(user, candidates, context, int(moment))
+        self._fill(checked, position, "context", features.context, given)
+        return checked
 
-    def _columns(self, position: int, side: str, fields: tuple[FieldConfig, ...], given: dict[str, Any]) -> dict:
+    def _fill(
+        self, checked: CheckedRequest, position: int, side: str, fields: tuple[FieldConfig, ...], given: dict[str, Any]
+    ) -> None:
+        """Puts the columns of one side into a request."""
         names = [field.name for field in fields]
         for name in given:
             if name not in names:
                 raise RequestError(position, f"{side} {name!r} is none of the model's: {', '.join(names) or 'none'}")
-        found = {}
+        columns = getattr(checked, side)
         for field in fields:
             if field.name not in given:
                 raise RequestError(position, f"{side} {field.name!r} is missing; need {', '.join(names)}")
-            found[field.name] = self._column(position, f"{side} {field.name!r}", field, given[field.name])
-        return found
-
-    def _column(self, position: int, what: str, field: FieldConfig, given: Any) -> np.ndarray:
-        if field.name in self.model.strings:
-            values = np.asarray(given, object)
-            if values.ndim != 1 or not all(isinstance(value, str) for value in values):
+            what, values = f"{side} {field.name!r}", given[field.name]
+            if field.name not in self.model.strings:
+                columns[field.name] = self._numbers(position, what, field, values)
+                continue
+            texts = np.asarray(values, object)
+            if texts.ndim != 1 or not all(isinstance(text, str) for text in texts):
                 raise RequestError(position, f"{what}: need a list of strings")
-            if field.name in self._translations:
-                return self.model.codes(field.name, values)
-            return self.vault.encode(field.name, values).astype(np.int64)
+            codes = self.vault.encode(field.name, texts).astype(np.int64)
+            checked.texts[side, field.name] = texts
+            if (codes < 0).any():
+                checked.unknown[side, field.name] = np.flatnonzero(codes < 0).tolist()
+            translated = field.name in self._translations
+            columns[field.name] = self.model.codes(field.name, texts) if translated else codes
+
+    def _numbers(self, position: int, what: str, field: FieldConfig, given: Any) -> np.ndarray:
         try:
             values = np.asarray(given)
         except ValueError as error:

@@ -2,9 +2,11 @@
 
 What was asked is written as requests (user, time, sequence number, candidates, context), so that training and
 evaluation see exactly the events that the server saw. A candidate's label is 1 if the user has an event with it after
-the request (of its moment or later, and not seen by it), within --window; --where says which events count. The logged
-scores are kept as the reference `live`. A share of the requests is scored anew from the vault, and the largest
-difference to what was answered live is told.
+the request (of its moment or later, and not seen by it), within --window; --where says which events count. Requests
+whose window is not over at --until are left out, since their clicks may yet come. A string that the vault had not met
+when it was asked about is written as an unknown one, whatever code it was given since: that code would tell that it was
+clicked. The logged scores are kept as the reference `live`. A share of the requests is scored anew from the vault, and
+the largest difference to what was answered live is told.
 """
 
 import argparse
@@ -18,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from laser_jax import vault as seqvault
+from laser_jax.assembly import Columns
 from laser_jax.column_files import RequestsError
 from laser_jax.requests import RequestsWriter
 from laser_jax.serving.exported import ExportedModel, Requests
@@ -36,16 +39,32 @@ class Report:
     """What was replayed.
 
     Attributes:
-      requests, candidates, positives: counts. compared: requests that were scored anew. difference: between a logit
-        then and now, the largest; None if nothing was compared. others: requests of other models, not compared.
+      requests, candidates, positives: counts. unfinished: requests that were left out, their window being not over.
+      compared: requests that were scored anew. difference: between a logit then and now, the largest; None if nothing
+        was compared. others: requests of other models, not compared.
     """
 
     requests: int = 0
     candidates: int = 0
     positives: int = 0
+    unfinished: int = 0
     compared: int = 0
     difference: float | None = None
     others: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Column:
+    """A column of some logged requests, one request after the other.
+
+    Attributes:
+      then: numbers as they are; of strings their codes in the vault, -1 where it had not met them when they were asked
+        about. now: the same by what the vault has met since. given: what the model is given to score.
+    """
+
+    then: np.ndarray
+    now: np.ndarray
+    given: np.ndarray
 
 
 def replay(
@@ -57,6 +76,7 @@ def replay(
     window: int,
     where: dict[str, Any] | None = None,
     compare: float = 0.1,
+    until: int | None = None,
 ) -> Report:
     """Writes logged requests as a directory of requests.
 
@@ -68,6 +88,7 @@ def replay(
       window: time after a request, in the vault's unit, in which an event counts for it.
       where: field -> the value, or the values, that an event must have to count.
       compare: share of the requests that are scored anew.
+      until: time up to which all events have been written, in the vault's unit; now by default.
 
     Raises:
       ValueError, RequestsError, VaultError: what is wrong with the log, `out`, or the vault.
@@ -87,40 +108,50 @@ def replay(
         side: {field.name: _type(model, field) for field in found}
         for side, found in (("candidates", model.features.item), ("context", model.features.context))
     }
+    if until is None:
+        until = int(time.time() * (1000 if schema.time_unit == "ms" else 1))
     report, every = Report(), max(round(1 / compare), 1) if compare > 0 else 0
     translations = model.translations(vault)
     with RequestsWriter(out, schema.user, references=(LIVE,), sequence=True, **types) as writer:
-        for entries in _batches(read_log(log)):
+        for found in _batches(read_log(log)):
+            entries = [entry for entry in found if entry["time"] + window <= until]
+            report.unfinished += len(found) - len(entries)
+            if not entries:
+                continue
             for entry in entries:
                 _check(entry, types)
             users, times = [entry["user"] for entry in entries], np.array([entry["time"] for entry in entries])
             if schema.user == "int64":
                 users = np.array(users, np.int64)
             sequence = np.array([entry["as_of"] for entry in entries], np.int64)
-            label = _labels(entries, vault, users, times, sequence, item, window, where or {})
-            columns = {
-                name: np.concatenate([_column(entry["candidates"][name], kind) for entry in entries])
-                for name, kind in types["candidates"].items()
-            }
-            context = {
-                name: _column([entry["context"][name] for entry in entries], kind)
-                for name, kind in types["context"].items()
+            sides = {
+                side: {
+                    name: _column(entries, side, name, kind, model, vault, name in translations)
+                    for name, kind in kinds.items()
+                }
+                for side, kinds in types.items()
             }
             counts = np.array([len(entry["logits"]) for entry in entries])
+            starts = np.cumsum(counts) - counts
+            shown = np.split(sides["candidates"][item].now, starts[1:])
+            label = _labels(shown, vault, users, times, sequence, item, window, where or {})
             live = np.concatenate([entry["logits"] for entry in entries]).astype(np.float32)
             writer.write(
                 user=users,
                 time=times,
                 counts=counts,
                 label=label,
-                candidates=columns,
-                context=context,
+                candidates={name: column.then for name, column in sides["candidates"].items()},
+                context={name: column.then for name, column in sides["context"].items()},
                 sequence=sequence,
                 references={LIVE: live},
             )
             for place, entry in enumerate(entries):
                 if every and (report.requests + place) % every == 0:
-                    _compare(report, entry, model, vault, translations, types)
+                    part = slice(starts[place], starts[place] + counts[place])
+                    candidates = {name: column.given[part] for name, column in sides["candidates"].items()}
+                    context = {name: column.given[place : place + 1] for name, column in sides["context"].items()}
+                    _compare(report, entry, model, vault, translations, candidates, context)
             report.requests += len(entries)
             report.candidates += len(label)
             report.positives += int(label.sum())
@@ -129,7 +160,7 @@ def replay(
 
 def _check(entry: dict, types: dict[str, dict[str, str]]) -> None:
     """Raises ValueError if a logged request is not of a model with these fields."""
-    where = f"the request of user {entry['user']!r} at {entry['time']}"
+    where = _place(entry)
     for side, fields in types.items():
         if entry[side].keys() != fields.keys():
             given, wanted = (", ".join(found) or "none" for found in (entry[side], fields))
@@ -139,8 +170,36 @@ def _check(entry: dict, types: dict[str, dict[str, str]]) -> None:
             raise ValueError(f"{where}: candidates {name!r} and logits are of unlike lengths")
 
 
+def _place(entry: dict) -> str:
+    return f"the request of user {entry['user']!r} at {entry['time']}"
+
+
+def _column(
+    entries: list[dict], side: str, name: str, kind: str, model: ExportedModel, vault: Any, translated: bool
+) -> _Column:
+    """Raises ValueError if it holds no strings where the vault does, or unknown ones that are not there."""
+    lists = [entry[side][name] if side == "candidates" else [entry[side][name]] for entry in entries]
+    flat = [value for values in lists for value in values]
+    if name not in model.strings:
+        numbers = np.array(flat, kind.partition("[")[0])
+        return _Column(numbers, numbers, numbers)
+    for entry, values in zip(entries, lists, strict=True):
+        for value in values:
+            if not isinstance(value, str):
+                raise ValueError(f"{_place(entry)}: {side} {name!r} holds {value!r}; {vault.path} has strings there")
+    now = vault.encode(name, flat).astype(np.int64)
+    then, start = now.copy(), 0
+    for entry, values in zip(entries, lists, strict=True):
+        for place in entry.get("unknown", {}).get(f"{side}.{name}", ()):
+            if place not in range(len(values)):
+                raise ValueError(f"{_place(entry)}: {side} {name!r} has no place {place!r}, which it calls unknown")
+            then[start + place] = -1
+        start += len(values)
+    return _Column(then, now, np.array(flat, object) if translated else then)
+
+
 def _labels(
-    entries: list[dict],
+    shown: list[np.ndarray],
     vault: Any,
     users: Any,
     times: np.ndarray,
@@ -149,7 +208,11 @@ def _labels(
     window: int,
     where: dict[str, Any],
 ) -> np.ndarray:
-    """1 for candidates of which an event came within the window, else 0; float32 [N]."""
+    """1 for candidates of which an event came within the window, else 0; float32 [N].
+
+    Args:
+      shown: values of `item`, an array a request, as events have them.
+    """
     end = np.minimum(times + window, vault.schema.time_limit)
     found = vault.gather(users, end, _EVENTS, fields=list(dict.fromkeys([item, *where])))
     seen = vault.gather(users, times, _EVENTS, as_of=sequence, fields=[])
@@ -157,19 +220,27 @@ def _labels(
     allowed = {
         name: allowed_values(name, vault.schema.field(name), value, vault.encode) for name, value in where.items()
     }
-    for place, entry in enumerate(entries):
-        events, moment = found[place].columns, entry["time"] - 1
+    for place, (items, time_of_request) in enumerate(zip(shown, times.tolist(), strict=True)):
+        events, moment = found[place].columns, time_of_request - 1
         counts = events["time"] > moment
         # Of the request's own moment, those that it saw come first: what came after them is an answer to it.
         at_once = np.flatnonzero(events["time"] == moment)
         counts[at_once[np.count_nonzero(seen[place].columns["time"] == moment) :]] = True
         for name, values in allowed.items():
             counts &= np.isin(events[name], values)
-        labels.append(np.isin(np.asarray(entry["candidates"][item]), events[item][counts]))
+        labels.append(np.isin(items, events[item][counts]))
     return np.concatenate(labels).astype(np.float32)
 
 
-def _compare(report: Report, entry: dict, model: ExportedModel, vault: Any, translations: dict, types: dict) -> None:
+def _compare(
+    report: Report,
+    entry: dict,
+    model: ExportedModel,
+    vault: Any,
+    translations: dict[str, np.ndarray],
+    candidates: Columns,
+    context: Columns,
+) -> None:
     """Scores a request again, from the events that were seen then."""
     if (entry["model"], entry["version"]) != (model.name, model.version):
         report.others += 1
@@ -178,9 +249,7 @@ def _compare(report: Report, entry: dict, model: ExportedModel, vault: Any, tran
     users = np.array([entry["user"]]) if vault.schema.user == "int64" else [entry["user"]]
     moment, seen = np.array([entry["time"]]), np.array([entry["as_of"]])
     histories = vault.gather(users, moment, model.history_length, as_of=seen, fields=model.event_fields)
-    columns = {name: _column(entry["candidates"][name], kind) for name, kind in types["candidates"].items()}
-    context = {name: _column([entry["context"][name]], kind) for name, kind in types["context"].items()}
-    logits = model.score(histories, Requests(moment, np.array([0, count]), columns, context), translations)
+    logits = model.score(histories, Requests(moment, np.array([0, count]), candidates, context), translations)
     farthest = float(np.abs(logits - np.array(entry["logits"], np.float32)).max())
     report.compared += 1
     report.difference = farthest if report.difference is None else max(report.difference, farthest)
@@ -203,10 +272,6 @@ def _type(model: ExportedModel, field: Any) -> str:
     return name if width is None else f"{name}[{width}]"
 
 
-def _column(values: list[Any], kind: str) -> np.ndarray:
-    return np.array(values, kind.partition("[")[0])
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Runs a replay; returns the exit status: 1 also where scores differ by more than 1e-4, or none was compared."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -219,6 +284,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--window", type=int, default=3600, help="time after a request in which an event counts, in the vault's unit")
     add("--where", action="append", default=[], metavar="FIELD=VALUE,...", help="only such events count")
     add("--compare", type=float, default=0.1, help="share of the requests that are scored anew")
+    add("--until", type=int, help="time up to which all events have been written, in the vault's unit; now by default")
     args = parser.parse_args(arguments)
     started = time.monotonic()
     try:
@@ -229,7 +295,7 @@ def main(arguments: list[str] | None = None) -> int:
                 raise ValueError(f"--where={text}: need FIELD=VALUE,...")
             where[name] = [int(value) if value.lstrip("-").isdigit() else value for value in values.split(",")]
         vault, model = seqvault.open(args.vault), ExportedModel(args.model)
-        report = replay(args.log, vault, model, args.out, args.item, args.window, where, args.compare)
+        report = replay(args.log, vault, model, args.out, args.item, args.window, where, args.compare, args.until)
     except (ModelError, RequestsError, ValueError, seqvault.VaultError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -237,16 +303,17 @@ def main(arguments: list[str] | None = None) -> int:
     seconds = time.monotonic() - started
     print(
         f"{report.requests:,} requests with {report.candidates:,} candidates, {report.positives:,} positive; "
-        f"{report.compared:,} scored anew, logits differ by {report.difference or 0:.1e} at most; {seconds:.1f} s: "
+        f"{report.unfinished:,} left out, their window being not over; {report.compared:,} scored anew, logits differ by {report.difference or 0:.1e} at most; {seconds:.1f} s: "
         f"{args.out}",
         file=sys.stderr,
     )
-    if report.others and not report.compared:
-        print(
-            f"no score was compared: the {report.others:,} requests that were to be scored anew are of other versions "
-            f"than {model.name} {model.version}; --compare=0 if that is meant",
-            file=sys.stderr,
+    if args.compare > 0 and not report.compared:
+        others = (
+            f"the {report.others:,} requests that were to be scored anew are of other versions than {model.name} "
+            f"{model.version}"
         )
+        reason = others if report.others else f"{args.log} has no request whose window is over"
+        print(f"no score was compared: {reason}; --compare=0 if that is meant", file=sys.stderr)
         return 1
     return 1 if report.difference is not None and report.difference > 1e-4 else 0
 

@@ -3,7 +3,8 @@
     DIR/20261125T204210-000000.jsonl    {"user": 4711, "time": ..., "as_of": ..., "candidates": {field: [...]},
                                          "context": {field: value}, "logits": [...], "model": ..., "version": ...}
 
-No history is kept: (user, time, as_of) says which events were seen.
+No history is kept: (user, time, as_of) says which events were seen. Strings are kept as they are, since their codes are
+a vault's own; "unknown": {"candidates.FIELD": [places]} names those that the vault had never met.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from laser_jax.serving.ranker import Ranking, RankRequest
+from laser_jax.serving.ranker import CheckedRequest, Ranking
 
 #: What a line holds.
 _KINDS = {
@@ -54,7 +55,7 @@ class RequestLog:
         self._thread = threading.Thread(target=self._run, name="request-log", daemon=True)
         self._thread.start()
 
-    def add(self, request: RankRequest, answer: Ranking, model: str, version: str) -> None:
+    def add(self, request: CheckedRequest, answer: Ranking, model: str, version: str) -> None:
         """One request, its answer, and whose it is. Never waits."""
         try:
             self._queue.put_nowait((request, answer, {"model": model, "version": version}))
@@ -110,15 +111,21 @@ class RequestLog:
             with contextlib.suppress(OSError):  # nothing is buffered
                 file.close()
 
-    def _line(self, request: RankRequest, answer: Ranking, said: dict[str, str]) -> str:
-        entry = {
-            "user": _plain(request.user),
+    def _line(self, request: CheckedRequest, answer: Ranking, said: dict[str, str]) -> str:
+        asked = {
+            side: {name: request.texts.get((side, name), values).tolist() for name, values in columns.items()}
+            for side, columns in (("candidates", request.candidates), ("context", request.context))
+        }
+        entry: dict[str, Any] = {
+            "user": int(request.user) if isinstance(request.user, np.integer) else request.user,
             "time": answer.time,
             "as_of": answer.as_of,
-            "candidates": {name: _plain(values) for name, values in request.candidates.items()},
-            "context": {name: _plain(values)[0] for name, values in request.context.items()},
+            "candidates": asked["candidates"],
+            "context": {name: values[0] for name, values in asked["context"].items()},
             "logits": [float(f"{logit:.9g}") for logit in answer.logits.tolist()],
         }
+        if request.unknown:
+            entry["unknown"] = {f"{side}.{name}": places for (side, name), places in request.unknown.items()}
         return json.dumps(entry | said, default=int) + "\n"
 
 
@@ -151,7 +158,3 @@ def _entry(line: bytes) -> dict[str, Any]:
         if type(entry.get(name)) not in kinds:
             raise ValueError(f"its {name!r} is {entry.get(name)!r}")
     return entry
-
-
-def _plain(values: Any) -> Any:
-    return values.tolist() if isinstance(values, (np.ndarray, np.generic)) else values

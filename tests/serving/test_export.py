@@ -230,6 +230,18 @@ def test_strings_may_be_any_array_of_texts_or_their_codes(tmp_path):
         model.score(histories, Requests(moment, offsets, {"brand": codes / 1}, {}))
 
 
+def test_models_that_score_unlike_each_other_have_unlike_versions(tmp_path, known_data):
+    config = get_config("mean")
+    config.data.path = known_data.path
+    run = untrained(config)
+    other = dataclasses.replace(run, state=run.factory.create(1))
+    made = [
+        export_model(one, str(tmp_path / str(number)), quantize=quantize).version
+        for number, (one, quantize) in enumerate([(run, "none"), (run, "none"), (run, "bf16"), (other, "none")])
+    ]
+    assert made[0] == made[1] and len(set(made)) == 3 and all(version.startswith("0-") for version in made)
+
+
 def without(columns, name):
     return {key: values for key, values in columns.items() if key != name}
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -147,6 +148,25 @@ def test_arguments_and_lines_that_make_no_sense_are_told(logged, model, tmp_path
         refused(message, folder=str(tmp_path / "log"))
 
 
+def test_what_may_yet_be_clicked_is_left_out(logged, model, tmp_path, capsys):
+    log, vault, rows, _ = logged
+    until = sorted(row["time"] for row in rows)[20] + 50
+    over = [row for row in rows if row["time"] + 50 <= until]
+    report = replay(log, vault, model, str(tmp_path / "some"), "item", 50, until=until)
+    assert (report.requests, report.unfinished) == (len(over), 40 - len(over)) and 0 < len(over) < 40
+    stored = StoredRequests.open(str(tmp_path / "some")).read(np.arange(len(over)))
+    np.testing.assert_array_equal(stored.time, [row["time"] for row in over])
+    soon = [json.dumps({**line, "time": int(time.time()) - 10}) + "\n" for line in read_log(log)]
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log" / "a.jsonl").write_text("".join(soon))
+    arguments = [f"--log={tmp_path}/log", f"--vault={vault.path}", f"--model={model.path}", "--window=3600"]
+    assert main([*arguments, f"--out={tmp_path}/none"]) == 1
+    said = capsys.readouterr()
+    assert json.loads(said.out)["unfinished"] == 40
+    assert f"no score was compared: {tmp_path}/log has no request whose window is over" in said.err
+    assert main([*arguments, f"--out={tmp_path}/all", f"--until={int(time.time()) + 3600}", "--compare=0"]) == 0
+
+
 def test_a_log_of_another_version_is_not_taken_for_one_that_was_compared(logged, model, tmp_path, capsys):
     log, vault, _, _ = logged
     (tmp_path / "log").mkdir()
@@ -164,9 +184,9 @@ def test_a_log_that_cannot_keep_up_loses_lines_and_says_so(logged, model, tmp_pa
 
     monkeypatch.setattr(request_log, "_FILE_BYTES", 500)
     log = RequestLog(str(tmp_path / "log"))
-    request = request_of(rows[0])
+    request = Ranker(model, logged[1]).check(request_of(rows[0]))
     for _ in range(50):
-        log.add(request.__class__(**{**vars(request), "context": {"scene": np.array([1])}}), answers[0], "m", "1")
+        log.add(request, answers[0], "m", "1")
     log.close()
     assert log.written == 50 and len(os.listdir(tmp_path / "log")) > 5, "files are changed when they are full"
     assert len(list(read_log(str(tmp_path / "log")))) == 50
@@ -179,7 +199,7 @@ def test_a_log_that_cannot_keep_up_loses_lines_and_says_so(logged, model, tmp_pa
 FILLED = """
 import os, resource, shutil, sys, time
 import numpy as np
-from laser_jax.serving.ranker import Ranking, RankRequest
+from laser_jax.serving.ranker import CheckedRequest, Ranking
 from laser_jax.serving.request_log import RequestLog
 
 folder = sys.argv[1]
@@ -188,7 +208,7 @@ log = RequestLog(folder)
 def add(user):
     before = log.written + log.lost
     answer = Ranking(np.zeros(20, np.float32), np.zeros(20, bool), 3, 4, 5)
-    log.add(RankRequest(user, {"item": np.arange(20)}), answer, "m", "1")
+    log.add(CheckedRequest(user, {"item": np.arange(20)}), answer, "m", "1")
     while log.written + log.lost == before:
         time.sleep(0.001)
 

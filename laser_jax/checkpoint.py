@@ -8,8 +8,9 @@ import contextlib
 import logging
 import os
 import pathlib
+import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -47,6 +48,8 @@ def reading(path: str) -> Iterator[None]:
 
 Ids = dict[str, IdDictionary]
 _CHUNKED = ocp.SaveArgs(chunk_byte_size=64 << 20)
+#: Seconds that the files of a checkpoint take to be removed, at most.
+_REMOVAL_S = 2.0
 
 
 def _ids_state(ids: Ids) -> dict[str, dict[str, np.ndarray]]:
@@ -73,10 +76,11 @@ class Checkpoints:
       ids: table -> its dictionary; saved with every state, and what is restored is loaded into them.
       largest_bytes: of the largest array of a state, as far as it lies on this process's devices: what is in memory
         beside the state is a little more.
+      read_only: nothing is saved, cleared up or set aside: the run may be training meanwhile.
     """
 
-    def __init__(self, workdir: str, ids: Ids | None = None, largest_bytes: int = 0):
-        self._ids = ids or {}
+    def __init__(self, workdir: str, ids: Ids | None = None, largest_bytes: int = 0, read_only: bool = False):
+        self._ids, self._read_only = ids or {}, read_only
         in_flight = 1 + -(-largest_bytes // 10**9)
         self.path = os.path.join(os.path.abspath(workdir), "checkpoints")
         # max_to_keep together with best_fn would delete the newest; two policies keep both.
@@ -90,7 +94,8 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy,
             best_fn=lambda metrics: metrics["auc"],
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=not read_only,
+            create=not read_only,
             enable_async_checkpointing=True,
         )
         self._manager = ocp.CheckpointManager(
@@ -169,7 +174,7 @@ class Checkpoints:
         Raises:
           CheckpointError: all are damaged.
         """
-        return self._first_whole(sorted(self._manager.all_steps(), reverse=True), abstract)
+        return self._first_whole(lambda steps: sorted(steps, reverse=True), abstract)
 
     def restore_best(self, abstract: TrainState) -> tuple[TrainState, int]:
         """The best whole state, and its step; where that is damaged the newest, with a warning.
@@ -177,25 +182,41 @@ class Checkpoints:
         Raises:
           CheckpointError: all are damaged.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        return self._first_whole(sorted(steps, key=lambda step: step != self.best()), abstract)
+        return self._first_whole(lambda steps: sorted(steps, key=lambda step: (step != self.best(), -step)), abstract)
 
-    def _first_whole(self, steps: list[int], abstract: TrainState) -> tuple[TrainState, int] | None:
+    def _first_whole(
+        self, order: Callable[[list[int]], list[int]], abstract: TrainState
+    ) -> tuple[TrainState, int] | None:
         damaged: list[tuple[int, CheckpointError]] = []
-        for step in steps:
+        waiting = order(self._manager.all_steps())
+        while waiting:
+            step = waiting.pop(0)
             try:
                 state = self.restore(step, abstract)
             except CheckpointError as error:
+                if self._read_only and self._went(step):
+                    tried = [number for number, _ in damaged]
+                    waiting = [number for number in order(self._manager.all_steps()) if number not in tried]
+                    continue
                 logger.warning("DAMAGED CHECKPOINT: %s. Trying an older one.", error)
                 damaged.append((step, error))
                 continue
-            self._set_aside([number for number, _ in damaged])
+            if not self._read_only:
+                self._set_aside([number for number, _ in damaged])
             return state, step
         if damaged:
             raise CheckpointError(
                 f"no checkpoint of {self.path} can be read (the newest: {damaged[0][1]}): give another --workdir"
             ) from damaged[0][1]
         return None
+
+    def _went(self, step: int) -> bool:
+        """Whether the run that trains takes this checkpoint away, as it does when it has newer ones."""
+        path, until = os.path.join(self.path, str(step)), time.monotonic() + _REMOVAL_S
+        while os.path.isdir(path) and time.monotonic() < until:
+            time.sleep(0.1)
+        self._manager.reload()
+        return not os.path.isdir(path)
 
     def _set_aside(self, steps: list[int]) -> None:
         if not steps:

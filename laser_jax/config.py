@@ -122,6 +122,7 @@ FREE_TO_CHANGE = (
     "data.prefetch",
     "data.cache_bytes",
 )
+BESIDE = ("fingerprint", "strings")  # what stands in config.json beside the config: what tells the data
 _VAULT = "fingerprint.vault"  # begins the names of what tells one vault from another
 AT_LEAST_ONE = {
     "data": (
@@ -203,18 +204,21 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix[:-1]: value}
 
 
-def remember(config: Config, workdir: str, data: dict[str, str], write: bool = True) -> None:
+def remember(
+    config: Config, workdir: str, data: dict[str, str], strings: dict[str, list[Any]], write: bool = True
+) -> None:
     """Writes workdir/config.json, or checks it where a run is being continued.
 
     Args:
-      data: fingerprint of the data set (pipeline.fingerprint), kept beside the config.
+      data, strings: of the data set (laser_jax.fingerprint), kept beside the config. Strings may be added meanwhile.
       write: whether this process writes it if it is not there.
 
     Raises:
       ValueError: the run in `workdir` has another config or other data; names every field that differs.
     """
     path = os.path.join(workdir, "config.json")
-    now = json.loads(json.dumps(to_dict(config) | {"fingerprint": data}))
+    beside = dict(zip(BESIDE, (data, strings), strict=True))
+    now = json.loads(json.dumps(to_dict(config) | beside))
     if not os.path.exists(path):
         if not write:
             return
@@ -230,7 +234,7 @@ def remember(config: Config, workdir: str, data: dict[str, str], write: bool = T
     changed = [
         f"{key}: {before.get(key, 'absent')!r} -> {after.get(key, 'absent')!r}"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and key not in FREE_TO_CHANGE
+        if before.get(key) != after.get(key) and key not in FREE_TO_CHANGE and not key.startswith("strings.")
     ]
     if changed and all(entry.startswith(_VAULT) for entry in changed):
         raise ValueError(

@@ -5,8 +5,6 @@ to go on exactly where a run stopped.
 """
 
 import dataclasses
-import hashlib
-import json
 import os
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -20,11 +18,8 @@ from laser_jax.batch import Batch, Lines, Numbered, lay_out
 from laser_jax.columns import check_columns
 from laser_jax.features import FeatureConfig
 from laser_jax.id_dictionary import Assigned
-from laser_jax.requests import MANIFEST, Requests, read_vocabulary
+from laser_jax.requests import Requests, read_vocabulary
 from laser_jax.row_placement import ALONE, DeviceShare, Wanted, bucket_size
-from laser_jax.vault.client import is_service
-from laser_jax.vault.partitioning import is_partitioned, partition_paths
-from laser_jax.vault.storage import is_url, must_read, storage_of
 
 SPLITS = ("train", "valid", "test")
 PROBES = 8  # batches whose needs are looked at before the first
@@ -446,39 +441,3 @@ def read_vocabularies(data: DataConfig, features: FeatureConfig) -> dict[str, np
         for field in (*features.item, *features.event, *features.context)
         if field.ids == "vocab"
     }
-
-
-def _appended(path: str) -> int:
-    """Sequence number behind what was appended to a vault since its manifest; 0 if nothing was."""
-    with seqvault.open(path, cache_bytes=0) as vault:
-        return vault.next_sequence if vault.next_sequence != vault.manifest["next_sequence"] else 0
-
-
-def fingerprint(data: DataConfig) -> dict[str, str]:
-    """Checksums of what says which data a data set holds, so that a run notices when it is continued on other data."""
-    sums = {}
-
-    def add(name: str, content: bytes) -> None:
-        sums[name] = hashlib.sha256(content).hexdigest()[:16]
-
-    root = data.vault_path
-    if is_service(root):
-        with seqvault.open(root, at=data.snapshot or None) as vault:
-            add("vault", json.dumps([vault.schema.to_json(), vault.num_events, vault.next_sequence]).encode())
-    else:
-        partitioned = not is_url(root) and is_partitioned(root)
-        manifest = f"snapshots/{data.snapshot}.json" if data.snapshot else "manifest.json"
-        for path in partition_paths(root) if partitioned else [root]:
-            inner = f"{os.path.basename(path)}/" if partitioned else ""
-            add(f"vault/{inner}{manifest}", must_read(storage_of(path), manifest))
-            appended = 0 if data.snapshot or is_url(root) else _appended(path)
-            if appended:  # only then: else the manifest alone says what the vault holds
-                add(f"vault/{inner}appended", str(appended).encode())
-    for split in SPLITS:
-        with open(os.path.join(data.path, "requests", split, MANIFEST), "rb") as file:
-            add(f"requests/{split}/{MANIFEST}", file.read())
-    vocabularies = os.path.join(data.path, "vocab")
-    for field in sorted(os.listdir(vocabularies)) if os.path.isdir(vocabularies) else ():
-        ids = read_vocabulary(os.path.join(vocabularies, field))
-        add(f"vocab/{field}", ids.tobytes())
-    return sums

@@ -14,8 +14,9 @@ from laser_jax import hosts, report
 from laser_jax.checkpoint import Checkpoints
 from laser_jax.config import Config, check_sizes, remember
 from laser_jax.evaluate import Predictions, predict, table
+from laser_jax.fingerprint import fingerprint, strings
 from laser_jax.gate_figures import gate_figures
-from laser_jax.pipeline import BatchSource, fingerprint, prepare
+from laser_jax.pipeline import BatchSource, prepare
 from laser_jax.runlog import RunLog
 from laser_jax.sharding import device_share, make_mesh, place_batch
 from laser_jax.state import StateFactory, TrainState
@@ -90,8 +91,9 @@ class Run:
             config.mesh.split_from,
             self.sources["train"].num_batches,
         )
-        # Only now: a start that failed above must not occupy the workdir.
-        remember(config, workdir, fingerprint(config.data), write=hosts.is_first())
+        known = strings(config.data, config.features) if hosts.is_first() else {}
+        self._data = (fingerprint(config.data), known)
+        remember(config, workdir, *self._data, write=False)
         ids = self.sources["train"].dictionaries
         for source in self.sources.values():
             source.dictionaries = ids
@@ -137,6 +139,8 @@ class Run:
     def restore(self) -> None:
         """Finds the state that `finish` goes on from."""
         self._state = self._restored()
+        # Only now: a start that failed before must not occupy the workdir.
+        remember(self.config, self.workdir, *self._data, write=hosts.is_first())
 
     def _restored(self) -> tuple[TrainState, int]:
         """The newest state that can be read, or a fresh one; and its step."""
@@ -145,8 +149,7 @@ class Run:
         if found is None:
             state, settings = self.factory.create(self.config.train.seed), self.config.train
             if settings.warm_start:
-                ids, features = self.sources["train"].dictionaries, self.config.features
-                data = fingerprint(self.config.data)
+                ids, data, features = self.sources["train"].dictionaries, self.config.data, self.config.features
                 state = warm_start(state, self.factory, features, ids, data, settings.warm_start, settings.warm_parts)
             return state, 0
         state, step = found

@@ -16,9 +16,11 @@ import orbax.checkpoint as ocp
 from laser_jax.checkpoint import CheckpointError, ids_checksums, reading
 from laser_jax.checksums import checksums
 from laser_jax.features import FeatureConfig, table_of
+from laser_jax.fingerprint import changed_ids
 from laser_jax.id_dictionary import IdDictionary
 from laser_jax.layers.embedding import Table
 from laser_jax.layers.row_optimizers import RowOptimizer
+from laser_jax.pipeline import DataConfig
 from laser_jax.row_placement import places
 from laser_jax.state import StateFactory, TrainState
 
@@ -42,17 +44,17 @@ def warm_start(
     factory: StateFactory,
     features: FeatureConfig,
     ids: dict[str, IdDictionary],
-    data: dict[str, str],
+    data: DataConfig,
     workdir: str,
     parts: tuple[str, ...] = PARTS,
 ) -> TrainState:
     """`state` with parts of the newest checkpoint of another run; step and the dense optimizer's state stay fresh.
 
-    So does the optimizer's state of tables, unless it is of the same kind and not Adam's.
+    So does the optimizer's state of tables, unless it means the same here: see _Run.slots_fit.
 
     Args:
       state: a fresh one of `factory`. ids: the dictionaries of its tables, into which the other run's are loaded.
-      data: fingerprint of this run's data (pipeline.fingerprint).
+      data: of this run.
       workdir: of the other run.
 
     Raises:
@@ -109,9 +111,14 @@ class _Run:
         return tables
 
     def slots_fit(self, factory: StateFactory) -> bool:
-        """Whether the optimizer's state of a row means here what it meant there. Adam's does not: it has an age."""
+        """Whether the optimizer's state of a row means here what it meant there.
+
+        Adam's does not, since it has an age. FTRL's holds the row itself, in terms of these settings.
+        """
         now, before = factory.optim, self.config["optim"]
-        return now.table_optimizer == before["table_optimizer"] != "adam"
+        names = ("table_learning_rate", "table_l1", "table_l2") if now.table_optimizer == "ftrl" else ()
+        alike = all(getattr(now, name) == before[name] for name in ("table_optimizer", *names))
+        return alike and now.table_optimizer != "adam"
 
     def restore(self, abstract: Any, item: str = "state") -> Any:
         args = ocp.args.PyTreeRestore(
@@ -170,23 +177,29 @@ def _fitting_params(factory: StateFactory, other: _Run) -> Any:
 
 
 def _fitting_tables(
-    factory: StateFactory, features: FeatureConfig, data: dict[str, str], other: _Run
+    factory: StateFactory, features: FeatureConfig, data: DataConfig, other: _Run
 ) -> dict[str, dict[str, Any]]:
     """Tables to restore, of the size they have there.
 
     Raises:
       WarmStartError: a table cannot become one of this run.
     """
-    fields = other.fields()
+    fields, changed = other.fields(), changed_ids(other.config, data, features)
     abstract = factory.abstract().tables
     found = {}
     for field in (*features.item, *features.event, *features.context):
         name = table_of(field)
-        if name not in abstract or name in found or name not in other.shapes["tables"]:
+        if name not in abstract or name not in other.shapes["tables"]:
+            continue
+        if name in found:  # a further field of the same table
+            if field.name in changed and field.name in fields[name]:
+                raise WarmStartError(
+                    f"table {name!r} of {other.workdir} does not fit {field.name!r}: {changed[field.name]}"
+                )
             continue
         shapes = other.shapes["tables"][name]
         before = fields[name].get(field.name, next(iter(fields[name].values())))
-        problem, vocabulary = None, f"vocab/{field.name}"
+        problem = None
         if before["ids"] != field.ids or before["hashes"] != field.hashes:
             there, here = f"{before['ids']!r} ({before['hashes']})", f"{field.ids!r} ({field.hashes})"
             problem = f"its ids (and hashes) are {there} there, {here} here"
@@ -196,8 +209,8 @@ def _fitting_tables(
             problem = f"it has {before['rows']} rows there, {field.rows} here: a table can grow, not shrink"
         elif before["rows"] != field.rows and field.ids == "hash":
             problem = f"{before['rows']} rows there, {field.rows} here would move hashed ids: use ids='dictionary'"
-        elif field.ids == "vocab" and other.config["fingerprint"].get(vocabulary) != data.get(vocabulary):
-            problem = "its vocabulary is another one there, which moves its rows: use ids='dictionary'"
+        elif field.name in changed:
+            problem = changed[field.name]
         if problem:
             raise WarmStartError(f"table {name!r} of {other.workdir} does not fit: {problem}")
         sharding = abstract[name].rows.sharding

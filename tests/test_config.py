@@ -58,21 +58,21 @@ def test_a_config_as_plain_values_tells_encoders_apart_and_survives_json():
 
 
 def test_what_does_not_change_the_result_may_change_in_a_workdir(tmp_path):
-    remember(get_config(), str(tmp_path / "run"), {})
+    remember(get_config(), str(tmp_path / "run"), {}, {})
     stored = (tmp_path / "run" / "config.json").read_text(encoding="utf-8")
     config = get_config()
     config.data.path, config.data.threads, config.train.log_every = "elsewhere", 7, 3
-    remember(config, str(tmp_path / "run"), {})
+    remember(config, str(tmp_path / "run"), {}, {})
     assert (tmp_path / "run" / "config.json").read_text(encoding="utf-8") == stored
     assert os.listdir(tmp_path / "run") == ["config.json"]
 
 
 def test_every_field_that_differs_is_named(tmp_path):
-    remember(get_config(), str(tmp_path), {"vault": "a"})
+    remember(get_config(), str(tmp_path), {"vault": "a"}, {"brand": [3, "x"]})
     config = get_config()
     config.width, config.optim.b2, config.features.item[0].rows = 32, 0.99, 200
     with pytest.raises(ValueError) as refused:
-        remember(config, str(tmp_path), {"vault": "b"})
+        remember(config, str(tmp_path), {"vault": "b"}, {"brand": [4, "y"]})
     for part in (
         str(tmp_path),
         "fingerprint.vault: 'a' -> 'b'",

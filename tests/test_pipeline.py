@@ -10,7 +10,8 @@ import pytest
 
 from laser_jax import vault as seqvault
 from laser_jax.features import FeatureConfig, FieldConfig, rows_of
-from laser_jax.pipeline import BatchSource, DataConfig, epoch_order, fingerprint, prepare
+from laser_jax.fingerprint import fingerprint
+from laser_jax.pipeline import BatchSource, DataConfig, epoch_order, prepare
 from laser_jax.requests import RequestsWriter, read_vocabulary
 from laser_jax.row_placement import DeviceShare
 from laser_jax.schema import Field, Schema

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -21,6 +22,7 @@ from tests import dictionary_config
 from tests.compilation import with_devices
 from tests.few_steps import EXAMINED, IN_PARTS, LENGTH, REQUESTS, UNIQUE, WITH_DICTIONARY, few_steps
 from tests.small_config import get_config
+from tests.test_train import flip_a_bit_of_the_largest_chunk
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +74,31 @@ def test_a_checkpoint_gives_the_same_bits_back_and_the_best_stays(factory, fresh
         assert same(again.restore(step, factory.abstract()), states[step])
     again.close()
     assert sorted(name for name in os.listdir(tmp_path / "checkpoints") if name.isdigit()) == ["2", "4", "5"]
+
+
+def test_whoever_only_reads_leaves_a_run_that_is_saving_alone(factory, fresh, tmp_path):
+    running = Checkpoints(str(tmp_path))
+    states = {step: jax.tree.map(functools.partial(jnp.add, step), fresh) for step in range(1, 6)}
+    running.save(states[1], 1, {"auc": 0.5})
+    running.save(states[2], 2, {"auc": 0.6})
+    running.close()
+    half = tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp"  # as while it is being written
+    shutil.copytree(tmp_path / "checkpoints" / "2", half)
+    reader = Checkpoints(str(tmp_path), read_only=True)
+    assert reader.best() == 2
+    shutil.rmtree(half)
+    running = Checkpoints(str(tmp_path))
+    for step in (3, 4, 5):
+        running.save(states[step], step, {"auc": step / 10 + 0.3})
+    running.close()
+    before = sorted(os.listdir(tmp_path / "checkpoints"))
+    assert "2" not in before
+    state, step = reader.restore_best(factory.abstract())  # 2 was the best when it looked, and has gone
+    assert step == 5 and same(state, states[5])
+    flip_a_bit_of_the_largest_chunk(tmp_path / "checkpoints" / "5")
+    assert reader.restore_best(factory.abstract())[1] == 4
+    reader.close()
+    assert sorted(os.listdir(tmp_path)) == ["checkpoints"] and sorted(os.listdir(tmp_path / "checkpoints")) == before
 
 
 STEPS = 20

@@ -14,7 +14,8 @@ from laser_jax import hosts, train
 from laser_jax import vault as seqvault
 from laser_jax.checkpoint import CheckpointError, Checkpoints
 from laser_jax.features import FieldConfig
-from laser_jax.pipeline import BatchSource, fingerprint
+from laser_jax.fingerprint import fingerprint
+from laser_jax.pipeline import BatchSource
 from laser_jax.requests import Requests, RequestsWriter
 from laser_jax.runlog import RunLog
 from laser_jax.vault import VaultError

@@ -45,7 +45,7 @@ def serve(study: Study, outcome: Outcome, length: int, only_report: bool) -> flo
         config = study.config(outcome.model, outcome.seed)
         mesh = make_mesh(config.mesh, config.data.batch_size, config.data.eval_batch_size)
         factory = StateFactory(config.build_model, config.features, config.optim, mesh)
-        checkpoints = Checkpoints(outcome.folder)
+        checkpoints = Checkpoints(outcome.folder, read_only=True)
         state = checkpoints.restore(outcome.results["step"], factory.abstract())
         checkpoints.close()
         config.data.history_length = length

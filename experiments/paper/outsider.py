@@ -20,8 +20,9 @@ from experiments.paper.study import change, read_config
 from laser_jax.batch import Batch
 from laser_jax.config import Config, remember
 from laser_jax.evaluate import Predictions, table
+from laser_jax.fingerprint import fingerprint, strings
 from laser_jax.metrics import auc
-from laser_jax.pipeline import BatchSource, fingerprint, prepare
+from laser_jax.pipeline import BatchSource, prepare
 
 WINDOWS = (20, 50, 200, 1000)
 FEW_VALUES = 8  # rows of a table whose values are counted apart
@@ -96,7 +97,7 @@ def read_split(source: BatchSource, config: Config) -> tuple[np.ndarray, Predict
 def run(config: Config, workdir: str, seed: int) -> Predictions:
     """Fits every trial, keeps the one with the best validation AUC, and scores the test split."""
     prepare(config.data)
-    remember(config, workdir, fingerprint(config.data))
+    remember(config, workdir, fingerprint(config.data), strings(config.data, config.features))
     sources = {split: BatchSource(config.data, config.features, split) for split in ("train", "valid", "test")}
     (x, train), (x_valid, valid), (x_test, test) = (read_split(source, config) for source in sources.values())
     best = None

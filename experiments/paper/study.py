@@ -21,8 +21,8 @@ from collections.abc import Callable
 from typing import Any
 
 from laser_jax.config import FREE_TO_CHANGE, Config, flatten, to_dict
+from laser_jax.fingerprint import fingerprint
 from laser_jax.models import ENCODERS
-from laser_jax.pipeline import fingerprint
 
 KEPT = os.path.join(os.path.dirname(__file__), "kept")
 GBDT = "gbdt"  # the outsider, which is no encoder: see outsider.py

@@ -27,8 +27,9 @@ from jax.errors import InconclusiveDimensionOperation
 from laser_jax import metrics
 from laser_jax import vault as seqvault
 from laser_jax.checkpoint import Checkpoints
-from laser_jax.config import Config, from_dict, to_dict
+from laser_jax.config import BESIDE, Config, from_dict, to_dict
 from laser_jax.features import line_source
+from laser_jax.fingerprint import changed_ids
 from laser_jax.id_dictionary import IdDictionary
 from laser_jax.pipeline import read_vocabularies
 from laser_jax.requests import Requests as StoredRequests
@@ -143,7 +144,7 @@ def export_model(
 
 
 def load_run(workdir: str) -> Run:
-    """The best state of a run, or its newest where none was evaluated.
+    """The best state of a run, or its newest where none was evaluated. The run may be training meanwhile.
 
     Raises:
       ModelError: there is no run, or it has no state.
@@ -152,8 +153,10 @@ def load_run(workdir: str) -> Run:
     if not os.path.exists(name):
         raise ModelError(f"{workdir} holds no run: it has no config.json")
     with open(name, encoding="utf-8") as file:
-        config = from_dict({key: value for key, value in json.load(file).items() if key != "fingerprint"})
-    # Looked for by itself: what opens checkpoints makes their directory, and clears it up in the background.
+        told = json.load(file)
+    config = from_dict({key: value for key, value in told.items() if key not in BESIDE})
+    for field, why in changed_ids(told, config.data, config.features).items():
+        raise ModelError(f"{workdir} was trained on other ids of {field!r} than {config.data.path} has now: {why}")
     saved = os.path.join(workdir, "checkpoints")
     if not os.path.isdir(saved) or not any(step.isdigit() for step in os.listdir(saved)):
         raise ModelError(f"{workdir} has no checkpoint: train first, for {config.train.save_every} steps at least")
@@ -163,7 +166,7 @@ def load_run(workdir: str) -> Run:
         config.encoder.chunk = 0
     factory = StateFactory(config.build_model, config.features, config.optim, make_mesh(MeshConfig()))
     ids = config.features.dictionaries()
-    checkpoints = Checkpoints(workdir, ids, factory.largest_bytes)
+    checkpoints = Checkpoints(workdir, ids, factory.largest_bytes, read_only=True)
     try:
         if checkpoints.newest() is None:
             raise ModelError(f"{workdir} has no checkpoint: train first")

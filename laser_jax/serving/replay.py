@@ -303,8 +303,8 @@ def main(arguments: list[str] | None = None) -> int:
     seconds = time.monotonic() - started
     print(
         f"{report.requests:,} requests with {report.candidates:,} candidates, {report.positives:,} positive; "
-        f"{report.unfinished:,} left out, their window being not over; {report.compared:,} scored anew, logits differ by {report.difference or 0:.1e} at most; {seconds:.1f} s: "
-        f"{args.out}",
+        f"{report.unfinished:,} left out, their window being not over; {report.compared:,} scored anew, logits differ "
+        f"by {report.difference or 0:.1e} at most; {seconds:.1f} s: {args.out}",
         file=sys.stderr,
     )
     if args.compare > 0 and not report.compared:

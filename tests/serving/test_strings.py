@@ -60,9 +60,7 @@ def test_scores_are_the_same_whatever_strings_a_vault_has_met_first(brand_model,
             for times, brands in (([50, 51], ["dog", "cat"]), ([52], ["bee"]), ([53], ["ant"])):
                 append(vault, times, brands)
                 scores.append(live.rank([ask(*BRANDS)])[0].logits)
-            scores.append(
-                Ranker(brand_model, vault).rank([ask(*BRANDS)])[0].logits
-            )  # as of a server that has begun anew
+            scores.append(Ranker(brand_model, vault).rank([ask(*BRANDS)])[0].logits)  # as a server that begins anew
             wanted.append(np.stack(scores))
     assert (np.ptp(wanted[0], axis=1) > 1e-4).all() and np.ptp(wanted[0][:4], axis=0).max() > 1e-4
     np.testing.assert_allclose(wanted[1], wanted[0], atol=1e-6)

@@ -243,7 +243,7 @@ class BatchSource:
     def _read(self, k: int) -> "_Read":
         """Batch k up to the point where dictionaries and sizes of buckets are needed."""
         rows = self.rows(k)
-        requests = self.requests.read(self._row_request[rows])
+        requests = self.requests.read(self._row_request[rows], self._row_start[rows], self._row_count[rows])
         devices = len(self.share.local)
         each = self.batch_size // self.share.num_devices
         features, limit = self.features, self.vault.schema.time_limit
@@ -294,9 +294,8 @@ class BatchSource:
         sizes = np.diff(histories.offsets)
 
         # Candidates [rows, C] as positions in the requests' flat columns.
-        start, count = self._row_start[rows], self._row_count[rows]
-        real = np.arange(c) < count[:, None]
-        flat = np.where(real, requests.offsets[:-1, None] + start[:, None] + np.arange(c), 0)
+        real = np.arange(c) < np.diff(requests.offsets)[:, None]
+        flat = np.where(real, requests.offsets[:-1, None] + np.arange(c), 0)
 
         def pad_candidates(values, dtype=np.int32):
             out = np.zeros((b, c), dtype)

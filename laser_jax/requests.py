@@ -289,8 +289,11 @@ class Requests:
         """Candidates of every request, int64 [R]."""
         return np.diff(self._take("offsets", np.arange(len(self) + 1)))
 
-    def read(self, indices):
+    def read(self, indices, first=None, counts=None):
         """The requests at `indices`, int64 [b], any order, repeats allowed.
+
+        Args:
+            first, counts: int64 [b], of each request only so many candidates from that one on; all by default.
 
         Raises: IndexError for an index outside 0 .. len-1, RequestsError for a missing or damaged column.
         """
@@ -301,7 +304,10 @@ class Requests:
         outside = indices[(indices < 0) | (indices >= len(self))]
         if len(outside):
             raise IndexError(f"request {outside[0]} of {self.path}, which has {len(self)}")
-        flat, offsets = _spans(self._take("offsets", indices), self._take("offsets", indices + 1))
+        starts, ends = self._take("offsets", indices), self._take("offsets", indices + 1)
+        if first is not None:
+            starts, ends = starts + first, np.minimum(starts + first + counts, ends)
+        flat, offsets = _spans(starts, ends)
         part = {
             name: {
                 column: self._take_lines(f"{name}.{column}", indices if name == "context" else flat, dtype)

@@ -208,6 +208,25 @@ def test_a_shuffle_keeps_neighbours_on_disk_near_each_other():
     assert np.ptp(first_window) > 64 * 10 * 4
 
 
+def test_a_piece_of_a_wide_request_meets_its_own_candidates_alone(data, tmp_path):
+    source = BatchSource(config(data), FEATURES, "train")
+    for k in range(source.num_batches):
+        batch = source.batch(k)
+        events = np.arange(L) >= L - batch.step["length"][:, None]
+        used = [batch.rows("history", "category")[events], batch.rows("candidates", "category")[batch.step["mask"]]]
+        assert batch.num_unique["category"] == len(np.unique(np.concatenate(used)))
+    for split in ("train", "valid", "test"):  # one request, three times as wide as a row
+        with RequestsWriter(tmp_path / "requests" / split, candidates={"item": "int64"}) as writer:
+            ids = {"item": 1000 + np.arange(3 * C)}
+            writer.write(user=[0], time=[9], counts=[3 * C], candidates=ids, label=np.zeros(3 * C))
+    for admit, known in ((1, 3 * C), (2, 0)):
+        features = FeatureConfig(item=(FieldConfig("item", 4, 100, "dictionary", admit=admit),))
+        wide = config(data, path=str(tmp_path), vault=f"{data.path}/vault", batch_size=1)
+        source = BatchSource(wide, features, "train")
+        assert len(list(source.stream(0, source.num_batches))) == 3
+        assert np.count_nonzero(source.dictionaries["item"].rows(ids["item"])) == known
+
+
 def test_wide_requests_are_described_honestly(known_data):
     rows = known_data.requests["train"]
     told = BatchSource(config(known_data), FEATURES, "train").describe()

@@ -17,6 +17,8 @@ from laser_jax.vault.partitions import Sequences
 
 #: Appends whose columns are checked, or that wait for room, at a time.
 _APPENDS = 4
+#: Seconds after which a model that is to end looks whether calls are under way still.
+_LOOK_S = 0.005
 _SIDES = {"candidates": "item", "context": "context"}
 
 
@@ -77,6 +79,7 @@ class RankEndpoint:
                 shape = (-1 if side == "candidates" else 1, *(() if width is None else (width,)))
                 self.inputs.append(Tensor(f"{side}.{field.name}", datatype, shape))
         # A vault elsewhere may have to be asked for the codes of strings: not in the loop that hears everybody.
+        self._under_way = 0
         self._far = bool(model.strings) and not ranker.vault.local
         self._names = {side: {field.name for field in fields} for side, fields in self._fields.items()}
         self.outputs = [
@@ -111,11 +114,15 @@ class RankEndpoint:
                 raise InputError(f"input {name!r} has {len(values)} candidates; at most {self._most} are taken")
             sides[side][field] = values if side == "candidates" else _single(name, values)
         wanted = RankRequest(user, sides["candidates"], sides["context"], moment)
-        if self._far:
-            asked = await asyncio.get_running_loop().run_in_executor(None, self.ranker.check, wanted)
-        else:
-            asked = self.ranker.check(wanted)
-        answer = await self._batcher.answer(asked, deadline)
+        self._under_way += 1
+        try:
+            if self._far:
+                asked = await asyncio.get_running_loop().run_in_executor(None, self.ranker.check, wanted)
+            else:
+                asked = self.ranker.check(wanted)
+            answer = await self._batcher.answer(asked, deadline)
+        finally:
+            self._under_way -= 1
         if self._log is not None:
             self._log.add(asked, answer, self.name, self.version)
         return {
@@ -127,7 +134,9 @@ class RankEndpoint:
         }
 
     def close(self) -> None:
-        """Answers what waits."""
+        """Answers what was asked. Not to be called in the loop that takes the calls."""
+        while self._under_way:  # one may have to ask a vault elsewhere before it waits in the queue
+            time.sleep(_LOOK_S)
         self._batcher.close()
 
 

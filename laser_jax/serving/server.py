@@ -53,6 +53,8 @@ _CONNECTIONS = 10_000
 _GIVE_UP_S = 10.0
 #: How often it is looked whether somebody still holds a model that has been replaced, and the seconds in between.
 _PATIENCE, _PATIENCE_S = 50, 0.1
+#: Seconds at most until a newer model is tried again whose files are not what it failed for.
+_RETRY_S = 60.0
 #: Seconds until events of another process are seen.
 _FOLLOW_S = 0.5
 #: Seconds after which a vault elsewhere is asked how many events it has.
@@ -226,14 +228,20 @@ class Server:
         """Opens the vault and makes the first model ready."""
         settings = self.settings
         self._vault = self._open_vault(settings.vault, timeout_s=settings.deadline_s)
-        if not settings.read_only and isinstance(self._vault, seqvault.Vault):
+        if not settings.read_only and self._vault.local:
             self._vault.begin_writing()
         if self._vault.local:
             self.metrics.events.set_function(lambda: self._vault.num_events)
         if settings.request_log is not None:
             log = self._log = RequestLog(settings.request_log)
             self.metrics.lost.set_function(lambda: log.lost)
-        return self._load(newest_model(settings.model))
+        paths = exported_models(settings.model)
+        for path in paths[:-1]:
+            try:
+                return self._load(path)
+            except ModelError as error:  # as of one that is still being copied; `_watch` takes it when it is whole
+                logger.error("a newer model cannot be loaded: %s", error, extra={"data": {"model": path}})
+        return self._load(paths[-1])
 
     def _load(self, path: str) -> RankEndpoint:
         """A model whose programs are compiled."""
@@ -267,7 +275,7 @@ class Server:
     async def _take_over(self, endpoint: RankEndpoint) -> None:
         """Lets a model serve, and then answers what the one before has taken.
 
-        In the loop that takes the calls: whoever found the old model there has put its call into the old queue.
+        In the loop that takes the calls: who finds a model there from now on finds the new one.
         """
         olds = [self.catalog.put(endpoint)]
         self.metrics.waiting.set_function(lambda: endpoint.waiting)
@@ -287,25 +295,40 @@ class Server:
 
     async def _watch(self) -> None:
         """Loads what is newer than what serves."""
-        loop, files, failed, told = asyncio.get_running_loop(), None, None, ""
+        loop, told, pause = asyncio.get_running_loop(), "", 0.0
+        failed: dict[str, Any] = {}  # path -> its files
         while True:
-            await asyncio.sleep(self.settings.poll_s)
-            path = self.settings.model
+            await asyncio.sleep(self.settings.poll_s + pause)
+            path, files = self.settings.model, None
             try:
-                path = newest_model(path)
-                files = files_of(path)
-                if files not in (self._files, failed):
+                newer = self._newer(failed)
+                if newer is not None:
+                    path, files = newer
                     await self._take_over(await loop.run_in_executor(None, self._load, path))
+                pause = 0.0
             except _StoppedError:
                 return
             except Exception as error:  # whatever it is: what serves goes on, and what comes next is looked at
-                failed = files  # as it is; it may still be being copied
+                if files is not None and isinstance(error, (ModelError, ValueError)):
+                    failed[path] = files  # which may still be being copied: it is tried again when they have changed
+                else:  # as where the vault does not answer: it may be over the next time
+                    pause = min(2 * pause + self.settings.poll_s, _RETRY_S)
                 if str(error) == told:
                     continue
                 told = str(error)
                 known = isinstance(error, (ModelError, ValueError, OSError, seqvault.VaultError))
                 trace, data = None if known else error, {"model": path}
                 logger.error("a newer model cannot be loaded: %s", error, extra={"data": data}, exc_info=trace)
+
+    def _newer(self, failed: dict[str, Any]) -> tuple[str, Any] | None:
+        """The newest model that does not serve yet and has not failed as it is, and its files."""
+        for path in exported_models(self.settings.model):
+            files = files_of(path)
+            if files == self._files:
+                break
+            if files != failed.get(path):
+                return path, files
+        return None
 
     async def _follow(self) -> None:
         """Sees what another process writes into the vault."""
@@ -340,20 +363,20 @@ class Server:
             self._vault.close()
 
 
-def newest_model(path: str) -> str:
-    """The exported model at `path`, or the newest one in it.
+def exported_models(path: str) -> list[str]:
+    """The exported model at `path`, or those in it, the newest first.
 
     Raises:
       ModelError: there is none.
     """
     if os.path.exists(os.path.join(path, MANIFEST)):
-        return path
+        return [path]
     inner = [os.path.join(path, name, MANIFEST) for name in os.listdir(path)] if os.path.isdir(path) else []
     found = [(os.stat(name).st_mtime_ns, os.path.dirname(name)) for name in inner if os.path.exists(name)]
     found = [entry for entry in found if not entry[1].endswith(".draft")]
     if not found:
         raise ModelError(f"{path} holds no exported model")
-    return max(found)[1]
+    return [inner for _, inner in sorted(found, reverse=True)]
 
 
 def files_of(path: str) -> list[tuple[str, int, int, int]]:

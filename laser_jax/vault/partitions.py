@@ -289,6 +289,10 @@ class PartitionedVault:
         """As append, without waiting."""
         return _when_all_are_done(self._appended(events, origin), self._bounds)
 
+    def begin_writing(self) -> None:
+        """As Vault.begin_writing, of all partitions."""
+        self._each(lambda vault: vault.begin_writing())
+
     def flush(self) -> None:
         """As Vault.flush."""
         self._each(lambda vault: vault.flush())

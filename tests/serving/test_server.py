@@ -656,10 +656,11 @@ def test_a_model_that_is_still_being_copied_is_taken_when_it_is_whole(trained, k
     models, vault = tmp_path / "models", os.path.join(known_data.path, "vault")
     models.mkdir()
     export_model(trained, str(models / "a"), version="1")
+    (models / "b").mkdir()
+    (models / "b" / "model.json").write_text('{"format": "laser_jax.model"}')
     process = Process(f"--model={models}", f"--vault={vault}", "--read-only", *FEW).start()
     try:
-        (models / "b").mkdir()
-        (models / "b" / "model.json").write_text('{"format": "laser_jax.model"}')
+        assert json.loads(call(process, f"/v2/models/{trained.config.name}")[2])["versions"] == ["1"]
         said = process.wait_for(
             f"a newer model cannot be loaded: {models}/b/model.json is damaged: version=None", begin=True
         )
@@ -675,6 +676,17 @@ def test_a_model_that_is_still_being_copied_is_taken_when_it_is_whole(trained, k
             time.sleep(0.05)
     finally:
         assert process.stop() == 0
+
+
+def test_a_vault_in_partitions_has_one_writer_from_the_start(model, tmp_path):
+    path = tmp_path / "vault"
+    with seqvault.create(path, model.schema, partitions=2):
+        pass
+    with seqvault.open(path) as vault:
+        vault.begin_writing()
+        command = [sys.executable, "-m", "laser_jax.serving.server", f"--model={model.path}", f"--vault={path}", *FEW]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and f"error: {path} is being written by another writer" in done.stderr
 
 
 def test_nothing_of_a_model_stays_when_a_newer_one_has_taken_over(trained, known_data, tmp_path):

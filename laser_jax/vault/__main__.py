@@ -133,8 +133,7 @@ def _append(options: argparse.Namespace) -> int:
 
         def write() -> None:
             nonlocal events, rows
-            columns = {name: _column(vault.schema, name, [row[name] for row in rows]) for name in wanted}
-            vault.append(columns)
+            vault.append({name: [row[name] for row in rows] for name in wanted})
             events += len(rows)
             rows = []
 
@@ -164,15 +163,6 @@ def _event(line: str, number: int, wanted: tuple[str, ...]) -> dict[str, Any]:
         found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
         raise SchemaError(f"line {number} has {found}; need an object with {', '.join(wanted)}")
     return row
-
-
-def _column(schema: Schema, name: str, values: list[Any]) -> Any:
-    """Values from JSON as append takes them: numbers as the schema's type if they are of its kind."""
-    if name in ("user", "time") or schema.field(name).type == "string":
-        return values
-    array = np.array(values)
-    dtype = schema.field(name).dtype
-    return array.astype(dtype) if array.dtype.kind in "iuf" and dtype.kind == "f" else array
 
 
 def _get(options: argparse.Namespace) -> int:

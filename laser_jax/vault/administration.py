@@ -25,14 +25,21 @@ def snapshot(appender: Appender, name: str | None, replace: bool) -> str:
     storage = LocalStorage(maintenance.root)
     with maintenance.locked():
         maintenance.flush()
-        # Who calls again after an error pins the same once more: that moves nothing.
-        if not replace and name in snapshots(storage):
-            if HeldManifest(storage, name).content != read_manifest(storage):
-                raise VaultError(
-                    f"{maintenance.root} has a snapshot {name!r} already, of another state: give another name, or move "
-                    "that one with replace=True (--replace)"
-                )
-        name = name or f"{maintenance.state.parts_end:012d}"
+        manifest = read_manifest(storage)
+
+        def is_of_another_state(name: str) -> bool:
+            # Who calls again after an error pins the same once more: that moves nothing.
+            return name in snapshots(storage) and HeldManifest(storage, name).content != manifest
+
+        if name is None:
+            name = f"{maintenance.state.parts_end:012d}"
+            if is_of_another_state(name):  # of the same events, before they were merged, or some were dropped
+                name += f"-{manifest['number']}"
+        elif not replace and is_of_another_state(name):
+            raise VaultError(
+                f"{maintenance.root} has a snapshot {name!r} already, of another state: give another name, or move "
+                "that one with replace=True (--replace)"
+            )
         try:
             write_snapshot(maintenance.root, name, maintenance.state.manifest)
         except OSError as error:
@@ -65,7 +72,10 @@ def evolve(appender: Appender, schema: Schema, dictionaries: dict[str, Dictionar
             for field in new:
                 dictionaries[field.name] = Dictionary([field.default or ""])
             try:
+                log = maintenance.state.manifest["log"]
                 maintenance.commit(
+                    # Of a file that was begun, and in which no event could be written, the schema is the old one.
+                    log={"first": appender.begin_file(), "kept": log["kept"]},
                     schema=schema.to_json(),
                     schemas=[*maintenance.state.manifest["schemas"], schema.to_json()],
                     dictionaries=maintenance.dictionary_pieces(schema),
@@ -108,6 +118,7 @@ def forget(appender: Appender, users: list[Any]) -> int:
                     new = replaced[entry["name"]]
                     removed += entry["events"] - (0 if new is None else new["events"])
         if removed:
+            maintenance.sync_parts()
             for name, manifest in pinned.items():
                 write_snapshot(maintenance.root, name, manifest | {"parts": _changed(manifest, replaced)})
             parts = _changed(maintenance.state.manifest, replaced)
@@ -116,6 +127,7 @@ def forget(appender: Appender, users: list[Any]) -> int:
         elif maintenance.state.manifest["log"]["kept"] < maintenance.state.manifest["log"]["first"]:
             log = maintenance.state.manifest["log"]
             maintenance.commit(log={"first": log["first"], "kept": log["first"]})
+        appender.forget_keys(users)
         maintenance.collect(force=True)
         try:
             set_aside.drop_all(maintenance.root)

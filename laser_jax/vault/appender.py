@@ -144,6 +144,15 @@ class Appender:
         with self._commit_lock:
             self._pieces = [piece for piece in self._pieces if piece not in pieces]
 
+    def begin_file(self) -> int:
+        """The number of the log file that the next append goes to, a new one. Under the commit lock."""
+        return self._log.begin_files()
+
+    def forget_keys(self, users: list[Any]) -> None:
+        """Events of these users are not taken for repeated ones any more."""
+        with self._commit_lock:
+            self._window.forget(set(users))
+
     def begin_schema(self, schema: Schema) -> None:
         """Begins a tail and a log file of another schema; the old tail is empty. Under the commit lock."""
         self._begin(schema)
@@ -155,7 +164,7 @@ class Appender:
         return self.maintenance.stats() | {"log_bytes_written": self._log.bytes_written}
 
     def close(self) -> None:
-        """Ends everything that is under way and gives the lock back."""
+        """Ends after what is under way, but for a merge, which is given up, and gives the lock back."""
         with self._queue_lock:
             self._closed = True  # from here on nothing comes into the queue
         with self._wake:

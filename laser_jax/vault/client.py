@@ -37,7 +37,7 @@ _LONGEST_PAUSE = 0.5
 #: Appends under way at once, of append_async.
 _APPENDS = 8
 #: Seconds that a service has to say that it is there.
-_HEALTH_S = 1.0
+HEALTH_S = 1.0
 #: Actions that take as long as they take.
 _LONG = ("merge", "flush", "verify", "forget", "snapshot", "stats")
 
@@ -96,7 +96,7 @@ class VaultClient:
             client = flight.FlightClient(path, tls_root_certs=roots, generic_options=_RECONNECT)
         except (OSError, pa.ArrowException) as error:
             raise VaultError(f"{path} cannot be used: {error}") from error
-        self._client, health = client, self._within(min(timeout_s, _HEALTH_S))
+        self._client, health = client, self._within(min(timeout_s, HEALTH_S))
         self._outage = Outage(path, lambda: list(client.do_action(flight.Action("health", b""), health)))
         self._described: dict[str, Any] | None = None
         self._schema: Schema | None = None
@@ -105,8 +105,8 @@ class VaultClient:
         self._sizes: dict[str, int] = {}
         self._origins: list[list[Any]] = []
         self._pool: concurrent.futures.ThreadPoolExecutor | None = None
-        #: The newest sequence number that this handle has heard of.
-        self.known_sequence = 0
+        #: The newest sequence number that this handle has heard of; None if the service never answered.
+        self.known_sequence: int | None = None
 
     def __reduce__(self):
         return VaultClient, (self.path, self.at, self.timeout_s, self._wanted)
@@ -157,7 +157,8 @@ class VaultClient:
 
     def dictionary(self, field: str) -> np.ndarray:
         """As Vault.dictionary, with at least the values of everything that was read through this handle."""
-        self._check_string(field)
+        if field not in self._sizes:  # of a field that is newer than the schema known here, reads tell
+            self._check_string(field)
         known = self._dictionaries.setdefault(field, Dictionary())
         if len(known) < self._sizes.get(field, 0):
             with self._lock:
@@ -254,20 +255,15 @@ class VaultClient:
           UnavailableError: the service did not answer in time. The events may have been written: who sends them again
             must give the same `origin` both times.
         """
-        batch = wire.events_batch(self.schema, check_columns(self.schema, events))
-        given = checked_origin(origin)
-        if given is not None:
-            return self.insist(lambda seconds: self._put(batch, given, seconds))
-        with self._own_origin() as origin:
-            return self.insist(lambda seconds: self._put(batch, origin, seconds))
+        return self._append(self._batch(events), checked_origin(origin))
 
     def append_async(self, events: Mapping[str, Any], origin: tuple[str, int] | None = None) -> "Future[int]":
         """As append, without waiting; appends of one handle may be written in another order than given."""
-        check_columns(self.schema, events)
+        batch, origin = self._batch(events), checked_origin(origin)
         with self._lock:
             if self._pool is None:
                 self._pool = concurrent.futures.ThreadPoolExecutor(_APPENDS, "vault-append")
-        return self._pool.submit(self.append, events, origin)
+            return self._pool.submit(self._append, batch, origin)
 
     def flush(self) -> None:
         """As Vault.flush."""
@@ -292,7 +288,8 @@ class VaultClient:
 
     def forget(self, users: Any) -> int:
         """As Vault.forget."""
-        return self.action("forget", users=list(users))
+        keys, beyond = checked_users(self.schema, users)
+        return self.action("forget", users=keys if beyond is None else keys[~beyond])
 
     def evolve(self, schema: Schema) -> None:
         """As Vault.evolve."""
@@ -338,7 +335,7 @@ class VaultClient:
 
     def _heard(self, said: dict[str, Any]) -> None:
         with self._lock:
-            self.known_sequence = max(self.known_sequence, said["as_of"])
+            self.known_sequence = max(self.known_sequence or 0, said["as_of"])
             for name, size in said.get("sizes", {}).items():
                 self._sizes[name] = max(size, self._sizes.get(name, 0))
 
@@ -432,6 +429,16 @@ class VaultClient:
                     raise received from error
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _batch(self, events: Mapping[str, Any]) -> pa.RecordBatch:
+        """Events as they travel, in memory of their own: the caller may fill theirs anew meanwhile."""
+        return wire.events_batch(self.schema, check_columns(self.schema, events))
+
+    def _append(self, batch: pa.RecordBatch, origin: tuple[str, int] | None) -> int:
+        if origin is not None:
+            return self.insist(lambda seconds: self._put(batch, origin, seconds))
+        with self._own_origin() as own:
+            return self.insist(lambda seconds: self._put(batch, own, seconds))
 
     def _put(self, batch: pa.RecordBatch, origin: tuple[str, int], seconds: float) -> int:
         descriptor = flight.FlightDescriptor.for_command(_dumped({"origin": list(origin)}))

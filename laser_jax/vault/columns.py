@@ -123,6 +123,11 @@ def _array(name: str, column: Any, ndim: int, dtype: np.dtype) -> np.ndarray:
     if isinstance(column, np.ma.MaskedArray):
         _no_null(name, np.ma.getmaskarray(column))
     array = np.asarray(column)
+    if array.dtype == np.float64 and dtype == np.uint64 and isinstance(column, (list, tuple)):
+        # Of small and large integers together numpy makes floats, which round.
+        plain = np.asarray(column, object)
+        if all(isinstance(one, (int, np.integer)) and 0 <= one < 2**64 for one in plain.ravel()):
+            array = plain.astype(dtype)
     if array.dtype.kind == "O":
         _no_null(name, np.array([_is_null(value) for value in array.ravel()], bool))
         raise SchemaError(

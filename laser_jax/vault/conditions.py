@@ -70,9 +70,9 @@ def allowed_values(name: str, field: Field | None, value: Any, encode: Callable[
         if not isinstance(one, kind) or (isinstance(one, bool) and field.dtype.kind != "b"):
             raise SchemaError(f"where={name!r}: {one!r}: this field holds {field.type}")
     if field.dtype.kind in "iu":
-        # What does not fit is in no event; a common type of both could be a float, which rounds.
+        # What does not fit is in no event; a common type of all, as numpy finds it, could be a float, which rounds.
         limits = np.iinfo(field.dtype)
-        listed = [int(one) for one in listed if limits.min <= one <= limits.max]
+        return np.array([int(one) for one in listed if limits.min <= one <= limits.max], field.dtype)
     with np.errstate(over="ignore"):
         found = np.array(listed).astype(field.dtype)
     if field.dtype.kind == "f":

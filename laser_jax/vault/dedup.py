@@ -23,6 +23,8 @@ class Window:
         if self._schema.event_key is not None:
             return list(zip(users, columns[self._schema.event_key].tolist(), strict=True))
         rows = len(users)
+        if not rows:
+            return []
         names = [field.name for field in self._schema.fields if field.type != "string"]
         pieces = [np.ascontiguousarray(columns[name]).reshape(rows, -1) for name in ("time", *names)]
         whole = np.concatenate([piece.view(np.uint8).reshape(rows, -1) for piece in pieces], axis=1)
@@ -37,6 +39,11 @@ class Window:
             if found[row]:
                 pending.add(key)
         return found
+
+    def forget(self, users: set[Any]) -> None:
+        """Lets go of the keys of these users' events."""
+        self._order = collections.deque(key for key in self._order if key[0] not in users)
+        self._known = set(self._order)
 
     def add(self, keys: list[Any]) -> None:
         """Takes in the keys of events that were written."""

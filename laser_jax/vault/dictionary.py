@@ -34,13 +34,18 @@ class Dictionary:
         """Takes over values whose codes begin at `code`; those that are known already are compared.
 
         Raises:
-          CorruptionError: they are not those that are known, or leave a gap.
+          CorruptionError: they are not those that are known, leave a gap, or have other codes already.
         """
         size = len(self._codes)
         known = self._store[code:size].tolist()[: len(values)]
         if code > size or values[: len(known)] != known:
             raise CorruptionError(f"dictionary values from code {code} on do not follow the {size} known ones")
         for value in values[len(known) :]:
+            if value in self._codes:
+                raise CorruptionError(
+                    f"dictionary value {value!r} has code {self._codes[value]}, and now {len(self._codes)} too; if "
+                    "`repair` has made codes anew since, open the vault again"
+                )
             self._add(value)
 
     def encode(self, column: Coded) -> np.ndarray:

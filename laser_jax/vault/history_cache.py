@@ -78,6 +78,8 @@ class HistoryCache:
         if found is None:
             self.misses += 1
             self._strangers[user] = self._strangers.get(user, 0) + 1
+            if len(self._strangers) > 1024 + 16 * len(self._entries):
+                self._forget_strangers()
             return None
         found.uses += 1
         if found.stamp != state.stamp:
@@ -126,9 +128,12 @@ class HistoryCache:
             self._size += size
             self._entries[user] = Cached(state.stamp, version_of(state, entries), shared, complete, size, uses)
             self._strangers.pop(user, None)
-            if len(self._strangers) > 1024 + 16 * len(self._entries):
-                # What matters is how often a user was asked for lately.
-                self._strangers = {other: count // 2 for other, count in self._strangers.items() if count > 1}
+
+    def _forget_strangers(self) -> None:
+        """Halves the counts: what matters is how often a user was asked for lately."""
+        with self._lock:
+            # A list of them first, which no other thread's miss comes in between.
+            self._strangers = {user: count // 2 for user, count in list(self._strangers.items()) if count > 1}
 
     def clear(self) -> None:
         """Lets go of everything."""

@@ -7,12 +7,23 @@ from typing import Any
 import numpy as np
 
 from laser_jax.schema import Schema
+from laser_jax.vault import set_aside
 from laser_jax.vault.dictionary import Dictionary
-from laser_jax.vault.errors import VaultError
+from laser_jax.vault.errors import CorruptionError, VaultError
 from laser_jax.vault.files import inventory, sync_tree, write_strings
 from laser_jax.vault.follower import Follower
 from laser_jax.vault.format import DICTIONARIES, LOG, PARTS
-from laser_jax.vault.log import Batch, decode_body, log_numbers, log_path, read_acknowledged, scan_records
+from laser_jax.vault.log import (
+    FILE_HEADER,
+    Batch,
+    LogFile,
+    decode_body,
+    log_numbers,
+    log_path,
+    read_acknowledged,
+    scan_records,
+)
+from laser_jax.vault.origins import Written, newest, origins_of, to_manifest
 from laser_jax.vault.part import part_number
 from laser_jax.vault.storage import LocalStorage
 from laser_jax.vault.tasks import write_rows
@@ -39,12 +50,14 @@ def repair_log(
     root = storage.root
     schema = Schema.from_json(manifest["schemas"][-1])
     first = manifest["log"]["first"]
+    _give_up_kept(storage, manifest, report)
     numbers = [number for number in log_numbers(root) if number >= first]
-    if not numbers or _is_whole(storage, manifest, schema, report):
-        return False
-    batches: list[Batch] = []
     # Behind the events that anybody was told of, by the damaged records themselves or by the word of the writer.
     acknowledged = read_acknowledged(root)
+    lacking = acknowledged is not None and acknowledged.next_sequence > manifest["next_sequence"]
+    if not (numbers or lacking) or _is_whole(storage, manifest, schema, dictionaries, report):
+        return False
+    batches: list[Batch] = []
     given = manifest["next_sequence"] if acknowledged is None else acknowledged.next_sequence
     for number in numbers:
         for rows, sequence, body in scan_records(log_path(root, number)):
@@ -55,12 +68,19 @@ def repair_log(
     users: list[Any] = []
     columns: dict[str, list[np.ndarray]] = {name: [] for name in ("time", SEQUENCE, *schema.names)}
     end, lost = manifest["next_sequence"], 0
+    origins = origins_of(manifest)
     for batch in batches:
         for field, (code, values) in batch.new.items():
             dictionary = dictionaries[field]
-            if code > len(dictionary):
-                dictionary.extend(len(dictionary), [f"<lost {gone}>" for gone in range(len(dictionary), code)])
-            dictionary.extend(code, values)
+            size = len(dictionary)
+            if code > size:
+                dictionary.extend(size, [f"<lost {gone}>" for gone in range(size, code)])
+            # Those that have a code already may have been lost with a piece of the dictionary.
+            dictionary.extend(max(code, size), values[max(0, size - code) :])
+        if batch.origin is not None:  # whoever sends this batch again: it is here
+            client, number = batch.origin
+            behind = batch.first_sequence + len(batch)
+            origins[client] = origins.get(client, Written()).adding([(number, number)], behind).trimmed()
         users.extend(batch.users)
         columns[SEQUENCE].append(np.arange(batch.first_sequence, batch.first_sequence + len(batch)))
         for name, column in batch.columns.items():
@@ -91,11 +111,14 @@ def repair_log(
             sync_tree(target)
             pieces.append({"name": name, "values": len(values), "files": inventory(target, [])})
     sync_tree(os.path.join(root, PARTS))
+    if origins:
+        manifest["origins"] = to_manifest(newest(origins))
     manifest["next_sequence"] = max(end, given)
     if acknowledged is None:
         # A record whose header is damaged does not say how many events it had: numbers that they may have are left out.
         manifest["next_sequence"] += os.path.getsize(log_path(root, numbers[-1])) // _LEAST_BYTES
-    manifest["log"] = {"first": numbers[-1] + 1, "kept": numbers[-1] + 1}
+    last = max([*numbers[-1:], *([acknowledged.file] if acknowledged else [])])
+    manifest["log"] = {"first": last + 1, "kept": last + 1}
     mark = os.path.join(root, LOG, "acknowledged")
     if os.path.exists(mark):
         os.remove(mark)
@@ -108,12 +131,27 @@ def repair_log(
     return lossy
 
 
-def _is_whole(storage: LocalStorage, manifest: dict[str, Any], schema: Schema, report: Any) -> bool:
+def _give_up_kept(storage: LocalStorage, manifest: dict[str, Any], report: Any) -> None:
+    """Gives up damaged files of events that are in parts, and that were kept to find repeated ones."""
+    schemas = [Schema.from_json(schema) for schema in manifest["schemas"]]
+    log = manifest["log"]
+    for number in log_numbers(storage.root):
+        if log["kept"] <= number < log["first"]:
+            try:
+                with LogFile(storage.root, number) as file:
+                    for _ in file.batches(schemas[file.schema], FILE_HEADER, file.size):
+                        pass
+            except CorruptionError as error:
+                set_aside.set_aside(storage.root, f"log/{number:09d}.log")
+                manifest["log"] = {"first": log["first"], "kept": number + 1}
+                report.actions.append(f"log: {error}; its events are in parts, but it is not known which repeat them")
+
+
+def _is_whole(
+    storage: LocalStorage, manifest: dict[str, Any], schema: Schema, dictionaries: dict[str, Dictionary], report: Any
+) -> bool:
     """Whether the next writer could take up the log as it is."""
-    known = {field: Dictionary() for field in manifest["dictionaries"]}
-    for field, pieces in manifest["dictionaries"].items():
-        size = sum(piece["values"] for piece in pieces)
-        known[field] = Dictionary([f"code {code}" for code in range(size)])
+    known = {field: Dictionary(dictionary.array.tolist()) for field, dictionary in dictionaries.items()}
     follower = Follower(storage, manifest, schema, known)
     try:
         whole = follower.follow()

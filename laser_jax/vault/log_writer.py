@@ -111,12 +111,13 @@ class LogWriter:
         self.files[-1] = (self._number, self._offset)
         self._acknowledge(Acknowledged(self._number, self._offset, next_sequence))
 
-    def begin_files(self) -> None:
-        """What is written next goes into a new file."""
+    def begin_files(self) -> int:
+        """What is written next goes into a new file; its number."""
         self._close_file()
         if self.files and self.files[-1][0] >= self._number:
             self._number = self.files[-1][0] + 1
         self.files = []
+        return self._number
 
     def close(self) -> None:
         """Closes everything."""

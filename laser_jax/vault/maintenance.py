@@ -1,12 +1,13 @@
 """What goes on behind the writer: tails become parts, users are merged, old files go. One manifest after the other."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import os
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from laser_jax.schema import Schema
@@ -24,6 +25,8 @@ from laser_jax.vault.tasks import LogTask, MergeTask
 from laser_jax.vault.unpacking import fill_values
 from laser_jax.vault.worker import Worker
 
+#: Seconds after which it is looked, while users are merged, whether a tail is full.
+_LOOK = 0.05
 #: Seconds between tries after the storage refused.
 _RETRY = 1.0
 _LONGEST_PAUSE = 300.0
@@ -99,9 +102,9 @@ class Maintenance:
         self._merge_failure: Exception | None = None
         self._merge_after = 0.0
         self._merge_pause = _RETRY
-        self._closing = False
+        self._closing = self._closed = False
         self._merging = False
-        self._worker = Worker(lock_descriptor)
+        self._worker, self._merger = Worker(lock_descriptor), Worker(lock_descriptor)
         self.bytes_written = 0
         self.events_merged = 0
         self._thread: threading.Thread | None = None
@@ -131,7 +134,7 @@ class Maintenance:
         """Begins what has to be done in the background, if it is not under way."""
         self._merging = True
         self._merge_after = 0.0
-        if self._thread is None:
+        if self._thread is None or not self._thread.is_alive():
             self._thread = threading.Thread(target=self._run, name="vault-maintenance", daemon=True)
             self._thread.start()
         self._work.set()
@@ -155,12 +158,16 @@ class Maintenance:
                 self._room.wait(0.1)
 
     def close(self) -> None:
-        """Ends the background work after the task at hand."""
+        """Ends after what is under way; a merge is given up. From then on nothing changes the vault."""
         self._closing = True
         self._work.set()
+        self._merger.stop()
         if self._thread is not None:
             self._thread.join()
-        self._worker.close()
+        with self._lock:  # another thread may be flushing, merging or forgetting
+            self._closed = True
+            self._worker.close()
+            self._merger.close()
 
     def stats(self) -> dict[str, Any]:
         """Bytes written into parts and manifests, events rewritten by merges, bytes in tails."""
@@ -177,14 +184,15 @@ class Maintenance:
 
     def flush(self) -> None:
         """Everything in the tails becomes a part."""
-        with self._lock:
+        with self.locked():
             pieces = self._appender.seal()
             if pieces:
                 self._flush(pieces)
+                self._collect()
 
     def merge(self, say: Callable[[str], None]) -> None:
         """Everything of a user becomes one entry; retention is applied, and what nobody needs goes."""
-        with self._lock:
+        with self.locked():
             self.flush()
             retention = self.state.manifest["retention"]
             plan = plan_everything(self.state, trim=bool(retention))
@@ -197,7 +205,7 @@ class Maintenance:
 
     def commit(self, **changes: Any) -> None:
         """Writes a manifest with these changes, and makes its state the newest."""
-        with self._lock:
+        with self.locked():
             manifest = self.state.manifest | {"version": VERSION} | changes
             manifest["number"] = self.state.manifest["number"] + 1
             try:
@@ -216,9 +224,17 @@ class Maintenance:
                 tails = [tail for tail in self.state.tails if tail.next_sequence > end or tail is self.state.tails[-1]]
                 self._set(state.with_tails(tuple(tails)))
 
-    def locked(self) -> threading.RLock:
-        """Held while the manifest is changed."""
-        return self._lock
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Held while the vault's files are changed.
+
+        Raises:
+          UnavailableError: it was closed: somebody else may be the writer now.
+        """
+        with self._lock:
+            if self._closed:
+                raise UnavailableError(f"{self.root} was closed meanwhile: nothing of this is done")
+            yield
 
     def new_part_name(self, number: int | None = None) -> str:
         """A name that no part ever had, with the next number or a given one."""
@@ -231,29 +247,34 @@ class Maintenance:
     def run_task(self, task: Any) -> Any:
         """The result of a task, from the worker process if there is background work."""
         try:
-            result = self._worker.run(task) if self.options.background else task.run()
+            return self._counted(self._worker.run(task) if self.options.background else task.run())
         except OSError as error:
             raise UnavailableError(f"{self.root}: {error}") from error
-        if result is not None:
-            self.bytes_written += sum(file[0] for file in result["files"].values())
-        return result
 
     def dictionary_pieces(self, schema: Schema | None = None) -> dict[str, Any]:
         """The manifest's dictionaries, with pieces for values that no piece holds yet, which are written now."""
         found = {name: list(pieces) for name, pieces in self.state.manifest["dictionaries"].items()}
-        for field in (schema or self.state.schema).fields:
-            if field.type != "string":
-                continue
-            pieces = found.setdefault(field.name, [])
-            values = self._dictionaries[field.name].since(sum(piece["values"] for piece in pieces))
+        strings = [field.name for field in (schema or self.state.schema).fields if field.type == "string"]
+        with self._appender.commit_lock:  # else there are codes of events that may yet be refused, which are taken back
+            new = {
+                field: self._dictionaries[field].since(sum(piece["values"] for piece in found.setdefault(field, [])))
+                for field in strings
+            }
+        for field, values in new.items():
+            pieces = found[field]
             if values or not pieces:
-                name = f"{field.name}-{len(pieces):06d}-{secrets.token_hex(4)}"
+                name = f"{field}-{len(pieces):06d}-{secrets.token_hex(4)}"
                 folder = os.path.join(self.root, DICTIONARIES, name)
                 write_strings(folder, "", values)
                 sync_tree(folder)
                 sync_path(os.path.dirname(folder))
                 pieces.append({"name": name, "values": len(values), "files": inventory(folder, [])})
         return found
+
+    def _counted(self, result: dict[str, Any] | None) -> dict[str, Any] | None:
+        if result is not None:
+            self.bytes_written += sum(file[0] for file in result["files"].values())
+        return result
 
     def _next_part(self) -> int:
         return max(self.state.manifest["next_part"], self._given)
@@ -272,9 +293,10 @@ class Maintenance:
             self._merging = True
             try:
                 with self._lock:
-                    self.flush_sealed()
+                    if self._flush_sealed():
+                        self._collect()
                 self._flush_failure = None
-            except (VaultError, OSError) as error:
+            except Exception as error:  # whatever it is: who waits for room must hear of it
                 self._flush_failure = error
                 self._work.set()
             with self._room:
@@ -291,24 +313,25 @@ class Maintenance:
             with self._lock:
                 self._merge_newest()
             self._merge_failure, self._merge_pause = None, _RETRY
-        except (VaultError, OSError) as error:
+        except Exception as error:  # whatever it is: tails must go on becoming parts
             self._merge_failure = error
             self._merge_after = time.monotonic() + self._merge_pause
             self._merge_pause = min(2 * self._merge_pause, _LONGEST_PAUSE)
 
-    def flush_sealed(self) -> None:
-        """Makes a part of the tails that were closed."""
+    def _flush_sealed(self) -> bool:
+        """Makes a part of the tails that were closed; whether there were any."""
         with self._appender.commit_lock:
             pieces = list(self._appender.pieces)
         if pieces:
             self._flush(pieces)
+        return bool(pieces)
 
     def _flush(self, pieces: list[LogPiece]) -> None:
         files = tuple(file for piece in pieces for file in piece.files)
         schemas = self.state.manifest["schemas"]
         name = self.new_part_name()
         entry = self.run_task(LogTask(self.root, name, files, schemas[-1]))
-        self._sync_parts()
+        self.sync_parts()
         end = pieces[-1].tail.next_sequence
         first = files[-1][0] + 1
         origins = origins_of(self.state.manifest)
@@ -326,7 +349,6 @@ class Maintenance:
         with self._room:
             self._room.notify_all()
         self._new_parts = [*self._new_parts, name]
-        self._collect()
 
     def _kept(self, first: int, end: int) -> int:
         """The oldest log file that the window of repeated events reaches back to."""
@@ -356,8 +378,9 @@ class Maintenance:
         fills = fill_values(self.state.schema, self._dictionaries)
         added = []
         started, total, done = time.monotonic(), sum(len(piece.users) for piece in plan.pieces), 0
-        for piece in plan.pieces:
-            name = self.new_part_name()
+        # All named before any is made: what is flushed in between must not be taken for older than they are.
+        names = [self.new_part_name() for _ in plan.pieces]
+        for piece, name in zip(plan.pieces, names, strict=True):
             task = MergeTask(
                 self.root,
                 name,
@@ -375,7 +398,7 @@ class Maintenance:
                 keep_one,
                 bytes_per_s,
             )
-            entry = self.run_task(task)
+            entry = self._run_merge(task)
             if entry is not None:
                 added.append({"name": name, "schema": len(schemas) - 1, **entry})
                 self.events_merged += entry["events"]
@@ -385,7 +408,7 @@ class Maintenance:
             say(f"merged {done:,} of {total:,} users, {rate:,.0f}/s, {(total - done) / rate:.0f} s left")
             if entry is None and keep_one:
                 raise VaultError(f"{self.root}: a merge of {len(piece.users)} users left nothing; this is a bug")
-        self._sync_parts()
+        self.sync_parts()
         kept = [entry for entry in self.state.manifest["parts"] if entry["name"] not in plan.emptied]
         if added or len(kept) < len(self.state.manifest["parts"]):
             self.commit(parts=[*kept, *added], next_part=self._next_part())
@@ -394,7 +417,28 @@ class Maintenance:
         if dead:
             self.commit(parts=[entry for entry in self.state.manifest["parts"] if entry["name"] not in dead])
 
-    def _sync_parts(self) -> None:
+    def _run_merge(self, task: MergeTask) -> dict[str, Any] | None:
+        """The result of a merge. While it goes on, which may be slowly on purpose, full tails become parts."""
+        if not self.options.background:
+            return self.run_task(task)
+        with concurrent.futures.ThreadPoolExecutor(1, "vault-merge") as pool:
+            running = pool.submit(self._merger.run, task)
+            while not concurrent.futures.wait([running], _LOOK).done:
+                if self._flush_failure is None:
+                    try:
+                        self._flush_sealed()
+                    except Exception as error:  # whatever it is: who waits for room must hear of it
+                        self._flush_failure = error
+                        self._work.set()
+        try:
+            return self._counted(running.result())
+        except UnavailableError as error:
+            if not self._closing:
+                raise
+            raise UnavailableError(f"{self.root} was closed meanwhile: nothing of this merge counts") from error
+
+    def sync_parts(self) -> None:
+        """Makes the names of new parts durable."""
         folder = os.path.join(self.root, PARTS)
         with contextlib.suppress(FileNotFoundError):
             sync_path(folder)

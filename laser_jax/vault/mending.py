@@ -205,7 +205,7 @@ class _Mender:
                 return
             made = pairs.astype("<u8").tobytes()
             file.seek(0)
-            _write(path, file.read(data_size) + made + crc32c(made).to_bytes(CHECKSUM, "little"))
+            replace_file(path, file.read(data_size) + made + crc32c(made).to_bytes(CHECKSUM, "little"))
         mended.append(name)
 
 
@@ -272,12 +272,12 @@ def _replace(folder: Folder, name: str, candidates: Any, mended: list[str]) -> N
     size, checksum = folder.files[name]
     for data in candidates:
         if len(data) == size and crc32c(data) == checksum:
-            _write(folder.storage.path(f"{folder.name}/{name}"), data)
+            replace_file(folder.storage.path(f"{folder.name}/{name}"), data)
             mended.append(name)
             return
 
 
-def _write(path: str, data: bytes) -> None:
+def replace_file(path: str, data: bytes) -> None:
     """A whole file in the place of another, durably."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path + ".draft", "wb") as file:

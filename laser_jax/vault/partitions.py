@@ -9,6 +9,7 @@ Partitions have sequence numbers of their own: `as_of` means that of the user's 
 
 import concurrent.futures
 import contextlib
+import itertools
 import os
 import shutil
 import threading
@@ -20,8 +21,9 @@ from typing import Any
 import numpy as np
 
 from laser_jax.schema import Schema, SchemaError
-from laser_jax.vault.arguments import checked_values
-from laser_jax.vault.codebook import Codebook
+from laser_jax.vault import inspection
+from laser_jax.vault.arguments import checked_bounds, checked_times, checked_users, checked_values
+from laser_jax.vault.codebook import CODES, Codebook
 from laser_jax.vault.columns import Coded, check_columns
 from laser_jax.vault.errors import (
     CorruptionError,
@@ -33,11 +35,10 @@ from laser_jax.vault.errors import (
 from laser_jax.vault.files import crc32c, dump, sync_path, writer_lock
 from laser_jax.vault.history import Histories, History
 from laser_jax.vault.maintenance import WriterOptions
+from laser_jax.vault.origins import checked_origin
 from laser_jax.vault.partitioning import FORMAT, PARTITIONS, partition_of, partition_path, read_count
 from laser_jax.vault.reader import Vault
 from laser_jax.vault.writer import VaultWriter
-
-CODES = "codes.log"
 
 
 class Sequences(tuple):
@@ -215,9 +216,9 @@ class PartitionedVault:
             raise SchemaError(f"user {user!r}: this vault's users are strings")
         number = int(partition_of(self.schema, keys, len(self.partitions))[0])
         if isinstance(as_of, Sequences):
-            as_of = as_of[number]
+            as_of = self._checked(as_of)[number]
         found = self.partitions[number].get(user, n, before, as_of, **options)
-        columns = self._translated(number, found.columns)
+        columns = self._translated(number, found)
         return History(columns, self._values, found.as_of, found.exhausted, found.scanned)
 
     def gather(
@@ -225,20 +226,20 @@ class PartitionedVault:
     ) -> Histories:
         """As Vault.gather; `as_of` holds for each user the sequence number of its partition, or is a Sequences."""
         schema = self.schema
-        listed = list(users) if schema.user == "string" else np.asarray(users)
-        if schema.user == "int64" and (listed.ndim != 1 or (listed.dtype.kind not in "iu" and listed.size)):
-            raise SchemaError(f"users of type {listed.dtype} and shape {listed.shape}: need int64 [B]")
+        listed, beyond = checked_users(schema, users)
+        if beyond is not None:
+            listed = np.asarray(users)  # the partitions will tell these ids from those of users
         owner = partition_of(schema, listed, len(self.partitions))
         size = len(owner)
-        bound = None if before is None else np.asarray(before)
-        hidden = np.array(as_of, np.int64)[owner] if isinstance(as_of, Sequences) else as_of
-        hidden = None if hidden is None else np.asarray(hidden)
+        bound = None if before is None else checked_times(schema, before, size)
+        hidden = np.array(self._checked(as_of), np.int64)[owner] if isinstance(as_of, Sequences) else as_of
+        hidden = None if hidden is None else checked_bounds("as_of", hidden, size)
         order = np.argsort(owner, kind="stable")
         jobs = []
         for number in np.unique(owner).tolist() or [0]:
             rows = order[owner[order] == number]
             keys = [listed[row] for row in rows.tolist()] if schema.user == "string" else listed[rows]
-            bounds = [value[rows] if np.ndim(value) == 1 else value for value in (bound, hidden)]
+            bounds = [None if value is None else value[rows] for value in (bound, hidden)]
             jobs.append((number, rows, keys, bounds))
 
         def read(job: Any) -> Histories:
@@ -263,7 +264,7 @@ class PartitionedVault:
             starts = offsets[rows]
             counts = np.diff(found.offsets)
             target = np.arange(found.num_events) + np.repeat(starts - found.offsets[:-1], counts)
-            for name, column in self._translated(number, found.columns).items():
+            for name, column in self._translated(number, found).items():
                 if name in common:
                     if name not in columns:
                         columns[name] = np.empty((int(offsets[-1]), *column.shape[1:]), common[name])
@@ -281,7 +282,8 @@ class PartitionedVault:
         the same `origin` both times, or they are there twice.
 
         Returns:
-          Bounds for `as_of` that show these events and all before.
+          Bounds for `as_of` that show these events and all before; but not what other clients of its service have
+          written in a partition since this handle last asked it, unless some of these events belong there.
         """
         return self.append_async(events, origin).result()
 
@@ -302,10 +304,14 @@ class PartitionedVault:
         self._each(lambda vault: vault.merge(progress))
 
     def snapshot(self, name: str | None = None, replace: bool = False) -> str:
-        """As Vault.snapshot: pins each partition under one name, one after the other."""
+        """As Vault.snapshot: pins each partition under one name, one after the other; without one under a new name."""
+        if name is None:
+            taken = {one for vault in self.partitions for one in vault.snapshots()}
+            first = f"{sum(self.next_sequence):012d}"
+            further = (f"{first}-{number}" for number in itertools.count(1))
+            name = next(one for one in itertools.chain([first], further) if one not in taken)
         # Of a call that failed halfway only some partitions have it.
         replace = replace or name not in self.snapshots()
-        name = name or f"{sum(self.next_sequence):012d}"
         self._each(lambda vault: vault.snapshot(name, replace))
         return name
 
@@ -320,7 +326,9 @@ class PartitionedVault:
 
     def forget(self, users: Any) -> int:
         """As Vault.forget."""
-        return sum(self._each(lambda vault: vault.forget(users)))
+        keys, beyond = checked_users(self.schema, users)
+        keys = keys if beyond is None else keys[~beyond]
+        return sum(self._each(lambda vault: vault.forget(keys)))
 
     def evolve(self, schema: Schema) -> None:
         """As Vault.evolve."""
@@ -359,7 +367,7 @@ class PartitionedVault:
 
     def verify(self) -> list[str]:
         """As Vault.verify."""
-        return [damage for vault in self.partitions for damage in vault.verify()]
+        return inspection.verify(self.path)
 
     def _each(self, call: Callable[[Vault], Any]) -> list[Any]:
         self._write_lock()
@@ -377,13 +385,18 @@ class PartitionedVault:
     def _appended(self, events: Mapping[str, Any], origin: tuple[str, int] | None) -> "list[tuple[int, Future[int]]]":
         """(partition, what its append will give) of those that the events belong to."""
         self._write_lock()
-        schema = self.schema
+        schema, origin = self.schema, checked_origin(origin)
         checked = check_columns(schema, events)
         self._codes.add({name: checked[name].values for name in string_fields(schema)})
-        return [
-            (number, self.partitions[number].append_async(_taken(checked, rows), origin))
-            for number, rows in _split(schema, checked, len(self.partitions))
-        ]
+        under_way = []
+        for number, rows in _split(schema, checked, len(self.partitions)):
+            try:
+                future = self.partitions[number].append_async(_taken(checked, rows), origin)
+            except VaultError as error:  # the others are written all the same
+                future = Future()
+                future.set_exception(error)
+            under_way.append((number, future))
+        return under_way
 
     def _bounds(self, written: dict[int, int]) -> Sequences:
         """Those of all partitions: of some, what an append to them has given."""
@@ -397,31 +410,41 @@ class PartitionedVault:
         return [future.result() for future, _ in jobs]
 
     def _known_sequence(self, number: int) -> int:
-        """A sequence number that everything written in a partition by this handle lies below."""
+        """A sequence number that everything lies below which this handle has written or seen in a partition."""
         return self.partitions[number].next_sequence
 
     def _values(self, field: str) -> np.ndarray | None:
         dictionary = self._codes.dictionaries.get(field)
         return None if dictionary is None else dictionary.array
 
-    def _translated(self, number: int, columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The same columns with the codes that hold for all partitions."""
-        found = dict(columns)
-        for field in self._codes.dictionaries:
-            if field in found:
-                own = self.partitions[number].dictionary(field)
-                table = self._translations.get((number, field))
-                if table is None or len(table) < len(own):
+    def _checked(self, as_of: Sequences) -> Sequences:
+        if len(as_of) != len(self.partitions):
+            raise SchemaError(f"as_of of {len(as_of)} partitions: this vault has {len(self.partitions)}")
+        return as_of
+
+    def _translated(self, number: int, found: History | Histories) -> dict[str, np.ndarray]:
+        """What was found in a partition, with the codes that hold for all partitions."""
+        columns = dict(found.columns)
+        for field in columns:
+            own = found.dictionary(field)
+            if own is None:  # no strings
+                continue
+            table = self._translations.get((number, field))
+            if table is None or len(table) < len(own):
+                if field not in self._codes.dictionaries:  # it was added since these were learned
+                    self._codes.follow()
+                table = self.encode(field, own)
+                if (table < 0).any():
+                    self._codes.follow()
                     table = self.encode(field, own)
-                    if (table < 0).any():
-                        self._codes.follow()
-                        table = self.encode(field, own)
-                    if (table < 0).any():
-                        lost = own[int(np.argmax(table < 0))]
-                        raise CorruptionError(f"{self._codes.path} has no code for {lost!r} of field {field!r}")
-                    self._translations[number, field] = table
-                found[field] = table[found[field]]
-        return found
+                if (table < 0).any():
+                    lost = own[int(np.argmax(table < 0))]
+                    raise CorruptionError(
+                        f"{self._codes.path} has no code for {lost!r} of field {field!r}; see `repair`"
+                    )
+                self._translations[number, field] = table
+            columns[field] = table[columns[field]]
+        return columns
 
 
 def _when_all_are_done(

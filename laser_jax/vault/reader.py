@@ -79,7 +79,7 @@ class Vault:
         self._cache = HistoryCache(cache_bytes) if cache_bytes else None
         self._rows = RowReader(self._pages, self._fills)
         self._batch = BatchReader(self._rows)
-        self._asked: dict[Any, Asked] = {}
+        self._asked: tuple[Schema, dict[Any, Asked]] = (self.schema, {})
         self._key_type = int if self.schema.user == "int64" else str
 
     def __reduce__(self):
@@ -190,7 +190,6 @@ class Vault:
             found = self._latest(user, n)
             if found is not None:
                 return found
-        asked = self._fields(fields)
         n = checked_count(n)
         bound = NO_BOUND if before is None else checked_time(self.schema, before)
         hidden = NO_BOUND if as_of is None else checked_bound("as_of", as_of)
@@ -198,6 +197,7 @@ class Vault:
             raise VaultError("max_scan goes with `where`: without conditions n events are read, and no more")
 
         def read(state: State) -> History:
+            asked = self._fields(fields, state.schema)
             key = checked_user(state.schema, user)
             seen = min(state.next_sequence, hidden)
             if key is None or not n:
@@ -232,7 +232,6 @@ class Vault:
         Raises:
           SchemaError, UnknownFieldError, CorruptionError, UnavailableError.
         """
-        asked = self._fields(fields)
         n = checked_count(n)
         keys, beyond = checked_users(self.schema, users)
         size = len(keys)
@@ -242,6 +241,7 @@ class Vault:
             bounds = np.where(beyond, np.iinfo(np.int64).min, bounds)
 
         def read(state: State) -> Histories:
+            asked = self._fields(fields, state.schema)
             seen = state.next_sequence
             if not n or not size:
                 return Histories(no_rows(asked), np.zeros(size + 1, np.int64), self._values, seen, n)
@@ -303,7 +303,7 @@ class Vault:
         """Pins everything that has been acknowledged, to be opened by `open(path, at=name)`; returns the name.
 
         Args:
-          name: of the snapshot; None calls it by the number of the next event.
+          name: of the snapshot; None calls it by the number of the next event, and never moves one that is there.
           replace: moves the snapshot of that name, if there is one, to what is there now.
 
         Raises:
@@ -322,7 +322,9 @@ class Vault:
     def forget(self, users: Any) -> int:
         """Removes every event of some users, from old parts, log and snapshots too: no file holds them afterwards.
 
-        What `repair` has set aside in `damaged/` is deleted, all of it: it cannot be told whose events these are.
+        What `repair` has set aside in `damaged/` is deleted, all of it: it cannot be told whose events these are. The
+        values that string fields have ever had stay in their dictionaries, since codes are never taken back; they do
+        not tell whose they were.
 
         Returns:
           Events removed, those of copies included.
@@ -359,7 +361,10 @@ class Vault:
                     self._change(self._opened())
 
     def close(self) -> None:
-        """Ends writing: waits for what is under way, and gives the lock back. Reading goes on."""
+        """Ends writing: waits for what is under way, but for merges, which are given up, and gives the lock back.
+
+        Reading goes on.
+        """
         with self._lock:
             appender, self._appender = self._appender, None
         if appender is not None:
@@ -425,8 +430,6 @@ class Vault:
     def _change(self, state: State) -> None:
         """Makes a state the one that reads start from."""
         self._fills.update(fill_values(state.schema, self._dictionaries))
-        if state.schema != self._state.schema:
-            self._asked.clear()
         self._state = state
         self._pages.forget(set(state.parts))
 
@@ -477,7 +480,7 @@ class Vault:
         entries = state.entries(user)
         if not entries:
             return None
-        asked = self._fields(None)
+        asked = self._fields(None, state.schema)
         try:
             if len(entries) == 1:
                 rows = self._rows.newest_of(state, entries[0], asked, n)
@@ -504,7 +507,7 @@ class Vault:
             columns, size, complete = found.columns, found.rows, found.complete
         if before == NO_BOUND and (found is None or not (complete or size >= n)):
             entries = state.entries(user)
-            every, parts_only = self._fields(None), state.with_tails(())
+            every, parts_only = self._fields(None, state.schema), state.with_tails(())
             rows = self._rows.newest(parts_only, user, every, NO_BOUND, NO_BOUND, n, entries=entries)
             if rows is None:
                 return self._rows.newest(state, user, asked, before, seen, n)
@@ -520,7 +523,7 @@ class Vault:
                 return self._rows.newest(state, user, asked, before, seen, n)
         start = max(0, stop - n)
         known = columns
-        if start or stop < size or asked is not self._asked.get(None):
+        if start or stop < size or asked is not self._fields(None, state.schema):
             known = {name: columns[name][start:stop] for name in ("time", *asked.names)}
         for tail in state.tails:
             if tail.size and user in tail:
@@ -540,9 +543,9 @@ class Vault:
     ) -> History:
         conditions = {}
         for name, value in where.items():
-            field = next(iter(self._fields((name,)).fields), None)
+            field = next(iter(self._fields((name,), state.schema).fields), None)
             conditions[name] = allowed_values(name, field, value, self.encode)
-        needed = self._fields(tuple(dict.fromkeys((*asked.names, *conditions))))
+        needed = self._fields(tuple(dict.fromkeys((*asked.names, *conditions))), state.schema)
 
         def read(count: int) -> dict[str, np.ndarray] | None:
             return self._rows.newest(state, user, needed, before, seen, count)
@@ -551,20 +554,25 @@ class Vault:
         columns = no_rows(asked) if rows is None else {name: rows[name] for name in ("time", *asked.names)}
         return History(columns, self._values, seen, exhausted, scanned)
 
-    def _fields(self, names: Sequence[str] | None) -> Asked:
+    def _fields(self, names: Sequence[str] | None, schema: Schema) -> Asked:
+        """What is asked for by these names, of a state with this schema."""
+        known_of, known = self._asked
+        if schema is not known_of:
+            known = known if schema == known_of else {}
+            self._asked = schema, known
         key = None if names is None else names if isinstance(names, (str, tuple)) else tuple(names)
-        found = self._asked.get(key)
+        found = known.get(key)
         if found is not None:
             return found
         if names is None:
-            found = Asked(self.schema.scalars)
+            found = Asked(schema.scalars)
         elif isinstance(names, str):
             raise UnknownFieldError(f"fields={names!r}: give a sequence of names")
         else:
-            unknown = [name for name in key if name != "time" and name not in self.schema.names]
+            unknown = [name for name in key if name != "time" and name not in schema.names]
             if unknown:
-                known = ", ".join(("time", *self.schema.names))
-                raise UnknownFieldError(f"{self.path} has no field {unknown[0]!r}; its fields: {known}")
-            found = Asked(tuple(self.schema.field(name) for name in dict.fromkeys(key) if name != "time"))
-        self._asked[key] = found
+                fields = ", ".join(("time", *schema.names))
+                raise UnknownFieldError(f"{self.path} has no field {unknown[0]!r}; its fields: {fields}")
+            found = Asked(tuple(schema.field(name) for name in dict.fromkeys(key) if name != "time"))
+        known[key] = found
         return found

@@ -10,11 +10,12 @@ import numpy as np
 
 from laser_jax.schema import Schema
 from laser_jax.vault import set_aside
+from laser_jax.vault.codebook import CODES, mended_codes
 from laser_jax.vault.dictionary import Dictionary
 from laser_jax.vault.errors import CorruptionError, MissingError, NotAVaultError, UnavailableError, VaultError
-from laser_jax.vault.files import Folder, inventory, sync_tree, write_strings, writer_lock
+from laser_jax.vault.files import Folder, inventory, sync_path, sync_tree, write_strings, writer_lock
 from laser_jax.vault.format import DAMAGED, DICTIONARIES, MANIFEST, MANIFEST_COPY, PARTS, SNAPSHOTS
-from laser_jax.vault.inspection import damaged_manifests, damaged_part
+from laser_jax.vault.inspection import damaged_codes, damaged_manifests, damaged_part, strings_of_partitions
 from laser_jax.vault.log_repair import repair_log
 from laser_jax.vault.lookup import LocalPages
 from laser_jax.vault.manifest import (
@@ -25,7 +26,7 @@ from laser_jax.vault.manifest import (
     snapshots,
     write_snapshot,
 )
-from laser_jax.vault.mending import mend_part, mend_strings
+from laser_jax.vault.mending import mend_part, mend_strings, replace_file
 from laser_jax.vault.part import Part
 from laser_jax.vault.partitioning import is_partitioned, partition_paths
 from laser_jax.vault.state import read_strings
@@ -79,14 +80,19 @@ def repair(path: str | os.PathLike) -> RepairReport:
     Nothing that is given up is deleted: it lies in `damaged/` as it was. A part comes back when its bytes are put there
     and `repair` is called again, unless its users were merged meanwhile. `forget` deletes all that lies there.
 
+    Of a partitioned vault, strings whose common codes are lost get new ones; a lost code means "<lost CODE>".
+
     Raises:
       LockedError: somebody is writing.
-      CorruptionError: the manifest and its copy are damaged; take a snapshot's file in its place.
+      CorruptionError: the manifest and its copy are damaged; take a snapshot's file in its place. Or the common codes
+        of a partitioned vault were cut off, and nobody can tell which were given.
       UnavailableError: the storage refused.
     """
     path = os.fspath(path)
     if is_partitioned(path):
-        found = [repair(inner) for inner in partition_paths(path)]
+        with writer_lock(path):
+            found = [repair(inner) for inner in partition_paths(path)]
+            found.append(_repaired_codes(path))
         return RepairReport(
             path,
             sum(one.events_lost for one in found),
@@ -103,6 +109,25 @@ def repair(path: str | os.PathLike) -> RepairReport:
             return _Repair(storage).run()
     except OSError as error:
         raise UnavailableError(f"{root} cannot be repaired: {error}") from error
+
+
+def _repaired_codes(path: str) -> RepairReport:
+    """Makes the common codes of a partitioned vault, whose partitions are whole, anew if they are damaged."""
+    report = RepairReport(path)
+    damages = damaged_codes(path)
+    if not damages:
+        return report
+    try:
+        target = os.path.join(path, CODES)
+        data, lost, new = mended_codes(target, strings_of_partitions(path))
+        kept = set_aside.set_aside(path, CODES)
+        replace_file(target, data)
+    except OSError as error:
+        raise UnavailableError(f"{path} cannot be repaired: {error}") from error
+    report.loss = lost > 0 or new > 0
+    report.actions = [*damages, f"{target} is made anew: {lost} codes are lost at most, {new} strings have new ones"]
+    report.set_aside = [{"path": kept}] if kept else []
+    return report
 
 
 class _Repair:
@@ -135,6 +160,9 @@ class _Repair:
             content["parts"] = self._whole_parts(content, f"snapshot {name!r}: ")
         self._note_parts(before, manifest["next_part"])
         back, why = self._come_back(manifest, pinned)
+        for folder in (PARTS, DICTIONARIES):
+            if os.path.isdir(self._storage.path(folder)):
+                sync_path(self._storage.path(folder))  # before a manifest names what is new there
         for name, content in pinned.items():
             if content != before[name]:
                 write_snapshot(root, name, content)

@@ -7,10 +7,11 @@ from concurrent.futures import Future
 from typing import Any
 
 from laser_jax.schema import Schema
-from laser_jax.vault.client import TIMEOUT_S, VaultClient
+from laser_jax.vault.client import HEALTH_S, TIMEOUT_S, VaultClient
 from laser_jax.vault.dictionary import Dictionary
 from laser_jax.vault.errors import UnavailableError, VaultError
 from laser_jax.vault.history import Histories
+from laser_jax.vault.merging import NO_BOUND
 from laser_jax.vault.partitions import PartitionedVault, string_fields
 
 #: Batches that are read from a partition at once.
@@ -48,19 +49,37 @@ class ServedPartitions(PartitionedVault):
         if not all(urls):
             raise VaultError(f"{path}: need a URL between any two commas, grpc://host:port of each partition in order")
         self._whole: Any = None
+        self._comparing = threading.Lock()
         clients = [
             VaultClient(url, at, timeout_s, (number, len(urls)), self._check_whole) for number, url in enumerate(urls)
         ]
-        self._schema: Schema | None = None
-        lost = []
-        for client in clients:
-            try:
-                self._schema = self._schema or client.schema
-            except UnavailableError as error:
-                lost.append(error)
-        if self._schema is None:
-            raise UnavailableError(f"none of the services {path} answers: {lost[0]}") from lost[0]
+        self._asked = self._ask(clients)
+        late = UnavailableError("it has not answered yet")
+        errors = [one.exception() if one.done() else late for one in self._asked]
+        for error in errors:
+            if error is not None and not isinstance(error, UnavailableError):
+                raise error  # what is wrong with a service that answers does not go by
+        if None not in errors:
+            raise UnavailableError(f"none of the services {path} answers: {errors[0]}") from errors[0]
+        self._schema: Schema = clients[errors.index(None)].schema
         self._hold(clients, _ServedCodes(clients[0], string_fields(self._schema)))
+        if errors[0] is None:
+            with contextlib.suppress(UnavailableError):  # whoever needs the strings will ask again
+                self._codes.follow()
+
+    def _ask(self, clients: list[VaultClient]) -> list[Future[Any]]:
+        """Has all services describe themselves at once: there is no more waiting for several than for one.
+
+        Those that are there have HEALTH_S to say so, one that is not keeps nobody longer, unless none has answered.
+        """
+        pool = concurrent.futures.ThreadPoolExecutor(len(clients), "vault-partitions-open")
+        asked = [pool.submit(client.refresh) for client in clients]
+        pool.shutdown(wait=False)
+        concurrent.futures.wait(asked, min(self.timeout_s, HEALTH_S))
+        for one in concurrent.futures.as_completed(asked):
+            if not isinstance(one.exception(), UnavailableError):
+                break
+        return asked
 
     def _threads(self) -> list[concurrent.futures.ThreadPoolExecutor]:
         """As many for each partition as any needs: one that does not answer keeps its own waiting."""
@@ -82,7 +101,8 @@ class ServedPartitions(PartitionedVault):
         """Raises VaultError if what a service says of itself is not of the vault that the others serve."""
         schema = found["schema"]
         whole = found.get("vault"), schema.get("user"), schema.get("time_unit")
-        self._whole = self._whole or whole
+        with self._comparing:
+            self._whole = self._whole or whole
         if self._whole != whole:
             raise VaultError(f"{url} serves a partition of another vault than the other services of {self.path}")
 
@@ -104,13 +124,22 @@ class ServedPartitions(PartitionedVault):
                 vault.evolve(schema)
         self.refresh()
 
+    def verify(self) -> list[str]:
+        """As Vault.verify."""
+        return [damage for vault in self.partitions for damage in vault.verify()]
+
     def refresh(self) -> None:
         """Learns the schema and the strings anew; reads see what was written in any case."""
         super().refresh()
         self._schema = self.partitions[0].schema
 
     def _known_sequence(self, number: int) -> int:
-        return self.partitions[number].known_sequence
+        client = self.partitions[number]
+        if client.known_sequence is None and self._asked[number].done():
+            with contextlib.suppress(VaultError):  # it was not there when this handle was opened
+                client.refresh()
+        # Of one that never answered nothing is known: a bound would hide what is there.
+        return NO_BOUND if client.known_sequence is None else client.known_sequence
 
     def _write_lock(self) -> None:
         """The services hold it."""
@@ -124,13 +153,9 @@ class _ServedCodes:
         self.dictionaries = {field: Dictionary() for field in fields}
         self._client = client
         self._lock = threading.Lock()
-        with contextlib.suppress(UnavailableError):  # whoever needs the strings will ask again
-            self.follow()
 
     def follow(self) -> None:
         """As Codebook.follow."""
-        if not self.dictionaries:
-            return
         with self._lock:
             sizes = {name: len(known) for name, known in self.dictionaries.items()}
             for name, values in self._client.action("codes", sizes=sizes).items():
@@ -146,7 +171,11 @@ class _ServedCodes:
 
     def _new(self, values: dict[str, list[str]]) -> dict[str, list[str]]:
         new = {
-            name: [value for value in dict.fromkeys(listed) if self.dictionaries[name].code(value) < 0]
+            name: [value for value in dict.fromkeys(listed) if self._code(name, value) < 0]
             for name, listed in values.items()
         }
         return {name: listed for name, listed in new.items() if listed}
+
+    def _code(self, name: str, value: str) -> int:
+        """Code of a value, -1 if it has none, or if its field was added since these were learned."""
+        return self.dictionaries[name].code(value) if name in self.dictionaries else -1

@@ -34,14 +34,13 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from pyarrow import flight
 
 from laser_jax.schema import Schema
-from laser_jax.vault import wire
-from laser_jax.vault.codebook import Codebook
+from laser_jax.vault import inspection, wire
+from laser_jax.vault.codebook import CODES, Codebook
 from laser_jax.vault.errors import SchemaError, UnavailableError, UnknownFieldError, VaultError
 from laser_jax.vault.files import writer_lock
 from laser_jax.vault.maintenance import WriterOptions
 from laser_jax.vault.merging import NO_BOUND
 from laser_jax.vault.partitioning import is_partitioned, partition_path, read_count, read_partitions
-from laser_jax.vault.partitions import CODES
 from laser_jax.vault.reader import Vault
 from laser_jax.vault.storage import LocalStorage
 from laser_jax.vault.tickets import GATHER, GET, field_names, parse
@@ -272,7 +271,7 @@ class VaultService(flight.FlightServerBase):
                 "codes": self._codes_since,
                 "add_codes": self._add_codes,
                 "stats": self.vault.stats,
-                "verify": self.vault.verify,
+                "verify": self._verify,
                 "snapshots": self.vault.snapshots,
             }
             | {
@@ -333,6 +332,13 @@ class VaultService(flight.FlightServerBase):
                 self._codes = Codebook(self._codes.path, names)
                 self._codes.add({field.name: [field.default] for field in new})
         self.vault.evolve(wanted)
+
+    def _verify(self) -> list[str]:
+        """Reads everything and names every damage; the first partition's service also looks at the common codes."""
+        damages = self.vault.verify()
+        if self._codes is not None:
+            damages += inspection.damaged_codes(os.path.dirname(self.vault.path))
+        return damages
 
     # Parts of the above.
 

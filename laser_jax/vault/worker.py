@@ -54,6 +54,12 @@ class Worker:
             return value
         raise value
 
+    def stop(self) -> None:
+        """Ends the worker at once: the task at hand, if there is one, fails with UnavailableError."""
+        process = self._process
+        if process is not None:
+            process.terminate()
+
     def close(self) -> None:
         """Ends the worker, after the task at hand."""
         with self._lock:

@@ -148,7 +148,8 @@ class VaultWriter:
                 os.rmdir(self.path)
 
     def _remove(self, keep_lock: bool) -> None:
-        for name in _OWN_NAMES - ({vault_format.LOCK} if keep_lock else set()):
+        # The manifest first, if it was put in place before something failed: what it names goes now.
+        for name in (vault_format.MANIFEST, *(_OWN_NAMES - ({vault_format.LOCK} if keep_lock else set()))):
             whole = os.path.join(self.path, name)
             if os.path.isdir(whole):
                 shutil.rmtree(whole)

@@ -1,5 +1,7 @@
 """Writing into a vault that is open: appends, what goes on behind them, and what other handles and processes see."""
 
+import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -8,6 +10,7 @@ import sys
 import textwrap
 import threading
 import time
+import types
 
 import numpy as np
 import pytest
@@ -15,6 +18,9 @@ import pytest
 from laser_jax import vault as seqvault
 from laser_jax.schema import Field, Schema
 from laser_jax.vault import WriterOptions
+from laser_jax.vault import reader as vault_reader
+from laser_jax.vault.history_cache import HistoryCache
+from laser_jax.vault.log_writer import LogWriter
 from tests.vault.conftest import FIELDS, Model, assert_same, random_log, take
 
 ITEMS = Schema(fields=(Field("item", "int64"),))
@@ -92,7 +98,7 @@ def other(tmp_path):
     code = """
         import sys
         from laser_jax import vault as seqvault
-        from laser_jax.vault import WriterOptions
+        from laser_jax.vault import WriterOptions, reader
         path = sys.argv[1]
         vault = seqvault.open(path, writing=WriterOptions(background=False))
         for line in sys.stdin:
@@ -347,6 +353,25 @@ def test_repeated_events_are_dropped_within_the_window(make):
     vault.close()
     assert vault.append(keyed([5, 1, 2, 3, 4])) == 6
     assert vault.get(1)["key"].tolist() == [1, 2, 3, 4, 5] and vault.verify() == []
+
+
+def test_a_forgotten_event_may_come_again_and_the_others_are_repeated_ones(make):
+    vault = make(KEYED)
+    vault.append(keyed([1, 2]))
+    vault.append(keyed([1], users=[2]))
+    assert vault.forget([1]) == 2
+    vault.append(keyed([2, 2]))
+    vault.append(keyed([1], users=[2]))
+    for _ in range(2):
+        assert vault.get(1)["key"].tolist() == [2] and vault.get(2)["key"].tolist() == [1]
+        vault.close()
+
+
+def test_no_event_repeats_none(make):
+    vault = make(dataclasses.replace(BRANDS, duplicates="drop"))
+    end = vault.append(events([1], brand=["x"]))
+    waiting = [vault.append_async(events([], brand=[])), vault.append_async(events([1, 1], brand=["x", "y"]))]
+    assert [future.result() for future in waiting] == [end, end + 1]
 
 
 def test_the_window_is_as_long_as_asked(make):
@@ -1046,6 +1071,18 @@ def test_a_snapshot_is_moved_only_when_that_is_said(make):
     assert vault.snapshot() == vault.snapshot() and len(vault.snapshots()) == 2
 
 
+def test_a_snapshot_without_a_name_moves_none_that_is_there(make):
+    vault = make(ITEMS)
+    vault.append(events([1] * 10))
+    first = vault.snapshot()
+    vault.retain(events=3)
+    vault.merge()
+    second = vault.snapshot()
+    assert second == vault.snapshot() != first and vault.snapshots() == sorted([first, second])
+    assert items(seqvault.open(vault.path, at=first), 1) == list(range(10))
+    assert items(seqvault.open(vault.path, at=second), 1) == [7, 8, 9]
+
+
 def test_readers_of_a_snapshot_keep_it_when_its_name_is_given_anew_or_dropped(make):
     vault = make(ITEMS)
     readers = []
@@ -1339,6 +1376,62 @@ def test_what_a_cache_shares_cannot_be_changed(make):
 
 
 # Schemas.
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_evolution_behind_a_log_file_that_holds_no_event(make, monkeypatch, killed):
+    """Of the old schema, made by a writer that was killed, or met a full disk, before its first event."""
+    vault = make(ITEMS)
+    vault.append(events([1]))
+    vault.flush()
+    begun = LogWriter._open_file
+
+    def full(*arguments):
+        begun(*arguments)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LogWriter, "_open_file", full)
+        with pytest.raises(seqvault.UnavailableError, match="No space left"):
+            vault.append(events([1], 1))
+    if killed:
+        vault.close()
+    vault.evolve(Schema(fields=(Field("item", "int64"), Field("x", "int8", default=4))))
+    for x in (5, 6):
+        vault.append(events([1], x, x=[x]))
+        assert seqvault.open(vault.path).get(1)["x"].tolist() == vault.get(1)["x"].tolist() == [4, *range(5, x + 1)]
+        vault = reopened(vault)
+    assert vault.verify() == []
+    vault.close()
+
+
+def test_a_read_while_the_schema_changes_leaves_no_old_types_behind(make, monkeypatch):
+    vault = make(Schema(fields=(Field("x", "int8"),)), cache_bytes=0)
+    vault.append({"user": [1], "time": [0], "x": [1]})
+    vault.flush()
+    asked, new = vault_reader.Asked, Schema(fields=(Field("x", "int16"), Field("y", "int64", default=7)))
+
+    def overtaken(fields):
+        """Another thread changes the schema while a read that has begun looks what is asked for."""
+        if vault.schema != new:
+            vault.evolve(new)
+        return asked(fields)
+
+    monkeypatch.setattr(vault_reader, "Asked", overtaken)
+    assert vault.get(1)["x"].tolist() == vault.get(1, fields=["x"])["x"].tolist() == [1]
+    vault.append({"user": [1], "time": [1], "x": [300], "y": [8]})
+    assert vault.get(1)["x"].tolist() == [1, 300] and vault.get(1)["y"].tolist() == [7, 8]
+    assert vault.get(1, fields=["x"])["x"].tolist() == [1, 300]
+
+
+def test_users_that_are_asked_for_once_do_not_fill_the_memory():
+    """As by a scan of all users, or by ids that nobody has."""
+    cache, state = HistoryCache(1 << 18), types.SimpleNamespace(stamp=1, epoch=1, manifest={"schemas": [1]})
+    for user in range(50_000):
+        assert cache.find(user, state) is None
+        if user % 2:
+            cache.keep(user, state, [(1, user, user)], {"time": np.zeros(100, np.int64)}, True, 8)
+    assert len(cache._strangers) < 4000 and 0 < cache.stats()["users"] < 200
 
 
 def test_evolution_adds_fields_and_widens_numbers(make):

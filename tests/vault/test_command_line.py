@@ -74,6 +74,23 @@ def test_a_day_in_the_life(path, tmp_path, capsys, monkeypatch):
     assert run(capsys, monkeypatch, "verify", path)[:2] == (0, f"whole: {path}\n")
 
 
+def test_a_number_that_does_not_fit_is_refused(tmp_path, capsys, monkeypatch):
+    schema = Schema(fields=[Field("price", "float16"), Field("pair", "float16", 2), Field("hash", "uint64")])
+    with seqvault.create(tmp_path / "vault", schema):
+        pass
+
+    def append(**values):
+        rows = [{"user": 1, "time": 1, "price": 1.5, "pair": [1, 2], "hash": 1} | row for row in ({}, values)]
+        given = "".join(json.dumps(row) + "\n" for row in rows)
+        return run(capsys, monkeypatch, "append", str(tmp_path / "vault"), given=given)
+
+    for wrong, number in (({"price": 70000.0}, "70000.0"), ({"pair": [0.5, -70000]}, "-70000.0")):
+        status, _, err = append(**wrong)
+        assert status == 1 and f"column '{next(iter(wrong))}', row 1: {number} does not fit float16" in err
+    assert append(price=float("nan"), hash=2**63 + 5)[0] == 0
+    assert seqvault.open(tmp_path / "vault").get(1)["hash"].tolist() == [1, 2**63 + 5]
+
+
 def test_damage_is_named_and_repaired(path, capsys, monkeypatch):
     run(capsys, monkeypatch, "append", path, given=lines(30))
     with seqvault.open(path) as vault:

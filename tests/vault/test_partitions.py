@@ -1,13 +1,17 @@
 """A vault in partitions answers as a single one does."""
 
 import concurrent.futures
+import os
+import pathlib
 import pickle
+import re
 
 import numpy as np
 import pytest
 
 from laser_jax import vault as seqvault
 from laser_jax.schema import Field, Schema
+from tests.faults.test_bit_flips import flip
 from tests.vault.conftest import FIELDS, Model, assert_same, random_log, take
 
 WRITING = seqvault.WriterOptions(background=False)
@@ -105,6 +109,20 @@ def test_strings_have_one_code_in_all_partitions(tmp_path):
         np.testing.assert_array_equal(again.dictionary("brand")[newest.columns["brand"]], brands[::-1] + "!")
 
 
+def test_a_snapshot_without_a_name_moves_none_that_is_there(tmp_path):
+    with seqvault.create(tmp_path / "vault", Schema(), partitions=2) as writer:
+        writer.write({"user": [1] * 5 + [2] * 5, "time": [*range(5)] * 2})
+    with seqvault.open(tmp_path / "vault", writing=seqvault.WriterOptions(background=False)) as vault:
+        first = vault.snapshot()
+        vault.retain(events=2)
+        vault.merge()
+        second = vault.snapshot()
+        assert vault.snapshots() == sorted([first, second]) and first != second
+    for name, count in ((first, 5), (second, 2)):
+        pinned = seqvault.open(tmp_path / "vault", at=name)
+        assert [len(pinned.get(user)) for user in (1, 2)] == [count] * 2
+
+
 def test_one_writer_and_no_half_made_vault(tmp_path):
     schema = Schema(fields=[Field("x", "int8")])
     with pytest.raises(seqvault.SchemaError, match="'x', row 0: 999"):
@@ -163,3 +181,116 @@ def test_partitions_of_which_some_are_evolved_already(tmp_path):
                 vault.gather(users, fields=["price"])
         vault.evolve(new)
         assert vault.gather(users).columns["price"].tolist() == [7.5] * 40
+
+
+def test_bounds_of_another_length_are_refused(case):
+    path, users, _ = case
+    vault, keys = seqvault.open(path), users[:3]
+    for name in ("before", "as_of"):
+        for length in (2, 5):
+            with pytest.raises(seqvault.SchemaError, match=rf"{name} of shape \({length},\) for 3 users"):
+                vault.gather(keys, **{name: np.full(length, 9)})
+        with pytest.raises(seqvault.SchemaError, match=f"{name} of type float64"):
+            vault.gather(keys, **{name: [1.5, 2.5, 3.5]})
+    with pytest.raises(seqvault.SchemaError, match="before=1700000000000"):
+        vault.gather(keys, before=[5, 5, 1_700_000_000_000])
+    for call in (lambda bounds: vault.gather(keys, as_of=bounds), lambda bounds: vault.get(keys[0], as_of=bounds)):
+        with pytest.raises(seqvault.SchemaError, match="as_of of 2 partitions: this vault has 3"):
+            call(seqvault.Sequences((5, 5)))
+    wrong = "ann" if isinstance(users[0], str) else [1.5]
+    with pytest.raises(seqvault.SchemaError, match="users"):
+        vault.gather(wrong)
+    if not isinstance(users[0], str):
+        beyond = np.array([2**64 - 1, 5], np.uint64)  # not user -1, whose bits these are
+        assert vault.gather(beyond, n=1).offsets.tolist() == [0, 0, 1]
+
+
+def test_all_partitions_forget_the_users_of_an_iterator(case):
+    path, users, _ = case
+    with seqvault.open(path, writing=WRITING) as vault:
+        if isinstance(users[0], str):
+            with pytest.raises(seqvault.SchemaError, match="need a sequence of strings"):
+                vault.forget("u1")  # and not the users "u" and "1"
+            assert vault.forget(user for user in users[5:]) > 0
+        else:
+            assert vault.forget(np.array([*range(5, 20), 2**64 - 1], np.uint64)) > 0
+        assert sorted(vault.users().tolist()) == sorted(users[:5].tolist())
+
+
+@pytest.fixture
+def coded(tmp_path):
+    """(path, brands of users 0 to 29, where the two records of the codebook begin): the second is of the last ten."""
+    schema = Schema(fields=[Field("brand", "string")])
+    brands = [f"brand {i}" for i in range(30)]
+    with seqvault.create(tmp_path / "vault", schema, partitions=2) as writer:
+        writer.write({"user": range(20), "time": range(20), "brand": brands[:20]})
+    second = os.path.getsize(tmp_path / "vault" / "codes.log")
+    with seqvault.open(tmp_path / "vault", writing=WRITING) as vault:
+        vault.append({"user": range(20, 30), "time": range(20, 30), "brand": brands[20:]})
+    return str(tmp_path / "vault"), brands, (0, second)
+
+
+@pytest.mark.parametrize("record", [0, 1])
+@pytest.mark.parametrize("place", ["shorter", "longer", "checksum", "string"])
+def test_damaged_codes_are_named_and_mended(coded, record, place):
+    path, brands, starts = coded
+    file = os.path.join(path, "codes.log")
+    whole = pathlib.Path(file).read_bytes()
+    assert seqvault.verify(path) == []
+    size = int.from_bytes(whole[starts[record] : starts[record] + 4], "little")
+    lowest = (size & -size).bit_length() - 1
+    byte, bit = {"shorter": (0, lowest), "longer": (1, 5), "checksum": (5, 0), "string": (40, 1)}[place]
+    flip(file, starts[record] + byte, bit)
+    damage = f"{file}, byte {starts[record]}: a record is damaged; see `repair`"
+    with pytest.raises(seqvault.CorruptionError, match=re.escape(damage)):
+        seqvault.open(path)
+    assert seqvault.verify(path) == [damage]
+    report = seqvault.repair(path)
+    assert damage in report.actions and seqvault.verify(path) == []
+    vault = seqvault.open(path)
+    assert vault.gather(range(30)).columns["brand"].tolist() == vault.encode("brand", brands).tolist()
+    assert [vault.get(user)["brand"].tolist() for user in range(30)] == [[brand] for brand in brands]
+    found = vault.dictionary("brand").tolist()
+    if place in ("shorter", "longer"):
+        assert pathlib.Path(file).read_bytes() == whole and not report.loss
+    else:
+        gone = slice(0, 20) if record == 0 else slice(20, 30)
+        kept = [code for code in range(30) if code not in range(*gone.indices(30))]
+        assert report.loss and [found[code] for code in kept] == [brands[code] for code in kept]
+        assert found[gone] == [f"<lost {code}>" for code in range(*gone.indices(30))]
+        assert sorted(found[-len(brands[gone]) :]) == sorted(brands[gone])
+        assert pathlib.Path(report.set_aside[0]["path"]).read_bytes() != whole
+    with seqvault.open(path, writing=WRITING) as writing:
+        writing.append({"user": [1], "time": [99], "brand": ["new"]})
+        assert writing.verify() == [] and writing.dictionary("brand").tolist() == [*found, "new"]
+    assert seqvault.repair(path).actions == []
+
+
+@pytest.mark.parametrize("left", [None, 0, 1, 100])
+def test_codes_that_nobody_can_know_are_not_given_anew(coded, left):
+    """Of a codebook that was removed, or cut: at a record's begin, or inside it."""
+    path, brands, starts = coded
+    file = os.path.join(path, "codes.log")
+    whole = pathlib.Path(file).read_bytes()
+    if left is None:
+        os.remove(file)
+    else:
+        os.truncate(file, starts[left] if left < 2 else starts[1] + left)
+    (damage,) = seqvault.verify(path)
+    assert damage.startswith(f"{file}: {10 if left else 30} strings of field 'brand' have no code, such as 'brand ")
+    with pytest.raises(seqvault.CorruptionError, match=rf"{file} is cut or missing.*'brand'.*from a backup"):
+        seqvault.repair(path)
+    pathlib.Path(file).write_bytes(whole)
+    assert seqvault.verify(path) == [] and seqvault.repair(path).actions == []
+
+
+def test_a_record_of_codes_that_a_crash_cut_is_no_damage(coded):
+    path, brands, _ = coded
+    file = os.path.join(path, "codes.log")
+    whole = pathlib.Path(file).read_bytes()
+    for rest in (b"\x20", whole[:60]):
+        pathlib.Path(file).write_bytes(whole + rest)
+        assert seqvault.verify(path) == [] and seqvault.repair(path).actions == []
+    with seqvault.open(path, writing=WRITING) as vault:
+        vault.append({"user": [1], "time": [99], "brand": ["new"]})
+    assert seqvault.open(path).dictionary("brand").tolist() == [*brands, "new"]

@@ -261,6 +261,22 @@ def test_a_user_that_is_no_utf8_is_nobody(make_vault):
     assert len(vault.get("\ud800")) == 0 and vault.gather(["\ud800", "a"]).offsets.tolist() == [0, 0, 1]
 
 
+def test_small_and_large_integers_together_are_not_rounded(tmp_path):
+    """numpy makes floats of them."""
+    fields = (Field("hash", "uint64"), Field("pair", "uint64", 2))
+    with seqvault.create(tmp_path / "vault", Schema(fields=fields)) as writer:
+        hashes = [1, 2**63 + 5, 2**63]
+        writer.write({"user": [1] * 3, "time": [1, 2, 3], "hash": hashes, "pair": [[1, one] for one in hashes]})
+    vault = seqvault.open(tmp_path / "vault")
+    assert vault.get(1, fields=["pair"])["pair"].tolist() == [[1, one] for one in hashes]
+    for wanted in ([1, 2**63 + 5], {2**63, -1}, (np.uint64(2**63 + 5), 2**64)):
+        found = vault.get(1, where={"hash": wanted})["hash"].tolist()
+        assert found == [one for one in hashes if one in wanted]
+    with pytest.raises(seqvault.SchemaError, match="column 'hash' has type float64"):
+        with seqvault.create(tmp_path / "other", Schema(fields=fields[:1])) as writer:
+            writer.write({"user": [1, 1], "time": [1, 2], "hash": [-1, 2**63 + 5]})
+
+
 def test_ids_beyond_int64_are_nobodys(make_vault):
     vault = make_vault(Schema(), {"user": [-1, 5], "time": [1, 2]})
     assert vault.gather(np.array([2**64 - 1, 5], np.uint64)).offsets.tolist() == [0, 0, 1]

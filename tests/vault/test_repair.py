@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from laser_jax import vault as seqvault
-from laser_jax.schema import Schema
+from laser_jax.schema import Field, Schema
+from laser_jax.vault.log import log_numbers, log_path
 from tests.faults.test_bit_flips import flip
 from tests.vault.conftest import FIELDS, random_log, take
 
@@ -112,6 +113,86 @@ def test_a_log_that_was_cut_where_it_was_acknowledged(lived):
     report = seqvault.repair(path)
     assert "250 events of its whole records are kept" in str(report)
     assert seqvault.open(path).num_events == 1450 and seqvault.verify(path) == []
+
+
+QUIET = seqvault.WriterOptions(background=False)
+BRANDS = Schema(fields=(Field("brand", "string"),))
+
+
+def vault_at(path, schema):
+    with seqvault.create(path, schema):
+        pass
+    return seqvault.open(path, writing=QUIET)
+
+
+def test_a_log_of_which_no_file_is_left_is_not_whole(tmp_path):
+    with vault_at(tmp_path / "vault", BRANDS) as vault:
+        vault.append({"user": [1], "time": [1], "brand": ["a"]})
+        vault.flush()
+        vault.append({"user": [1], "time": [2], "brand": ["b"]})
+    os.remove(log_path(vault.path, log_numbers(vault.path)[-1]))
+    with pytest.raises(seqvault.CorruptionError, match="missing"):
+        seqvault.open(vault.path)
+    report = seqvault.repair(vault.path)
+    assert report.events_lost == 1 and "1 are lost" in str(report) and report.loss
+    with seqvault.open(vault.path, writing=QUIET) as vault:
+        assert vault.next_sequence == 2
+        vault.append({"user": [1], "time": [3], "brand": ["c"]})
+        assert seqvault.open(vault.path).get(1)["brand"].tolist() == ["a", "c"]
+    assert seqvault.verify(vault.path) == [] and seqvault.repair(vault.path).actions == []
+
+
+def test_a_damaged_log_that_is_kept_for_repeated_events_bars_nobody(tmp_path):
+    schema = Schema(fields=(Field("key", "int64"),), event_key="key", duplicates="drop")
+    with vault_at(tmp_path / "vault", schema) as vault:
+        for start in (0, 10):
+            vault.append({"user": [1] * 10, "time": [1] * 10, "key": list(range(start, start + 10))})
+            vault.flush()
+    damaged = log_path(vault.path, log_numbers(vault.path)[0])
+    flip(damaged, os.path.getsize(damaged) - 4, 0)
+    assert damaged in str(seqvault.verify(vault.path))
+    with seqvault.open(vault.path, writing=QUIET) as vault, pytest.raises(seqvault.CorruptionError):
+        vault.begin_writing()
+    report = seqvault.repair(vault.path)
+    assert "not known which repeat them" in str(report) and not report.loss and report.events_lost == 0
+    assert seqvault.verify(vault.path) == []
+    with seqvault.open(vault.path, writing=QUIET) as vault:
+        vault.append({"user": [1] * 2, "time": [1] * 2, "key": [3, 13]})
+        assert sorted(vault.get(1)["key"].tolist()) == sorted([*range(20), 3])  # 13 is in the log that is whole
+
+
+def test_repair_keeps_who_sent_what(tmp_path):
+    with vault_at(tmp_path / "vault", BRANDS) as vault:
+        for number in range(4):
+            vault.append({"user": [1], "time": [number], "brand": [f"b{number}"]}, origin=("client", number))
+        vault.append({"user": [2], "time": [9], "brand": ["z"]}, origin=("other", 7))
+    log = log_path(vault.path, log_numbers(vault.path)[-1])
+    flip(log, os.path.getsize(log) - 4, 0)
+    assert seqvault.repair(vault.path).events_lost == 1
+    with seqvault.open(vault.path, writing=QUIET) as vault:
+        for number in range(5):
+            vault.append({"user": [1], "time": [number], "brand": [f"b{number}"]}, origin=("client", number))
+        vault.append({"user": [2], "time": [9], "brand": ["z"]}, origin=("other", 7))  # was lost, and is not there
+        assert vault.get(1)["brand"].tolist() == [f"b{number}" for number in range(5)]
+        assert vault.get(2)["brand"].tolist() == ["z"]
+
+
+def test_a_log_whose_strings_a_part_brought_before_is_whole(tmp_path):
+    """As when events come in while a tail becomes a part."""
+    with vault_at(tmp_path / "vault", BRANDS) as vault:
+        vault.append({"user": [1], "time": [1], "brand": ["a"]})
+        vault._appender.seal()
+        run = vault._appender.maintenance.run_task
+
+        def busy(task):
+            vault.append({"user": [1], "time": [2], "brand": ["b"]}, origin=("client", 2))
+            return run(task)
+
+        vault._appender.maintenance.run_task = busy
+        vault._appender.maintenance._flush(list(vault._appender.pieces))
+    assert seqvault.verify(vault.path) == []
+    before = changed_at(vault.path)
+    assert str(seqvault.repair(vault.path)) == f"whole: {vault.path}" and changed_at(vault.path) == before
 
 
 def test_repair_of_nothing_and_of_a_vault_in_use(lived, tmp_path):

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -23,10 +24,12 @@ from pyarrow import flight
 
 from laser_jax import vault as seqvault
 from laser_jax.schema import Field, Schema
-from laser_jax.vault import appender, origins
+from laser_jax.vault import appender, origins, served_partitions
 from laser_jax.vault.__main__ import main
-from laser_jax.vault.partitioning import partition_path
+from laser_jax.vault.merging import NO_BOUND
+from laser_jax.vault.partitioning import partition_of, partition_path
 from laser_jax.vault.service import Limits, VaultService
+from tests.faults.test_bit_flips import flip
 from tests.vault.conftest import FIELDS, Model, assert_same, random_log, take
 
 WRITING = seqvault.WriterOptions(background=False)
@@ -152,6 +155,174 @@ def test_strings_of_partitions_have_one_code_for_all_clients(tmp_path):
             service.close()
     local = seqvault.open(tmp_path / "vault")
     np.testing.assert_array_equal(local.encode("brand", brands), newest[0])
+
+
+def test_a_batch_under_way_is_not_the_callers_any_more(tmp_path):
+    with seqvault.create(tmp_path / "vault", ITEMS):
+        pass
+    numbers, brands = np.zeros(1, np.int64), np.array(["b"], object)
+    events = {"user": np.ones(1, np.int64), "time": numbers, "item": numbers, "brand": brands}
+    with VaultService(str(tmp_path / "vault"), writing=WRITING) as service, seqvault.open(url(service)) as vault:
+        futures = []
+        for number in range(40):
+            numbers[:], brands[:] = number, f"b{number}"
+            futures.append(vault.append_async(events))
+        for future in futures:
+            future.result()
+        found = vault.get(1)
+        assert found["item"].tolist() == found["time"].tolist() == list(range(40))
+        assert found["brand"].tolist() == [f"b{number}" for number in range(40)]
+        for append in (vault.append, vault.append_async):
+            with pytest.raises(seqvault.SchemaError, match="origin="):
+                append(events, origin=("a", -1))
+
+
+@pytest.fixture
+def parted(tmp_path):
+    """(path, a user of each of three partitions) of a vault of items, one event each."""
+    path, schema = str(tmp_path / "vault"), Schema(fields=(Field("item", "int64"),))
+    owner = partition_of(schema, np.arange(50), 3).tolist()
+    users = [owner.index(number) for number in range(3)]
+    with seqvault.create(path, schema, partitions=3) as writer:
+        writer.write({"user": users, "time": [1] * 3, "item": [1] * 3})
+    return path, users
+
+
+@contextlib.contextmanager
+def services_of(path: str):
+    """A service for each of three partitions."""
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(VaultService(partition_path(path, number), writing=WRITING)) for number in range(3)]
+
+
+def test_an_append_is_written_in_the_partitions_that_are_there(parted):
+    """Also if a lost one was never asked before; and its bounds hide nothing."""
+    path, users = parted
+    with services_of(path) as services:
+        where = ",".join(map(url, services))
+        services[1].close()
+        vault = seqvault.open(where, timeout_s=1)
+        events = {"user": users, "time": [2] * 3, "item": [2] * 3}
+        with pytest.raises(seqvault.UnavailableError, match=url(services[1])):
+            vault.append(events, origin=("me", 1))
+        assert [len(vault.get(users[number])) for number in (0, 2)] == [2, 2]
+        seen = vault.append({"user": users[:1], "time": [3], "item": [3]})
+        assert seen == (3, NO_BOUND, 2)
+        with VaultService(partition_path(path, 1), url(services[1]), writing=WRITING):
+            deadline = time.monotonic() + 60
+            while (seen := vault.append({"user": users[:1], "time": [4], "item": [4]}))[1] != 1:
+                assert seen[1] == NO_BOUND and time.monotonic() < deadline
+                time.sleep(0.05)
+            vault.append(events, origin=("me", 1))
+            assert [len(vault.get(user, as_of=seen)) for user in users] == [seen[0], 1, 2]
+            assert [len(vault.get(user)) for user in users] == [seen[0], 2, 2]
+
+
+def test_bounds_show_the_history_of_partitions_that_were_never_asked(parted):
+    path, users = parted
+    with services_of(path) as services:
+        vault = seqvault.open(",".join(map(url, services)))
+        found = vault.gather(users[:1])
+        seen = vault.append({"user": users[:1], "time": [5], "item": [5]})
+        assert seen == vault.next_sequence == (2, 1, 1) and found.as_of == (1, 1, 1)
+        for bounds, sizes in ((found.as_of, [1, 1, 1]), (seen, [2, 1, 1])):
+            assert np.diff(vault.gather(users, as_of=bounds).offsets).tolist() == sizes
+            with pytest.raises(seqvault.SchemaError, match="as_of of 2 partitions"):
+                vault.get(users[0], as_of=seqvault.Sequences(bounds[:2]))
+        with pytest.raises(seqvault.SchemaError, match="before of shape"):
+            vault.gather(users, before=[9] * 4)
+
+
+@pytest.mark.parametrize("there", [0, 2])
+def test_halted_services_hold_up_nobody_who_opens_the_others(parted, monkeypatch, there):
+    """They take connections, and say nothing."""
+    monkeypatch.setattr(served_partitions, "HEALTH_S", 0.3)
+    path, users = parted
+    with contextlib.ExitStack() as stack:
+        halted = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2)]
+        urls = [f"grpc://127.0.0.1:{one.getsockname()[1]}" for one in halted]
+        service = stack.enter_context(VaultService(partition_path(path, there), writing=WRITING))
+        urls.insert(there, url(service))
+        began = time.monotonic()
+        vault = seqvault.open(",".join(urls), timeout_s=60)
+        assert len(vault.get(users[there])) == 1
+        seen = vault.append({"user": [users[there]], "time": [5], "item": [5]})
+        assert list(seen) == [2 if number == there else NO_BOUND for number in range(3)]
+        assert time.monotonic() - began < 20, "not their time-out, and not once for each"
+
+
+def test_a_service_that_is_the_wrong_one_is_told_of_at_once(parted, items):
+    path, _ = parted
+    with services_of(path) as services:
+        with pytest.raises(seqvault.VaultError, match="by its place it must serve partition 2 of 3"):
+            seqvault.open(",".join([*map(url, services[:2]), url(items)]))
+
+
+def test_the_first_string_field_comes_to_handles_that_are_open(parted):
+    path, users = parted
+    new = Schema(fields=(Field("item", "int64"), Field("brand", "string", default="none")))
+    brands = ["a", "b", "c"]
+    with services_of(path) as services:
+        where = ",".join(map(url, services))
+        evolving, old, stale = (seqvault.open(where) for _ in range(3))
+        evolving.evolve(new)
+        evolving.append({"user": users, "time": [2] * 3, "item": [2] * 3, "brand": brands})
+        fresh = seqvault.open(where)
+        fresh.append({"user": users, "time": [3] * 3, "item": [3] * 3, "brand": brands[::-1]})
+        expected = fresh.encode("brand", ["none", "a", "c", "none", "b", "b", "none", "c", "a"]).tolist()
+        old.refresh()
+        assert old.schema == evolving.schema == new
+        for vault in (stale, old, evolving, fresh):
+            found = vault.gather(users)
+            assert found.columns["brand"].tolist() == expected
+            assert found[1]["brand"].tolist() == vault.get(users[1])["brand"].tolist() == ["none", "b", "b"]
+        assert stale.partitions[0].get(users[0])["brand"].tolist() == ["none", "a", "c"]
+        old.append({"user": users, "time": [4] * 3, "item": [4] * 3, "brand": ["new"] * 3})
+        assert [fresh.get(user, 1)["brand"].tolist() for user in users] == [["new"]] * 3
+
+
+def test_codes_that_were_made_anew_mean_nothing_else_to_who_knew_the_old_ones(tmp_path):
+    path, users = str(tmp_path / "vault"), list(range(20))
+    brands = [f"brand {user}" for user in users]
+    with seqvault.create(path, ITEMS, partitions=2) as writer:
+        writer.write({"user": users, "time": users, "item": users, "brand": brands})
+    paths = [partition_path(path, number) for number in range(2)]
+    with contextlib.ExitStack() as stack:
+        services = [stack.enter_context(VaultService(one, writing=WRITING)) for one in paths]
+        where = list(map(url, services))
+        vault = seqvault.open(",".join(where))
+        assert [history["brand"].tolist() for history in vault.gather(users)] == [[brand] for brand in brands]
+    flip(os.path.join(path, "codes.log"), 40, 1)
+    with pytest.raises(seqvault.CorruptionError, match="codes.log, byte 0: a record is damaged; see `repair`"):
+        VaultService(paths[0])
+    assert seqvault.repair(path).loss
+    with contextlib.ExitStack() as stack:
+        for place in zip(paths, where, strict=True):
+            stack.enter_context(VaultService(*place, writing=WRITING))
+        fresh = seqvault.open(",".join(where))
+        assert fresh.verify() == []
+        fresh.append({"user": [1], "time": [99], "item": [99], "brand": ["new"]})
+        told = "`repair` has made codes anew since, open the vault again"
+        deadline = time.monotonic() + 60
+        while True:
+            with contextlib.suppress(seqvault.UnavailableError):  # until it has found the services again
+                with pytest.raises(seqvault.CorruptionError, match=told):
+                    vault.get(1)
+                break
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert fresh.get(1)["brand"].tolist() == [brands[1], "new"]
+        assert [fresh.get(user)["brand"].tolist() for user in users[2:]] == [[brand] for brand in brands[2:]]
+
+
+def test_a_client_refuses_what_forgetting_cannot_mean(tmp_path):
+    with seqvault.create(tmp_path / "vault", Schema(user="string")) as writer:
+        writer.write({"user": ["ann", "a", "n"], "time": [1, 2, 3]})
+    with VaultService(str(tmp_path / "vault"), writing=WRITING) as service, seqvault.open(url(service)) as vault:
+        with pytest.raises(seqvault.SchemaError, match="users 'ann': need a sequence of strings"):
+            vault.forget("ann")
+        assert len(vault) == 3 and vault.forget(iter(["ann", "nobody"])) == 1
+        assert sorted(vault.users().tolist()) == ["a", "n"]
 
 
 def test_a_batch_sent_again_is_written_once(tmp_path):

@@ -1,5 +1,6 @@
 """What a writer takes, what it refuses, and that nothing half-written stays."""
 
+import errno
 import os
 
 import numpy as np
@@ -154,6 +155,25 @@ def test_an_error_in_the_block_keeps_a_directory_that_was_there(tmp_path):
             writer.write({"user": [1], "time": [1]})
             raise ZeroDivisionError
     assert os.listdir(tmp_path / "vault") == []
+
+
+def test_a_writer_that_fails_at_the_very_end_leaves_nothing(tmp_path, monkeypatch):
+    path, replace = tmp_path / "vault", os.replace
+
+    def failing(source, target):
+        replace(source, target)
+        if target == str(path / "manifest.json"):
+            raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", failing)
+        with pytest.raises(seqvault.UnavailableError, match="Input/output error"):
+            with seqvault.create(path, Schema()) as writer:
+                writer.write({"user": [1], "time": [1]})
+    assert not path.exists()
+    with seqvault.create(path, Schema()) as writer:
+        writer.write({"user": [1], "time": [2]})
+    assert seqvault.open(path).get(1)["time"].tolist() == [2]
 
 
 def test_duplicates_without_a_key(tmp_path):

@@ -10,6 +10,7 @@ import json
 import os
 import struct
 import threading
+from typing import Any
 
 from laser_jax.vault.dictionary import Dictionary
 from laser_jax.vault.errors import CorruptionError, UnavailableError
@@ -53,6 +54,17 @@ class Codebook:
             self.dictionaries.setdefault(field, Dictionary()).extend(code, values)
             at += _HEAD.size + len(body)
         self._offset += at
+
+    def check(self, vault: Any) -> None:
+        """Raises CorruptionError if strings of a partition have no code: who gives new ones would give theirs anew."""
+        for field, dictionary in self.dictionaries.items():
+            if field in vault.schema.names:
+                missing = [value for value in vault.dictionary(field).tolist() if dictionary.code(value) < 0]
+                if missing:
+                    raise CorruptionError(
+                        f"{self.path} is cut or missing: {len(missing)} strings of field {field!r} in {vault.path} "
+                        f"have no code, such as {missing[0]!r}; see `repair`"
+                    )
 
     def add(self, values: dict[str, list[str]]) -> None:
         """Gives codes to new values, durably. For the one writer.

@@ -380,6 +380,9 @@ class PartitionedVault:
                 with contextlib.ExitStack() as stack:
                     stack.enter_context(writer_lock(self.path))
                     self._codes.follow()
+                    for vault in self.partitions:
+                        vault.refresh()
+                        self._codes.check(vault)
                     self._lock = stack.pop_all()
 
     def _appended(self, events: Mapping[str, Any], origin: tuple[str, int] | None) -> "list[tuple[int, Future[int]]]":

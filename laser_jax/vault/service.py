@@ -142,6 +142,8 @@ class VaultService(flight.FlightServerBase):
                     stack.enter_context(writer_lock(parent))
                 strings = [field.name for field in self.vault.schema.fields if field.type == "string"]
                 self._codes = Codebook(os.path.join(parent, CODES), strings)
+                if not read_only:
+                    self._codes.check(self.vault)
             middleware = {"token": _TokenCheck(token)} if token else None
             try:
                 super().__init__(location, tls_certificates=[tls] if tls else None, middleware=middleware)

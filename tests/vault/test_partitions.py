@@ -11,6 +11,7 @@ import pytest
 
 from laser_jax import vault as seqvault
 from laser_jax.schema import Field, Schema
+from laser_jax.vault.service import VaultService
 from tests.faults.test_bit_flips import flip
 from tests.vault.conftest import FIELDS, Model, assert_same, random_log, take
 
@@ -278,6 +279,11 @@ def test_codes_that_nobody_can_know_are_not_given_anew(coded, left):
         os.truncate(file, starts[left] if left < 2 else starts[1] + left)
     (damage,) = seqvault.verify(path)
     assert damage.startswith(f"{file}: {10 if left else 30} strings of field 'brand' have no code, such as 'brand ")
+    cut = rf"{file} is cut or missing: \d+ strings of field 'brand' in .*partition-0000\d have no code"
+    with seqvault.open(path, writing=WRITING) as vault, pytest.raises(seqvault.CorruptionError, match=cut):
+        vault.append({"user": [1], "time": [99], "brand": ["new"]})
+    with pytest.raises(seqvault.CorruptionError, match=cut):
+        VaultService(os.path.join(path, "partition-00000"))
     with pytest.raises(seqvault.CorruptionError, match=rf"{file} is cut or missing.*'brand'.*from a backup"):
         seqvault.repair(path)
     pathlib.Path(file).write_bytes(whole)

@@ -385,9 +385,17 @@ def write_vocabulary(path, ids):
         raise RequestsError(f"{path} exists: a vocabulary is written once; remove it first")
     if ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.dtype == np.uint64:
         raise RequestsError(f"vocabulary {path} is given as {ids.dtype} {ids.shape}, expected int64 (V,)")
-    column = ColumnWriter(path, "int64")
-    column.add(np.unique(ids).astype(np.int64))
-    column.close()
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    # Whatever lies beside it is taken for a vocabulary too, so that what a killed process leaves must not lie there.
+    build = tempfile.mkdtemp(prefix=".vocabulary.", dir=os.path.dirname(os.path.dirname(path)))
+    try:
+        column = ColumnWriter(os.path.join(build, "ids"), "int64")
+        column.add(np.unique(ids).astype(np.int64))
+        column.close()
+        os.rename(os.path.join(build, "ids"), path)
+        sync_directory(os.path.dirname(path))
+    finally:
+        shutil.rmtree(build, ignore_errors=True)
 
 
 def read_vocabulary(path):

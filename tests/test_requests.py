@@ -161,6 +161,22 @@ def test_refusals(tmp_path):
         reqs.Requests.open(tmp_path / "train")
 
 
+def test_a_vocabulary_is_there_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+    path, ids = tmp_path / "data" / "vocab" / "item", np.arange(SHARD + 5) * 3
+
+    def kill(_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as killed:
+        killed.setattr(reqs.ColumnWriter, "close", kill)  # between two shards
+        with pytest.raises(KeyboardInterrupt):
+            reqs.write_vocabulary(path, ids)
+    assert os.listdir(tmp_path / "data") == ["vocab"] and os.listdir(path.parent) == []
+    reqs.write_vocabulary(path, ids)
+    np.testing.assert_array_equal(reqs.read_vocabulary(path), ids)
+    assert os.listdir(path.parent) == ["item"] and os.listdir(tmp_path / "data") == ["vocab"]
+
+
 def test_a_flipped_bit_and_a_lost_file_are_errors(tmp_path):
     write(tmp_path / "train", np.full(300, 5))
     chunk = tmp_path / "train" / "candidates.item" / "c" / "0"

@@ -34,7 +34,7 @@ from laser_jax.vault.reader import CACHE_BYTES, Vault
 from laser_jax.vault.remote import RemoteWriter, publish
 from laser_jax.vault.repair import RepairReport, repair
 from laser_jax.vault.served_partitions import ServedPartitions, connect
-from laser_jax.vault.storage import is_url
+from laser_jax.vault.storage import is_url, plain_path
 from laser_jax.vault.writer import BUFFER_EVENTS, VaultWriter
 
 __all__ = [
@@ -93,7 +93,7 @@ def create(
       VaultExistsError: the directory is in use.
       LockedError: another writer is creating a vault there (raised on entering the block).
     """
-    path = os.fspath(path)
+    path = plain_path(os.fspath(path))
     if is_url(path):
         if partitions is not None:
             raise VaultError(f"{path}: a partitioned vault lies in a local directory")

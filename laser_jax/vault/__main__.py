@@ -130,25 +130,36 @@ def _append(options: argparse.Namespace) -> int:
     with seqvault.open(options.path) as vault:
         wanted = ("user", "time", *vault.schema.names)
         events, started, spoken, rows = 0, time.monotonic(), time.monotonic(), []
+        begin = 1  # the line of the first row
 
         def write() -> None:
             nonlocal events, rows
-            vault.append({name: [row[name] for row in rows] for name in wanted})
+            try:
+                vault.append({name: [row[name] for row in rows] for name in wanted})
+            except VaultError as error:
+                raise type(error)(f"{error} (row 0 is line {begin})") from error
             events += len(rows)
             rows = []
 
-        for number, line in enumerate(sys.stdin, 1):
-            if not line.strip():
-                continue
-            rows.append(_event(line, number, wanted))
-            if len(rows) == options.batch:
+        try:
+            for number, line in enumerate(sys.stdin, 1):
+                if not line.strip():
+                    continue
+                begin = begin if rows else number
+                rows.append(_event(line, number, wanted))
+                if len(rows) == options.batch:
+                    write()
+                    if time.monotonic() - spoken >= 1:
+                        spoken = time.monotonic()
+                        rate = events / (spoken - started)
+                        print(f"{events:,} events appended, {rate:,.0f}/s", file=sys.stderr, flush=True)
+            if rows:
                 write()
-                if time.monotonic() - spoken >= 1:
-                    spoken = time.monotonic()
-                    rate = events / (spoken - started)
-                    print(f"{events:,} events appended, {rate:,.0f}/s", file=sys.stderr, flush=True)
-        if rows:
-            write()
+        except VaultError as error:
+            if not events:
+                raise
+            # Who corrects the line and gives all of them again would write these twice.
+            raise type(error)(f"{error}; {events:,} events are written: go on with line {begin}") from error
         result = {"events": events, "seconds": time.monotonic() - started, "next_sequence": vault.next_sequence}
     print(json.dumps(result) if options.json else f"{events:,} events in {result['seconds']:.1f} s: {options.path}")
     return 0

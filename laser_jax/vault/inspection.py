@@ -60,7 +60,8 @@ def stats(vault: Any) -> dict[str, Any]:
     num_pages = sum(part.num_pages for part in state.parts.values())
     in_parts, alive = sum(entry["events"] for entry in entries), int(found.size.sum())
     in_tails = sum(tail.size for tail in state.tails)
-    times = [*(entry["first_time"] for entry in entries), *(entry["last_time"] for entry in entries)]
+    spans = [(entry["first_time"], entry["last_time"]) for entry in entries]
+    spans += [span for tail in state.tails if (span := tail.span) is not None]
     shares = None
     if len(per_user):
         shares = [float(per_user.mean()), float(np.percentile(per_user, 99)), int(per_user.max())]
@@ -75,8 +76,8 @@ def stats(vault: Any) -> dict[str, Any]:
         "bytes_per_event": size / in_parts if in_parts else None,
         "log_bytes": log_bytes,
         "fill": in_parts / (num_pages * PAGE) if num_pages else None,
-        "first_time": min(times, default=None),
-        "last_time": max(times, default=None),
+        "first_time": min((first for first, _ in spans), default=None),
+        "last_time": max((last for _, last in spans), default=None),
         "time_unit": vault.schema.time_unit,
         "parts_per_user": shares,
         "dictionaries": {field: len(vault.dictionary(field)) for field in manifest["dictionaries"]},

@@ -125,14 +125,13 @@ def check(schema: Schema, survey: Survey, files: list[str], plain_times: bool) -
             )
     unit, first, last = schema.time_unit, survey.first, survey.last
     if survey.outside:
-        bad, kind = (first, "negative") if first < 0 else (last, "absurd")
+        # With both kinds in the log, which of them the first one is cannot be told from the ends.
+        kind = "absurd" if first >= 0 else "negative" if last < schema.time_limit else "impossible"
         hint = "is the unit right?"
         if plain_times and first >= 0 and unit == "s" and _FIRST_MS <= last < TIME_LIMIT["ms"]:
             hint = 'are these milliseconds? then set time_unit "ms" in the schema'
-        raise SchemaError(
-            f"{survey.outside.where}: {kind} time, such as {bad}; need 0 <= time < {schema.time_limit} in {unit} "
-            f"since 1970 ({hint})"
-        )
+        found = f"{survey.outside.where}: {kind} time, such as {survey.outside.value}"
+        raise SchemaError(f"{found}; need 0 <= time < {schema.time_limit} in {unit} since 1970 ({hint})")
     if plain_times and survey.newest:
         raise SchemaError(
             f"{survey.newest.where}: the newest time of the log is {last}: in milliseconds that is before March 1973, "

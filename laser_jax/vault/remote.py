@@ -13,14 +13,16 @@ from laser_jax.vault.errors import UnavailableError, VaultError, VaultExistsErro
 from laser_jax.vault.format import DICTIONARIES, MANIFEST, PARTS
 from laser_jax.vault.ingest import Report, ingest
 from laser_jax.vault.manifest import HeldManifest, dump_manifest
-from laser_jax.vault.storage import KvStorage, LocalStorage, is_url
+from laser_jax.vault.partitioning import is_partitioned, partition_path
+from laser_jax.vault.reader import Vault
+from laser_jax.vault.storage import KvStorage, LocalStorage, is_url, plain_path
 from laser_jax.vault.writer import VaultWriter
 
 _UPLOADS = 8
 
 
 def publish(path: str, url: str, at: str | None = None) -> int:
-    """Uploads a vault, or its snapshot `at`; what is in its log only is not included, `snapshot` or `flush` it first.
+    """Uploads a vault, or its snapshot `at`.
 
     The manifest goes last, and only if there is none: a reader finds a whole vault or none.
 
@@ -32,9 +34,26 @@ def publish(path: str, url: str, at: str | None = None) -> int:
       Bytes uploaded.
 
     Raises:
+      VaultError: this is no single vault in a directory, or events of it are in its log only.
       VaultExistsError: there is a vault already.
       UnavailableError: the store refused. What was uploaded stays; the next `publish` to the same place writes over it.
     """
+    path = plain_path(path)
+    if is_url(path) or "://" in path:
+        raise VaultError(f"{path}: give the directory of a vault; what is published lies on this machine")
+    if is_partitioned(path):
+        raise VaultError(
+            f"{path} is a vault in partitions: publish each of them, {partition_path(path, 0)} and so on, to a place "
+            "of its own"
+        )
+    if at is None:
+        with Vault(path, cache_bytes=0) as vault:
+            waiting = vault.next_sequence - vault.manifest["next_sequence"]
+        if waiting:
+            raise VaultError(
+                f"{path}: {waiting:,} events are in its log only, and would be left out: make a snapshot, and publish "
+                "that (at=, --at)"
+            )
     source, target = LocalStorage(path), KvStorage(url)
     if target.read(MANIFEST) is not None:
         raise VaultExistsError(f"{url} already holds a vault: give another place")
@@ -91,6 +110,7 @@ def ingest_anywhere(
             return ingest_spark(schema, inputs, place, memory, master, progress=progress)
         raise VaultError(f"engine {engine!r} is not one of duckdb, spark")
 
+    out = plain_path(out)
     if not is_url(out):
         return build(out)
     if KvStorage(out).read(MANIFEST) is not None:

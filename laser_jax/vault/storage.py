@@ -152,10 +152,14 @@ def is_url(path: str) -> bool:
     return path.startswith("{") or path.partition("://")[0] in _SCHEMES and "://" in path
 
 
+def plain_path(path: str) -> str:
+    """The directory that a file:// URL names; anything else as it is."""
+    return path.removeprefix("file://")
+
+
 def storage_of(path: str) -> LocalStorage | KvStorage:
     """The storage that a path or URL names."""
-    if path.startswith("file://"):
-        path = path[len("file://") :]
+    path = plain_path(path)
     return KvStorage(path) if is_url(path) else LocalStorage(path)
 
 

@@ -54,6 +54,12 @@ class Tail:
         """Memory in use, about."""
         return self.size * self._width + len(self._slots) * 150
 
+    @property
+    def span(self) -> tuple[int, int] | None:
+        """The first and the last time of its events; None if there are none."""
+        times = self._rows["time"][: self.size]
+        return (int(times.min()), int(times.max())) if len(times) else None
+
     def __contains__(self, user: Any) -> bool:
         return user in self._slots
 

@@ -113,6 +113,32 @@ def test_damage_is_named_and_repaired(path, capsys, monkeypatch):
     assert [len(vault.get(user)) for user in (1, 2, 3)] == [10, 0, 10]
 
 
+def test_append_says_where_to_go_on_after_a_line_that_is_wrong(path, capsys, monkeypatch):
+    whole = lines(7).splitlines(keepends=True)
+    for wrong, told in (
+        ("[7]\n", "line 6 has list"),
+        (whole[4].replace("104", "-4"), "(row 0 is line 6)"),
+    ):
+        given = "".join([*whole[:3], "\n", whole[3], wrong, *whole[5:]])  # the wrong one is line 6
+        status, _, err = run(capsys, monkeypatch, "append", path, "--batch=2", given=given)
+        assert status == 1 and told in err and err.endswith("; 4 events are written: go on with line 6\n")
+        assert seqvault.open(path).num_events == 4
+        rest = "".join(given.splitlines(keepends=True)[5:]).replace(wrong, whole[4])
+        assert run(capsys, monkeypatch, "append", path, given=rest)[0] == 0
+        assert sorted(seqvault.open(path).gather([1, 2, 3], n=99).columns["item"].tolist()) == list(range(7))
+        with seqvault.open(path) as vault:
+            vault.forget([1, 2, 3])
+
+
+def test_stats_tell_the_times_of_what_is_in_the_log_too(path, capsys, monkeypatch):
+    run(capsys, monkeypatch, "append", path, given=lines(5))
+    with seqvault.open(path) as vault:
+        vault.flush()
+    run(capsys, monkeypatch, "append", path, given=lines(25, first=5))
+    told = json.loads(run(capsys, monkeypatch, "stats", path, "--json")[1])
+    assert (told["events"], told["first_time"], told["last_time"]) == (30, 100, 129)
+
+
 @pytest.mark.parametrize(
     ("arguments", "given", "text"),
     [

@@ -157,6 +157,7 @@ def write_schema(path, schema=SCHEMA) -> str:
         ({"item": None}, "column 'item' is missing; its columns: "),
         ({"user": [2, None, 2]}, r"log0.*, row 1: null user \(in 1 row\)"),
         ({"time": [5, -7, 6]}, "log0.*, row 1: negative time, such as -7"),
+        ({"time": [5, 9000000000000, -6]}, "log0.*, row 1: impossible time, such as 9000000000000;"),
         ({"time": [5, 4102444800, 6]}, "row 1: absurd time, such as 4102444800; need 0 <= time.*is the unit right"),
         ({"time": [5, 1700000000000, 6]}, 'absurd time.*are these milliseconds.*time_unit "ms"'),
         ({"dwell": [1, 2, 65536]}, "log0.*, row 2: column 'dwell': '65536' is not of type uint16"),

@@ -85,6 +85,31 @@ def test_ingest_to_s3(s3, tmp_path):
     assert vault.gather([f"u{user}" for user in range(8)], n=10).num_events == 80
 
 
+def test_what_would_be_left_out_is_not_published(tmp_path):
+    path, url = str(tmp_path / "vault"), "memory://left_out"
+    with seqvault.create("file://" + path, SCHEMA):
+        pass
+    with seqvault.open(path, writing=seqvault.WriterOptions(background=False)) as vault:
+        vault.append(random_log(SCHEMA, USERS, 50, 2))
+    with pytest.raises(seqvault.VaultError, match=f"{path}: 50 events are in its log only.*make a snapshot"):
+        seqvault.publish(path, url)
+    with seqvault.open(path, writing=seqvault.WriterOptions(background=False)) as vault:
+        vault.flush()
+    assert seqvault.publish("file://" + path, url) > 0 and seqvault.open(url).num_events == 50
+    with seqvault.create(tmp_path / "parted", SCHEMA, partitions=2):
+        pass
+    for wrong, message in (
+        (
+            str(tmp_path / "parted"),
+            "is a vault in partitions: publish each of them, .*/parted/partition-00000 and so on",
+        ),
+        ("grpc://host:1", "give the directory of a vault"),
+        (url, "give the directory of a vault"),
+    ):
+        with pytest.raises(seqvault.VaultError, match=message):
+            seqvault.publish(wrong, "memory://nowhere")
+
+
 def test_http_and_published_snapshots(tmp_path):
     log = random_log(SCHEMA, USERS, 2000, 2)
     path = tmp_path / "vault"

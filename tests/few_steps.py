@@ -47,6 +47,7 @@ def few_steps(path: str, encoder: str, steps: int, mesh: MeshConfig, make_config
             losses.append(float(counts.loss / counts.samples))
         batch = source.batch(0)
         logits = np.asarray(make_eval_step(factory)(state, place_batch(batch.step, mesh))[0])
+        logits = np.where(batch.step["mask"], logits, 0)  # what pads a row is whatever a device has there
     after = described(state)
     leaves = jax.tree_util.tree_leaves_with_path(jax.device_get((state.params, state.tables)))
     split = [x for x in jax.tree.leaves((state.params, state.opt_state)) if "model" in x.sharding.spec]

@@ -26,7 +26,6 @@ from laser_jax.vault.errors import (
     VersionError,
 )
 from laser_jax.vault.history import Histories, History
-from laser_jax.vault.inspection import verify
 from laser_jax.vault.maintenance import WriterOptions
 from laser_jax.vault.partitioning import is_partitioned
 from laser_jax.vault.partitions import PartitionedVault, PartitionedWriter, Sequences
@@ -35,6 +34,7 @@ from laser_jax.vault.remote import RemoteWriter, publish
 from laser_jax.vault.repair import RepairReport, repair
 from laser_jax.vault.served_partitions import ServedPartitions, connect
 from laser_jax.vault.storage import is_url, plain_path
+from laser_jax.vault.verification import verify
 from laser_jax.vault.writer import BUFFER_EVENTS, VaultWriter
 
 __all__ = [

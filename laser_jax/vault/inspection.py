@@ -9,7 +9,6 @@ import numpy as np
 
 from laser_jax.schema import Schema
 from laser_jax.vault import format as vault_format
-from laser_jax.vault.codebook import CODES, Codebook
 from laser_jax.vault.dictionary import Dictionary
 from laser_jax.vault.errors import CorruptionError, UnavailableError, VaultError
 from laser_jax.vault.files import Folder
@@ -20,10 +19,8 @@ from laser_jax.vault.lookup import LocalPages, RemotePages
 from laser_jax.vault.manifest import HeldManifest, parse_manifest, snapshots
 from laser_jax.vault.merge_plan import all_entries
 from laser_jax.vault.part import Part
-from laser_jax.vault.partitioning import is_partitioned, partition_paths
-from laser_jax.vault.reader import Vault
 from laser_jax.vault.state import read_strings
-from laser_jax.vault.storage import KvStorage, LocalStorage, is_url, storage_of
+from laser_jax.vault.storage import KvStorage, LocalStorage, storage_of
 from laser_jax.vault.tasks import read_entries
 from laser_jax.vault.unpacking import SEQUENCE
 
@@ -93,16 +90,13 @@ def verify(path: str | os.PathLike, progress: Callable[[str], None] | None = Non
     """Reads all of a vault, checks checksums and consistency.
 
     Args:
-      path: directory or URL of the vault; of a partitioned one, every partition is read, and their common codes.
+      path: directory or URL of the vault, or of a partition.
       progress: called with a line for each part.
 
     Returns:
       Every damage in words; empty if the vault is whole.
     """
     path = os.fspath(path)
-    if not is_url(path) and is_partitioned(path):
-        damages = [damage for inner in partition_paths(path) for damage in verify(inner, progress)]
-        return damages + damaged_codes(path)
     storage = storage_of(path)
     say = progress or (lambda line: None)
     damages = _lasting(storage, lambda manifest: _damaged_files_of_all(storage, manifest, say))
@@ -117,34 +111,6 @@ def verify(path: str | os.PathLike, progress: Callable[[str], None] | None = Non
         damages += _lasting(storage, lambda manifest: [] if manifest is None else _damaged_log(storage, manifest))
     # A damaged directory file is found by name and again when the part is opened.
     return list(dict.fromkeys(damages))
-
-
-def damaged_codes(path: str) -> list[str]:
-    """Damages of the common codes of the partitioned vault at `path`; strings that have none are such, too."""
-    strings = strings_of_partitions(path)
-    try:
-        codes = Codebook(os.path.join(path, CODES), [])
-    except VaultError as error:
-        return [str(error)]
-    damages = []
-    for field, values in strings.items():
-        known = codes.dictionaries.get(field, Dictionary())
-        lost = [value for value in values if known.code(value) < 0]
-        if lost:
-            damages.append(f"{codes.path}: {len(lost)} strings of field {field!r} have no code, such as {lost[0]!r}")
-    return damages
-
-
-def strings_of_partitions(path: str) -> dict[str, list[str]]:
-    """All values of each string field that the partitions hold; one that cannot be opened is left out."""
-    found: dict[str, dict[str, None]] = {}
-    for inner in partition_paths(path):
-        with contextlib.suppress(VaultError):
-            vault = Vault(inner, 0)
-            for field in vault.schema.fields:
-                if field.type == "string":
-                    found.setdefault(field.name, {}).update(dict.fromkeys(vault.dictionary(field.name).tolist()))
-    return {field: list(values) for field, values in found.items()}
 
 
 def damaged_manifests(storage: LocalStorage) -> list[str]:

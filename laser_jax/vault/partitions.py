@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 
 from laser_jax.schema import Schema, SchemaError
-from laser_jax.vault import inspection
 from laser_jax.vault.arguments import checked_bounds, checked_times, checked_users, checked_values
 from laser_jax.vault.codebook import CODES, Codebook
 from laser_jax.vault.columns import Coded, check_columns
@@ -38,6 +37,7 @@ from laser_jax.vault.maintenance import WriterOptions
 from laser_jax.vault.origins import checked_origin
 from laser_jax.vault.partitioning import FORMAT, PARTITIONS, partition_of, partition_path, read_count
 from laser_jax.vault.reader import Vault
+from laser_jax.vault.verification import verify
 from laser_jax.vault.writer import VaultWriter
 
 
@@ -367,7 +367,7 @@ class PartitionedVault:
 
     def verify(self) -> list[str]:
         """As Vault.verify."""
-        return inspection.verify(self.path)
+        return verify(self.path)
 
     def _each(self, call: Callable[[Vault], Any]) -> list[Any]:
         self._write_lock()

@@ -15,7 +15,7 @@ from laser_jax.vault.dictionary import Dictionary
 from laser_jax.vault.errors import CorruptionError, MissingError, NotAVaultError, UnavailableError, VaultError
 from laser_jax.vault.files import Folder, inventory, sync_path, sync_tree, write_strings, writer_lock
 from laser_jax.vault.format import DAMAGED, DICTIONARIES, MANIFEST, MANIFEST_COPY, PARTS, SNAPSHOTS
-from laser_jax.vault.inspection import damaged_codes, damaged_manifests, damaged_part, strings_of_partitions
+from laser_jax.vault.inspection import damaged_manifests, damaged_part
 from laser_jax.vault.log_repair import repair_log
 from laser_jax.vault.lookup import LocalPages
 from laser_jax.vault.manifest import (
@@ -33,6 +33,7 @@ from laser_jax.vault.state import read_strings
 from laser_jax.vault.storage import LocalStorage
 from laser_jax.vault.tasks import read_entries, write_rows
 from laser_jax.vault.unpacking import SEQUENCE
+from laser_jax.vault.verification import damaged_codes, strings_of_partitions
 
 
 @dataclasses.dataclass

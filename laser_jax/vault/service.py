@@ -34,7 +34,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from pyarrow import flight
 
 from laser_jax.schema import Schema
-from laser_jax.vault import inspection, wire
+from laser_jax.vault import wire
 from laser_jax.vault.codebook import CODES, Codebook
 from laser_jax.vault.errors import SchemaError, UnavailableError, UnknownFieldError, VaultError
 from laser_jax.vault.files import writer_lock
@@ -44,6 +44,7 @@ from laser_jax.vault.partitioning import is_partitioned, partition_path, read_co
 from laser_jax.vault.reader import Vault
 from laser_jax.vault.storage import LocalStorage
 from laser_jax.vault.tickets import GATHER, GET, field_names, parse
+from laser_jax.vault.verification import damaged_codes
 from laser_jax.vault.warm_up import warm_up
 
 #: Seconds after which a service that only reads looks for what was written.
@@ -339,7 +340,7 @@ class VaultService(flight.FlightServerBase):
         """Reads everything and names every damage; the first partition's service also looks at the common codes."""
         damages = self.vault.verify()
         if self._codes is not None:
-            damages += inspection.damaged_codes(os.path.dirname(self.vault.path))
+            damages += damaged_codes(os.path.dirname(self.vault.path))
         return damages
 
     # Parts of the above.

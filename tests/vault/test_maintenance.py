@@ -194,7 +194,7 @@ def test_an_error_behind_the_writer_is_told_to_who_waits_and_does_not_last(make,
             time.sleep(0.1)
     assert not left and all("no memory" in text for text in refused)
     assert len(items(vault, 3)) == written
-    assert vault.stats()["writer"]["flush_failure"] is None
+    until(lambda: vault.stats()["writer"]["flush_failure"] is None)
 
 
 def test_who_is_forgotten_is_durable_before_it_is_said(make, monkeypatch):  # noqa: F811

@@ -161,7 +161,6 @@ class Maintenance:
         """Ends after what is under way; a merge is given up. From then on nothing changes the vault."""
         self._closing = True
         self._work.set()
-        self._merger.stop()
         if self._thread is not None:
             self._thread.join()
         with self._lock:  # another thread may be flushing, merging or forgetting
@@ -419,23 +418,30 @@ class Maintenance:
 
     def _run_merge(self, task: MergeTask) -> dict[str, Any] | None:
         """The result of a merge. While it goes on, which may be slowly on purpose, full tails become parts."""
+        given_up = UnavailableError(f"{self.root} was closed meanwhile: nothing of this merge counts")
+        if self._closing:
+            raise given_up
         if not self.options.background:
             return self.run_task(task)
         with concurrent.futures.ThreadPoolExecutor(1, "vault-merge") as pool:
             running = pool.submit(self._merger.run, task)
-            while not concurrent.futures.wait([running], _LOOK).done:
-                if self._flush_failure is None:
-                    try:
-                        self._flush_sealed()
-                    except Exception as error:  # whatever it is: who waits for room must hear of it
-                        self._flush_failure = error
-                        self._work.set()
+            try:
+                while not concurrent.futures.wait([running], _LOOK).done:
+                    if self._closing:
+                        self._merger.stop()
+                    elif self._flush_failure is None:
+                        try:
+                            self._flush_sealed()
+                        except Exception as error:  # whatever it is: who waits for room must hear of it
+                            self._flush_failure = error
+                            self._work.set()
+            except BaseException:
+                self._merger.stop()  # or the pool would wait for it
+                raise
         try:
             return self._counted(running.result())
         except UnavailableError as error:
-            if not self._closing:
-                raise
-            raise UnavailableError(f"{self.root} was closed meanwhile: nothing of this merge counts") from error
+            raise (given_up if self._closing else error) from error.__cause__
 
     def sync_parts(self) -> None:
         """Makes the names of new parts durable."""

@@ -1,5 +1,6 @@
 """What goes on behind a writer, and what may come in between: closing, refusals, appends that do not wait."""
 
+import dataclasses
 import errno
 import os
 import threading
@@ -102,6 +103,32 @@ def test_a_merge_that_takes_hours_does_not_hold_up_who_closes(make):  # noqa: F8
     again.append(events([1], 100))
     assert items(again, 1) == [0, 10, 20, 100] and items(again, 2) == [1, 11, 21] and again.verify() == []
     again.close()
+
+
+def test_a_merge_is_given_up_between_two_parts_too(make, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("laser_jax.vault.merge_plan.MERGE_EVENTS", 100)
+    vault, gate, run = make(ITEMS, WriterOptions(merge_bytes_per_s=1, merge_parts=1)), Gate(), Worker.run
+    users = list(range(80))
+    for start in range(3):
+        vault.append(events(users, 100 * start))
+        vault.flush()
+
+    def first_at_once(worker, task):
+        if isinstance(task, MergeTask) and not gate.reached.is_set():
+            gate()
+            task = dataclasses.replace(task, bytes_per_s=0)
+        return run(worker, task)
+
+    monkeypatch.setattr(Worker, "run", first_at_once)
+    vault.merge_in_background()
+    assert gate.reached.wait(60)
+    maintenance = vault._appender.maintenance
+    closing, met = in_thread(vault.close)
+    until(lambda: maintenance._closing)
+    gate.open.set()
+    closing.join(60)
+    assert not closing.is_alive() and not met
+    assert items(vault, 7) == [7, 107, 207] and vault.verify() == []
 
 
 def test_a_handle_that_was_closed_changes_nothing_any_more(make):  # noqa: F811

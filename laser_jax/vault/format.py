@@ -25,8 +25,9 @@ times of a page are a running sum. Sequence numbers (the order of writing) are s
 modulo 2^64, in parts made from the log; a part of the bulk writer has none, its events are numbered as they lie from
 the entry's `first_sequence` on.
 
-Version 2 added what is about the log, merged parts and changed schemas; a vault of version 1 is read as it is and
-becomes one of version 2 with the first write.
+Version 2 added what is about the log, merged parts and changed schemas. Version 3 has fewer pages in a shard where
+pages are large; how many, the array's zarr.json says. A vault of an earlier version is read as it is and becomes one
+of version 3 with the first write.
 """
 
 import dataclasses
@@ -37,7 +38,7 @@ import numpy as np
 from laser_jax.schema import Schema, SchemaError
 
 FORMAT = "laser_jax.vault"
-VERSION = 2
+VERSION = 3
 MANIFEST = "manifest.json"
 MANIFEST_COPY = "manifest.copy.json"
 MANIFESTS = "manifests"
@@ -47,16 +48,18 @@ LOCK = "writer.lock"
 PARTS = "parts"
 DICTIONARIES = "dictionaries"
 DAMAGED = "damaged"
-#: Events in a page, and pages in a shard file.
+#: Events in a page.
 PAGE = 256
-SHARD_PAGES = 4096
+#: Pages in a shard file at most, and their bytes before compression: a writer holds a few shards in memory.
+MAX_SHARD_PAGES = 4096
+MAX_SHARD_BYTES = 64 << 20
 #: A shard ends in an index of (offset, length) uint64 pairs and their crc32c; both 2^64 - 1 means "not
 #: stored".
 INDEX_ENTRY = 16
 CHECKSUM = 4
 #: Levels of blosc's zstd: for parts that are soon merged into others, and for parts that stay.
 LEAST_LEVEL, MOST_LEVEL = 1, 4
-#: A shard of pages stays below 4 GB.
+#: Words of a page: whoever reads one event's scalar fields decodes a page.
 MAX_WORDS = 1000
 
 _WORD = np.dtype(np.uint32)
@@ -162,19 +165,28 @@ def packed_metadata(array: np.ndarray) -> dict[str, Any]:
     return _array_metadata(array.shape, array.dtype, array.shape, [codec, _blosc(array.dtype, MOST_LEVEL), _CRC])
 
 
-def pages_metadata(num_pages: int, num_words: int, level: int) -> dict[str, Any]:
-    """zarr.json of the pages array [num_pages, num_words, PAGE], compressed at a level of blosc."""
-    return _sharded_metadata((num_pages, num_words, PAGE), _WORD, level)
+def pages_metadata(
+    num_pages: int, num_words: int, level: int, shard_bytes: int | None = MAX_SHARD_BYTES
+) -> dict[str, Any]:
+    """zarr.json of the pages array [num_pages, num_words, PAGE], compressed at a level of blosc.
+
+    Args:
+      num_pages, num_words, level: as above.
+      shard_bytes: of a shard's pages, at most; None as versions 1 and 2 had it, without this bound.
+    """
+    return _sharded_metadata((num_pages, num_words, PAGE), _WORD, level, shard_bytes)
 
 
-def vector_metadata(num_pages: int, size: int, dtype: np.dtype, level: int) -> dict[str, Any]:
-    """zarr.json of a vector field's array [num_pages, PAGE, size]."""
-    return _sharded_metadata((num_pages, PAGE, size), dtype, level)
+def vector_metadata(
+    num_pages: int, size: int, dtype: np.dtype, level: int, shard_bytes: int | None = MAX_SHARD_BYTES
+) -> dict[str, Any]:
+    """zarr.json of a vector field's array [num_pages, PAGE, size]; arguments as for pages_metadata."""
+    return _sharded_metadata((num_pages, PAGE, size), dtype, level, shard_bytes)
 
 
-def shard_pages(num_pages: int) -> int:
-    """Pages in a shard of an array of `num_pages`: a small part has one shard of its own size."""
-    return min(SHARD_PAGES, num_pages)
+def shard_pages(metadata: dict[str, Any]) -> int:
+    """Pages in a shard, the last one apart, as the zarr.json of a sharded array says."""
+    return metadata["chunk_grid"]["configuration"]["chunk_shape"][0]
 
 
 def shard_path(array: str, shard: int) -> str:
@@ -198,7 +210,12 @@ def _blosc(dtype: np.dtype, level: int) -> dict[str, Any]:
     return {"name": "blosc", "configuration": configuration}
 
 
-def _sharded_metadata(shape: tuple[int, ...], dtype: np.dtype, level: int) -> dict[str, Any]:
+def _sharded_metadata(
+    shape: tuple[int, int, int], dtype: np.dtype, level: int, shard_bytes: int | None
+) -> dict[str, Any]:
+    pages = min(shape[0], MAX_SHARD_PAGES)  # a small part has one shard of its own size
+    if shard_bytes is not None:
+        pages = min(pages, max(1, shard_bytes // (shape[1] * shape[2] * dtype.itemsize)))
     single = dtype.itemsize == 1
     sharding = {
         "name": "sharding_indexed",
@@ -213,7 +230,7 @@ def _sharded_metadata(shape: tuple[int, ...], dtype: np.dtype, level: int) -> di
             "index_location": "end",
         },
     }
-    return _array_metadata(shape, dtype, (shard_pages(shape[0]), *shape[1:]), [sharding])
+    return _array_metadata(shape, dtype, (pages, *shape[1:]), [sharding])
 
 
 def _array_metadata(

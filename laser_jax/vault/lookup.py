@@ -11,7 +11,7 @@ from laser_jax.vault import format as vault_format
 from laser_jax.vault import kernels
 from laser_jax.vault.decode import DamagedPage, decode_pages, read_run, read_runs
 from laser_jax.vault.errors import CorruptionError, MissingError, UnavailableError
-from laser_jax.vault.format import PAGE, SHARD_PAGES
+from laser_jax.vault.format import PAGE
 from laser_jax.vault.index import PageTable
 from laser_jax.vault.part import Part
 from laser_jax.vault.storage import shared_context
@@ -77,8 +77,9 @@ class LocalPages:
           As for words.
         """
         layout, base = part.layout, table.base[part.name]
-        shard = (low - base) // SHARD_PAGES
-        if (high - 1 - base) // SHARD_PAGES == shard:
+        shard_pages = part.shard_pages["pages"]
+        shard = (low - base) // shard_pages
+        if (high - 1 - base) // shard_pages == shard:
             file = self._opened(part, "pages", shard)  # held: another thread may push it out of the table meanwhile
             try:
                 found = read_run(file.descriptor, table, low, high, layout, before, n, plan, out, prefix)
@@ -105,8 +106,10 @@ class LocalPages:
         self, array: str, parts: list[Part], first: np.ndarray, end: np.ndarray, page_bytes: int
     ) -> np.ndarray:
         """Pages first..end-1 of R parts, uint8 [P, page_bytes]."""
-        if len(parts) == 1 or (first // SHARD_PAGES != (end - 1) // SHARD_PAGES).any():
-            parts, first, end = _within_shards(parts, first, end)
+        shard_pages = _shard_pages(parts, array)
+        if (first // shard_pages != (end - 1) // shard_pages).any():
+            parts, first, end = _within_shards(array, parts, first, end)
+            shard_pages = _shard_pages(parts, array)
         counts = end - first
         before = np.cumsum(counts) - counts
         total = int(counts.sum())
@@ -123,7 +126,7 @@ class LocalPages:
         size = offset[last] + length[last] - start
         target = np.cumsum(size) - size
         data = np.empty(int(size.sum()), np.uint8)
-        self._read(array, parts, first // SHARD_PAGES, start, size, target, data)
+        self._read(array, parts, first // shard_pages, start, size, target, data)
         try:
             return decode_pages(data, offset + np.repeat(target - start, counts), length, page_bytes)
         except DamagedPage as error:
@@ -181,12 +184,21 @@ class LocalPages:
         return found
 
 
-def _within_shards(parts: list[Part], first: np.ndarray, end: np.ndarray) -> tuple[list[Part], np.ndarray, np.ndarray]:
+def _shard_pages(parts: list[Part], array: str) -> np.ndarray:
+    """Pages in a shard file of R parts, int64 [R]."""
+    found = {part: part.shard_pages[array] for part in set(parts)}
+    return np.fromiter(map(found.__getitem__, parts), np.int64, len(parts))
+
+
+def _within_shards(
+    array: str, parts: list[Part], first: np.ndarray, end: np.ndarray
+) -> tuple[list[Part], np.ndarray, np.ndarray]:
     """The same runs, cut where a shard ends."""
     rows = []
     for part, begin, stop in zip(parts, first.tolist(), end.tolist(), strict=True):
+        shard_pages = part.shard_pages[array]
         while begin < stop:
-            cut = min(stop, (begin // SHARD_PAGES + 1) * SHARD_PAGES)
+            cut = min(stop, (begin // shard_pages + 1) * shard_pages)
             rows.append((part, begin, cut))
             begin = cut
     cut_parts, begins, ends = zip(*rows, strict=True)
@@ -229,12 +241,13 @@ class RemotePages:
 
     def vectors(self, part: Part, field: Field, first: int, end: int) -> np.ndarray:
         """As LocalPages.vectors."""
-        pages = self._read(part, vault_format.vector_path(field.name), first, end)
+        array = vault_format.vector_path(field.name)
+        pages = self._read(part, array, first, end)
         blank = np.flatnonzero(~pages.any(axis=(1, 2)))
         if len(blank):
             # Zeros may be real, or stand for a shard that is lost.
-            for shard in {(first + int(page)) // SHARD_PAGES for page in blank}:
-                name = part.shards(vault_format.vector_path(field.name))[shard]
+            for shard in {(first + int(page)) // part.shard_pages[array] for page in blank}:
+                name = part.shards(array)[shard]
                 if part.folder.storage.read(f"{part.folder.name}/{name}") is None:
                     raise MissingError(f"{part.folder.path}/{name} is missing")
         return pages
@@ -274,7 +287,7 @@ class RemotePages:
 
 def damage(part: Part, array: str, page: int, what: Any) -> CorruptionError:
     """The error that names part, page and user."""
-    path = _shard_name(part, array, page // SHARD_PAGES)
+    path = _shard_name(part, array, page // part.shard_pages[array])
     return CorruptionError(
         f"part {part.name}, page {page} of {array}, user {part.user_of_page(page)!r}: {what} ({path})"
     )

@@ -5,6 +5,8 @@ from the pages, and where pages lie in a shard follows from their own headers. W
 checksum are those that the manifest recorded; nothing else about a part ever changes.
 """
 
+import itertools
+import json
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +18,7 @@ from laser_jax.schema import Schema
 from laser_jax.vault import format as vault_format
 from laser_jax.vault.errors import CorruptionError
 from laser_jax.vault.files import Folder, crc32c, dump, sync_path
-from laser_jax.vault.format import CHECKSUM, DICTIONARIES, INDEX_ENTRY, PAGE, PARTS, SHARD_PAGES, PageLayout
+from laser_jax.vault.format import CHECKSUM, DICTIONARIES, INDEX_ENTRY, MAX_SHARD_BYTES, PAGE, PARTS, PageLayout
 from laser_jax.vault.hashing import hash_strings
 from laser_jax.vault.storage import LocalStorage
 
@@ -79,10 +81,11 @@ class _Mender:
         """The names of the files that were made anew."""
         mended: list[str] = []
         folder = self._folder
-        for name, recorded in folder.files.items():
+        for name in folder.files:
             if name.endswith("zarr.json") and _is_damaged(folder, name):
                 _replace(folder, name, self._metadata(name.removesuffix("zarr.json").rstrip("/")), mended)
-            elif len(recorded) == 1:
+        for name, recorded in folder.files.items():
+            if len(recorded) == 1:
                 self._mend_shard(name, mended)
         lost = [name for name in self._arrays if _is_damaged(folder, f"{name}/c/0")]
         for name, values in self._derived(lost).items() if lost else ():
@@ -103,12 +106,13 @@ class _Mender:
             yield _packed(blank)["zarr.json"]
             yield dump(vault_format.plain_metadata(blank))
         elif array == "pages":
-            for level in range(10):
-                yield _created(vault_format.pages_metadata(pages, words, level)).read("zarr.json").result().value
+            for level, shard_bytes in itertools.product(range(10), (MAX_SHARD_BYTES, None)):
+                metadata = vault_format.pages_metadata(pages, words, level, shard_bytes)
+                yield _created(metadata).read("zarr.json").result().value
         elif array.startswith("vectors/"):
             field = self._schema.field(array.removeprefix("vectors/"))
-            for level in range(10):
-                metadata = vault_format.vector_metadata(pages, field.size, field.dtype, level)
+            for level, shard_bytes in itertools.product(range(10), (MAX_SHARD_BYTES, None)):
+                metadata = vault_format.vector_metadata(pages, field.size, field.dtype, level, shard_bytes)
                 yield _created(metadata).read("zarr.json").result().value
 
     def _derived(self, lost: list[str]) -> dict[str, np.ndarray]:
@@ -180,7 +184,11 @@ class _Mender:
         """Makes the index at the end of a shard file anew, if it is damaged and the pages before it say what it was."""
         folder = self._folder
         path = folder.storage.path(f"{folder.name}/{name}")
-        index_size = vault_format.shard_pages(self._entry["pages"]) * INDEX_ENTRY
+        array, shard = name.split("/c/")
+        if _is_damaged(folder, f"{array}/zarr.json"):  # it could not be made anew
+            return
+        shard_pages = vault_format.shard_pages(json.loads(folder.read(f"{array}/zarr.json")))
+        index_size = shard_pages * INDEX_ENTRY
         data_size = folder.files[name][0] - index_size - CHECKSUM
         if folder.storage.size(f"{folder.name}/{name}") != folder.files[name][0]:
             return
@@ -189,8 +197,7 @@ class _Mender:
             index = file.read()
             if crc32c(index[:-CHECKSUM]) == int.from_bytes(index[-CHECKSUM:], "little"):
                 return
-            shard = int(name.split("/c/")[1].split("/")[0])
-            used = min(SHARD_PAGES, self._entry["pages"] - shard * SHARD_PAGES)
+            used = min(shard_pages, self._entry["pages"] - int(shard.split("/")[0]) * shard_pages)
             pairs = np.full((index_size // INDEX_ENTRY, 2), _NO_PAGE, np.uint64)
             at = 0
             for page in range(used):

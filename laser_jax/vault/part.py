@@ -1,6 +1,7 @@
 """One part, opened: its directory arrays, checked against the manifest and each other."""
 
 import copy
+import json
 import re
 from typing import Any
 
@@ -10,7 +11,7 @@ from laser_jax.schema import Schema
 from laser_jax.vault import format as vault_format
 from laser_jax.vault.errors import CorruptionError
 from laser_jax.vault.files import Folder, crc32c
-from laser_jax.vault.format import CHECKSUM, INDEX_ENTRY, PARTS, SHARD_PAGES, PageLayout
+from laser_jax.vault.format import CHECKSUM, INDEX_ENTRY, PARTS, PageLayout
 from laser_jax.vault.storage import KvStorage, LocalStorage
 
 
@@ -22,6 +23,7 @@ class Part:
       entry: of the manifest.
       layout: of its pages; layout.schema is the schema it was written with.
       num_pages: P. num_users: U.
+      shard_pages: pages in a shard file of each sharded array, by its path inside the part.
       page_count, first_time, last_time, last_sequence: of each page.
       offset, length: uint32 [P], where a page's bytes lie in its shard file (local storage only).
     """
@@ -37,8 +39,10 @@ class Part:
         self.folder = Folder(storage, f"{PARTS}/{self.name}", entry["files"])
         folder = self.folder
         folder.read("zarr.json")
-        for name in ["pages", *(vault_format.vector_path(field.name) for field in self.schema.vectors)]:
-            folder.read(f"{name}/zarr.json")
+        arrays = ["pages", *(vault_format.vector_path(field.name) for field in self.schema.vectors)]
+        self.shard_pages = {
+            name: vault_format.shard_pages(json.loads(folder.read(f"{name}/zarr.json"))) for name in arrays
+        }
         if self.schema.vectors:
             folder.read("vectors/zarr.json")
         self._users: PartUsers | None = None
@@ -66,12 +70,13 @@ class Part:
 
     def shards(self, array: str) -> list[str]:
         """Paths of the shard files of an array inside the part, in order."""
-        return [vault_format.shard_path(array, shard) for shard in range(-(-self.num_pages // SHARD_PAGES))]
+        return [vault_format.shard_path(array, shard) for shard in range(-(-self.num_pages // self.shard_pages[array]))]
 
     def locations(self, array: str) -> tuple[np.ndarray, np.ndarray]:
         """Offset in its shard file and length of every page's bytes, uint32 [P] each (uint64 for vectors)."""
+        size = self.shard_pages[array]
         found = [
-            self._shard_index(name, min(SHARD_PAGES, self.num_pages - number * SHARD_PAGES))
+            self._shard_index(name, size, min(size, self.num_pages - number * size))
             for number, name in enumerate(self.shards(array))
         ]
         pairs = np.concatenate(found)
@@ -95,11 +100,11 @@ class Part:
         users = self.users
         return users.key(int(np.searchsorted(users.first_page, page, side="right")) - 1)
 
-    def _shard_index(self, name: str, used: int) -> np.ndarray:
-        """(offset, length) of the `used` pages of one shard, uint64 [used, 2], checked."""
+    def _shard_index(self, name: str, pages: int, used: int) -> np.ndarray:
+        """(offset, length) of the `used` pages of one shard with room for `pages`, uint64 [used, 2], checked."""
         path = f"{self.folder.path}/{name}"
         size = self.folder.check_size(name)
-        index_size = vault_format.shard_pages(self.num_pages) * INDEX_ENTRY
+        index_size = pages * INDEX_ENTRY
         data_size = size - index_size - CHECKSUM
         data = self.folder.storage.tail_of(f"{self.folder.name}/{name}", size, index_size + CHECKSUM)
         if data_size < 0 or crc32c(data[:-CHECKSUM]) != int.from_bytes(data[-CHECKSUM:], "little"):

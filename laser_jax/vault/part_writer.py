@@ -12,11 +12,11 @@ from laser_jax.vault import format as vault_format
 from laser_jax.vault import pages as paging_of_rows
 from laser_jax.vault.errors import UnavailableError
 from laser_jax.vault.files import dump, inventory, sync_tree, write_file, write_strings
-from laser_jax.vault.format import SHARD_PAGES, PageLayout
+from laser_jax.vault.format import PageLayout
 from laser_jax.vault.hashing import hash_strings
 from laser_jax.vault.pages import Paging
 
-#: Shards encoded at the same time; a shard of the usual schema is some 45 MB before compression.
+#: Shards encoded at the same time, each of at most MAX_SHARD_BYTES before compression.
 _SHARDS_IN_FLIGHT = 2
 
 
@@ -109,8 +109,9 @@ def _write_pages(
                 "store_data_equal_to_fill_value": True,
             }
             store = _result(ts.open(spec, create=True, context=context), path)
-            for shard, first in enumerate(range(0, num_pages, SHARD_PAGES)):
-                end = min(first + SHARD_PAGES, num_pages)
+            shard_pages = vault_format.shard_pages(metadata)
+            for shard, first in enumerate(range(0, num_pages, shard_pages)):
+                end = min(first + shard_pages, num_pages)
                 if name == "pages":
                     block = paging_of_rows.pack(layout, deltas, steps, columns, paging, first, end)
                 else:

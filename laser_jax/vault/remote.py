@@ -4,8 +4,9 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import os
+import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from laser_jax.schema import Schema
@@ -21,7 +22,7 @@ from laser_jax.vault.writer import VaultWriter
 _UPLOADS = 8
 
 
-def publish(path: str, url: str, at: str | None = None) -> int:
+def publish(path: str | os.PathLike[str], url: str, at: str | None = None) -> int:
     """Uploads a vault, or its snapshot `at`.
 
     The manifest goes last, and only if there is none: a reader finds a whole vault or none.
@@ -38,7 +39,7 @@ def publish(path: str, url: str, at: str | None = None) -> int:
       VaultExistsError: there is a vault already.
       UnavailableError: the store refused. What was uploaded stays; the next `publish` to the same place writes over it.
     """
-    path = plain_path(path)
+    path = plain_path(os.fspath(path))
     if is_url(path) or "://" in path:
         raise VaultError(f"{path}: give the directory of a vault; what is published lies on this machine")
     if is_partitioned(path):
@@ -90,7 +91,9 @@ def ingest_anywhere(
     """Builds a vault from log files by DuckDB or Spark, in a directory or in a key-value store.
 
     Args:
-      out: directory, or the URL of a key-value store (see `open`), to which the complete vault is uploaded.
+      out: directory, or the URL of a key-value store (see `open`), to which the complete vault is uploaded. It is
+        built in a temporary directory, and stays there if it cannot be uploaded: the error says where. Spark on a
+        cluster cannot build there: give a directory that all executors see, then publish it.
       engine: "duckdb" or "spark".
       schema, inputs, memory, threads, progress: see laser_jax.vault.ingest.ingest.
 
@@ -115,14 +118,33 @@ def ingest_anywhere(
         return build(out)
     if KvStorage(out).read(MANIFEST) is not None:
         raise VaultExistsError(f"{out} already holds a vault: give another place")
-    with tempfile.TemporaryDirectory() as place:
-        report = build(os.path.join(place, "vault"))
-        publish(report.path, out)
+    with _uploaded(out) as place:
+        report = build(place)
     return dataclasses.replace(report, path=out)
 
 
+@contextlib.contextmanager
+def _uploaded(url: str) -> Iterator[str]:
+    """A temporary place for a vault, published when the block ends; what cannot be published is not thrown away."""
+    place = tempfile.mkdtemp(prefix="laser_jax-")
+    path = os.path.join(place, "vault")
+    try:
+        yield path
+        publish(path, url)
+    except BaseException as error:
+        if not isinstance(error, VaultError) or not os.path.exists(os.path.join(path, MANIFEST)):
+            shutil.rmtree(place)
+            raise
+        remedy = f"the vault itself is whole: publish {path}, or remove {place}"
+        raise type(error)(f"{error}; {remedy}") from error
+    shutil.rmtree(place)
+
+
 class RemoteWriter:
-    """Bulk writer of a vault in a key-value store: made in a temporary directory, and uploaded when it is whole."""
+    """Bulk writer of a vault in a key-value store: made in a temporary directory, and uploaded when it is whole.
+
+    If it cannot be uploaded it stays in that directory, and the error says where.
+    """
 
     def __init__(self, url: str, schema: Schema, buffer_events: int):
         self.path = url
@@ -133,16 +155,13 @@ class RemoteWriter:
 
     def __enter__(self) -> "RemoteWriter":
         with contextlib.ExitStack() as stack:
-            self._place = os.path.join(stack.enter_context(tempfile.TemporaryDirectory()), "vault")
+            place = stack.enter_context(_uploaded(self.path))
+            self._writer = stack.enter_context(VaultWriter(place, self._schema, self._buffer_events))
             self._stack = stack.pop_all()
-        self._writer = VaultWriter(self._place, self._schema, self._buffer_events).__enter__()
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        with self._stack:
-            self._writer.__exit__(kind, error, trace)
-            if kind is None:
-                publish(self._place, self.path)
+        self._stack.__exit__(kind, error, trace)
 
     def write(self, columns: Mapping[str, Any]) -> None:
         """As VaultWriter.write."""

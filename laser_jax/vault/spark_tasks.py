@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -108,6 +109,7 @@ def read(plan: Plan, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBat
 
 def write(plan: Plan, batches: Iterable[pa.RecordBatch], partition: int) -> Iterator[pa.RecordBatch]:
     """Sorted events, as `read` gives them, into parts -> the parts' entries for the manifest."""
+    _check_place(plan)
     buffer = PartBuffer(plan.folder, plan.schema, plan.buffer_events)
     try:
         with contextlib.closing(buffer):
@@ -128,6 +130,7 @@ def _opened(plan: Plan, number: int) -> Iterator[Any]:
     """A connection to DuckDB whose view `log` is one file; its errors are those of a vault."""
     import duckdb
 
+    _check_place(plan)
     try:
         with tempfile.TemporaryDirectory(dir=plan.spill) as spill:
             with log_files.connect(spill, plan.memory, threads=1) as connection:
@@ -137,6 +140,15 @@ def _opened(plan: Plan, number: int) -> Iterator[Any]:
         raise log_files.explained(error, duckdb) from error
     except OSError as error:
         raise UnavailableError(f"{plan.files[number]} cannot be read: {error}") from error
+
+
+def _check_place(plan: Plan) -> None:
+    """The driver has made the directory before any task began."""
+    if not os.path.isdir(plan.spill):
+        raise UnavailableError(
+            f"{plan.folder}, where the vault is built, is not on executor {socket.gethostname()}: --out must be a "
+            "directory that all executors see under the same name; from there `publish` takes it to an object store"
+        )
 
 
 def _numbers(batches: Iterable[pa.RecordBatch]) -> Iterator[int]:

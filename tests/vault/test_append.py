@@ -1485,7 +1485,7 @@ def test_a_vault_of_version_1_is_written_on(tmp_path):
         late = {"user": [others[0]], "time": old[others[0]]["time"][-1:]} | newest
         assert vault.append(late) == count + 1
         with open(path / "manifest.json", encoding="utf-8") as file:
-            assert json.load(file)["version"] == 2, "older code must not read a log-less half of it"
+            assert json.load(file)["version"] == 3, "older code must not read a log-less half of it"
         vault.snapshot("first")
         assert vault.forget([gone]) == len(old[gone])
         vault.merge()

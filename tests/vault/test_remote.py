@@ -3,6 +3,9 @@
 import functools
 import http.server
 import os
+import re
+import shutil
+import tempfile
 import threading
 import urllib.request
 
@@ -12,6 +15,7 @@ import pytest
 from laser_jax import vault as seqvault
 from laser_jax.schema import Schema
 from laser_jax.vault.remote import ingest_anywhere
+from laser_jax.vault.storage import KvStorage
 from tests.vault.conftest import FIELDS, Model, assert_same, random_log
 
 SCHEMA = Schema(user="string", fields=FIELDS)
@@ -108,6 +112,44 @@ def test_what_would_be_left_out_is_not_published(tmp_path):
     ):
         with pytest.raises(seqvault.VaultError, match=message):
             seqvault.publish(wrong, "memory://nowhere")
+
+
+def test_what_cannot_be_uploaded_stays(s3, tmp_path, monkeypatch):
+    """Neither ingestion nor writer throws away what it has built; the error says where it lies."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    os.mkdir(tmp_path / "temporary")
+    (tmp_path / "log.csv").write_text("user,time,brand\n" + "".join(f"u{i % 8},{i},b{i % 3}\n" for i in range(2000)))
+    schema = Schema.from_json({"user": "string", "fields": [{"name": "brand", "type": "string"}]})
+
+    def by_ingestion(url):
+        ingest_anywhere(schema, str(tmp_path / "log.csv"), url)
+
+    def by_writer(url):
+        with seqvault.create(url, schema) as writer:
+            writer.write({name: [f"{name} {i}" for i in range(2000)] for name in ("user", "brand")} | TIMES)
+
+    for number, build in enumerate((by_ingestion, by_writer)):
+        url = f"{s3}/late{number}"
+        with monkeypatch.context() as patch:
+            patch.setattr(KvStorage, "write", refuse)
+            with pytest.raises(seqvault.UnavailableError, match="no room.*the vault itself is whole: publish ") as told:
+                build(url)
+        path = re.search("whole: publish (.*), or remove", str(told.value))[1]
+        assert seqvault.open(path).num_events == 2000 and seqvault.verify(path) == []
+        assert seqvault.publish(path, url) > 0 and seqvault.open(url).num_events == 2000
+        shutil.rmtree(os.path.dirname(path))
+        with pytest.raises(seqvault.VaultExistsError):
+            build(url)
+        with pytest.raises(seqvault.SchemaError), seqvault.create(f"{url}/not", schema) as writer:
+            writer.write({"user": ["a"], "time": [-1], "brand": [""]})
+        assert os.listdir(tmp_path / "temporary") == []
+
+
+TIMES = {"time": list(range(2000))}
+
+
+def refuse(storage, name, *_, **__):
+    raise seqvault.UnavailableError(f"{storage.path(name)}: write failed: no room")
 
 
 def test_http_and_published_snapshots(tmp_path):

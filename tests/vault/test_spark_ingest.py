@@ -201,6 +201,19 @@ def test_a_log_that_changes_and_a_task_that_fails(spark, tmp_path):
         assert not (tmp_path / "vault").exists()
 
 
+def test_executors_that_do_not_see_where_the_vault_is_built(spark, tmp_path):
+    """As on a cluster of machines that share no directory: the log is not blamed."""
+    schema, pattern = no_fields(tmp_path)
+
+    def hide(line):
+        if line.endswith("files: sorting"):
+            shutil.rmtree(tmp_path / "vault" / "parts" / "spill")
+
+    with pytest.raises(seqvault.UnavailableError, match=f"{tmp_path}/vault/parts.* is not on executor .*`publish`"):
+        spark_ingest.ingest_spark(schema, pattern, str(tmp_path / "vault"), MEMORY, progress=hide)
+    assert not (tmp_path / "vault").exists()
+
+
 SCRIPT = """
     import sys
     from laser_jax.vault.spark_ingest import ingest_spark

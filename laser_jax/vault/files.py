@@ -15,15 +15,39 @@ import numpy as np
 from laser_jax.vault import format as vault_format
 from laser_jax.vault.decode import decode_pages
 from laser_jax.vault.errors import CorruptionError, LockedError, MissingError, UnavailableError
+from laser_jax.vault.format import CHECKSUM
 from laser_jax.vault.storage import KvStorage, LocalStorage, must_read
 
 #: How long a killed writer's worker may hold the lock.
 _ORPHAN_SECONDS = 10.0
+#: How the name of an array's one chunk ends; and the CRC-32C of anything that is followed by its own CRC-32C.
+_CHUNK = "c/0"
+_OF_CHUNKS = 0x48674BC7
 
 
 def crc32c(data: bytes | memoryview) -> int:
     """CRC-32C of some bytes, as zarr's crc32c codec computes it."""
     return google_crc32c.value(bytes(data))
+
+
+def checksum_of(name: str, data: bytes) -> int:
+    """What the manifest records of a small file.
+
+    The one chunk of an array ends in the checksum of what is before it, and is recorded by that: a checksum of all of
+    it would be the same number for every chunk.
+    """
+    return crc32c(data[:-CHECKSUM] if name.endswith(_CHUNK) else data)
+
+
+def is_recorded(name: str, data: bytes, recorded: list[int]) -> bool:
+    """Whether a small file is what the manifest recorded, [size, checksum]."""
+    size, checksum = recorded
+    if len(data) != size:
+        return False
+    if not name.endswith(_CHUNK):
+        return crc32c(data) == checksum
+    # Before version 3 it recorded the number that all chunks share.
+    return crc32c(data) == _OF_CHUNKS and checksum in (_OF_CHUNKS, int.from_bytes(data[-CHECKSUM:], "little"))
 
 
 def dump(value: Any) -> bytes:
@@ -42,7 +66,7 @@ def write_array(path: str, array: np.ndarray) -> None:
     """Writes a 1-d array, at least one value long, as a zarr v3 array of one chunk."""
     data = array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
     write_file(os.path.join(path, "zarr.json"), dump(vault_format.plain_metadata(array)))
-    write_file(os.path.join(path, "c", "0"), data + crc32c(data).to_bytes(4, "little"))
+    write_file(os.path.join(path, "c", "0"), data + crc32c(data).to_bytes(CHECKSUM, "little"))
 
 
 def write_strings(path: str, prefix: str, values: list[str]) -> None:
@@ -67,7 +91,7 @@ def inventory(path: str, shards: list[str]) -> dict[str, list[int]]:
                 continue
             with open(whole, "rb") as file:
                 data = file.read()
-            found[relative] = [len(data), crc32c(data)]
+            found[relative] = [len(data), checksum_of(relative, data)]
     return found
 
 
@@ -89,9 +113,9 @@ class Folder:
         path = f"{self.path}/{name}"
         if name not in self.files:
             raise CorruptionError(f"{path}: the manifest lists no such file")
-        size, checksum = self.files[name]
         data = must_read(self.storage, f"{self.name}/{name}")
-        if len(data) != size or crc32c(data) != checksum:
+        if not is_recorded(name, data, self.files[name]):
+            size = self.files[name][0]
             raise CorruptionError(f"{path}: {len(data)} bytes do not match the {size} bytes and crc32c in the manifest")
         return data
 
@@ -107,7 +131,7 @@ class Folder:
                 dtype
             )
         else:
-            array = np.frombuffer(data[:-4], dtype)
+            array = np.frombuffer(data[:-CHECKSUM], dtype)
         if length is not None and len(array) != length:
             raise CorruptionError(f"{self.path}/{name}: {len(array)} values instead of {length}")
         return array

@@ -26,8 +26,8 @@ modulo 2^64, in parts made from the log; a part of the bulk writer has none, its
 the entry's `first_sequence` on.
 
 Version 2 added what is about the log, merged parts and changed schemas. Version 3 has fewer pages in a shard where
-pages are large; how many, the array's zarr.json says. A vault of an earlier version is read as it is and becomes one
-of version 3 with the first write.
+pages are large (how many, the array's zarr.json says), and records of an array's chunk the checksum that it ends in. A
+vault of an earlier version is read as it is and becomes one of version 3 with the first write.
 """
 
 import dataclasses

@@ -17,7 +17,7 @@ import tensorstore as ts
 from laser_jax.schema import Schema
 from laser_jax.vault import format as vault_format
 from laser_jax.vault.errors import CorruptionError
-from laser_jax.vault.files import Folder, crc32c, dump, sync_path
+from laser_jax.vault.files import Folder, crc32c, dump, is_recorded, sync_path
 from laser_jax.vault.format import CHECKSUM, DICTIONARIES, INDEX_ENTRY, MAX_SHARD_BYTES, PAGE, PARTS, PageLayout
 from laser_jax.vault.hashing import hash_strings
 from laser_jax.vault.storage import LocalStorage
@@ -276,9 +276,8 @@ def _is_damaged(folder: Folder, name: str) -> bool:
 
 def _replace(folder: Folder, name: str, candidates: Any, mended: list[str]) -> None:
     """Puts the candidate that is what was recorded in the place of a damaged file."""
-    size, checksum = folder.files[name]
     for data in candidates:
-        if len(data) == size and crc32c(data) == checksum:
+        if is_recorded(name, data, folder.files[name]):
             replace_file(folder.storage.path(f"{folder.name}/{name}"), data)
             mended.append(name)
             return

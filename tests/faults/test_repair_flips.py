@@ -251,3 +251,21 @@ def test_a_part_that_was_lost_comes_back_from_a_backup(whole, copy):
     shutil.rmtree(aside["path"])
     shutil.copytree(whole / "parts" / part.name, aside["path"])
     assert not seqvault.repair(copy).set_aside and read(seqvault.open(copy)) == read(seqvault.open(whole))
+
+
+def test_a_whole_file_of_another_part_is_not_taken_for_its_own(tmp_path):
+    """Each is what a checksum says of it, and of the same size: a copy that went to the wrong place."""
+    with seqvault.create(tmp_path / "vault", SCHEMA):
+        pass
+    with seqvault.open(tmp_path / "vault", writing=QUIET) as vault:
+        for start in (1, 2):
+            vault.append(events(start, 1))
+            vault.flush()
+        before = read(vault)
+    one, other = (part_of(tmp_path / "vault", number).folder.path for number in (0, 1))
+    for name in ("page_first_time/c/0", "page_last_sequence/c/0"):
+        assert os.path.getsize(f"{one}/{name}") == os.path.getsize(f"{other}/{name}")
+        shutil.copy(f"{one}/{name}", f"{other}/{name}")
+        assert [damage for damage in seqvault.verify(tmp_path / "vault") if f"{other}/{name}" in str(damage)]
+        assert not seqvault.repair(tmp_path / "vault").loss
+        assert seqvault.verify(tmp_path / "vault") == [] and read(seqvault.open(tmp_path / "vault")) == before

@@ -70,7 +70,8 @@ def main() -> None:
         if side == "candidates":
             asked[name] = np.concatenate([event[field] for event in shown])
         elif side == "context":
-            asked[name] = [int(shown[0][field][0])] if field in vault.schema.names else [0]
+            unknown = "" if types[args.model][name] == "BYTES" else 0
+            asked[name] = shown[0][field][:1] if field in vault.schema.names else [unknown]
     answer = client.infer(args.model, asked, types[args.model])
     before = answer["logit"]
     clicked = int(np.argmin(before))

@@ -4,6 +4,7 @@ A shard (one file) holds 2^18 values in chunks of 2^12, each with its own checks
 large for memory costs one small chunk.
 """
 
+import hashlib
 import os
 
 import numpy as np
@@ -43,6 +44,7 @@ class ColumnWriter:
             }
         ).result()
         self._waiting, self._buffered, self._written = [], 0, 0
+        self._sum = hashlib.sha256()
 
     def add(self, values):
         self._waiting.append(values)
@@ -53,11 +55,17 @@ class ColumnWriter:
     def close(self):
         self._flush(self._buffered)
 
+    @property
+    def checksum(self):
+        """Of all values that were written, however they were handed over."""
+        return self._sum.hexdigest()[:16]
+
     def _flush(self, count):
         if count:
             values = np.concatenate(self._waiting)
             self._waiting, self._buffered = [values[count:].copy()], len(values) - count
             begin, self._written = self._written, self._written + count
+            self._sum.update(values[:count].astype(values.dtype.newbyteorder("<"), copy=False).tobytes())
             self._array = self._array.resize(exclusive_max=[self._written]).result()
             self._array[begin : self._written].write(values[:count]).result()
 

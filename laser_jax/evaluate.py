@@ -12,6 +12,7 @@ from laser_jax import hosts, metrics
 from laser_jax.pipeline import BatchSource, Peers
 from laser_jax.sharding import all_shares, place_batch
 from laser_jax.state import TrainState
+from laser_jax.whole_files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +35,12 @@ class Predictions:
     references: dict[str, np.ndarray]
 
     def save(self, path: str) -> None:
-        """Writes an .npz file."""
+        """Writes an .npz file, whole or not at all."""
         columns = {f"reference_{name}": values for name, values in self.references.items()}
         users = self.users.astype(str) if self.users.dtype == object else self.users  # an .npz without pickles
-        np.savez_compressed(path, users=users, labels=self.labels, logits=self.logits, lengths=self.lengths, **columns)
+        columns |= {"users": users, "labels": self.labels, "logits": self.logits, "lengths": self.lengths}
+        with replacing(path) as file:
+            np.savez_compressed(file, **columns)
 
     def figures(self) -> metrics.Scores:
         return metrics.score_table_row(self.users, self.labels, self.logits)

@@ -8,7 +8,7 @@ from typing import Any
 from laser_jax import vault as seqvault
 from laser_jax.features import FeatureConfig
 from laser_jax.pipeline import SPLITS, DataConfig
-from laser_jax.requests import MANIFEST, read_vocabulary
+from laser_jax.requests import CHECKSUMS, MANIFEST, read_vocabulary
 from laser_jax.vault.client import is_service
 from laser_jax.vault.partitioning import is_partitioned, partition_paths
 from laser_jax.vault.storage import is_url, must_read, storage_of
@@ -44,8 +44,13 @@ def fingerprint(data: DataConfig) -> dict[str, str]:
             if appended:  # only then: else the manifest alone says what the vault holds
                 add(f"vault/{inner}appended", str(appended).encode())
     for split in SPLITS:
-        with open(os.path.join(data.path, "requests", split, MANIFEST), "rb") as file:
-            add(f"requests/{split}/{MANIFEST}", file.read())
+        with open(os.path.join(data.path, "requests", split, MANIFEST), encoding="utf-8") as file:
+            told = json.load(file)
+        columns = told.pop(CHECKSUMS, None)
+        # Spelled as it was before there were checksums: what a run noted then is still comparable.
+        add(f"requests/{split}/{MANIFEST}", json.dumps(told, indent=1).encode())
+        if columns is not None:
+            add(f"requests/{split}/columns", json.dumps(columns, sort_keys=True).encode())
     vocabularies = os.path.join(data.path, "vocab")
     for field in sorted(os.listdir(vocabularies)) if os.path.isdir(vocabularies) else ():
         add(f"vocab/{field}", _vocabulary(data, field))

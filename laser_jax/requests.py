@@ -27,6 +27,7 @@ import tensorstore as ts
 from laser_jax.column_files import ColumnWriter, RequestsError, open_column, read_column, sync_directory
 
 VERSION = 1
+CHECKSUMS = "checksums"  # in the manifest, of every column; files of earlier code have none
 MANIFEST = "requests.json"
 _TYPES = (
     "bool",
@@ -176,6 +177,7 @@ class RequestsWriter:
             **self._types,
             "num_requests": self._num_requests,
             "num_candidates": self._num_candidates,
+            CHECKSUMS: {name: column.checksum for name, column in self._columns.items()},
         }
         with open(os.path.join(self._build, MANIFEST), "w", encoding="utf-8") as f:
             json.dump(manifest, f, indent=1)

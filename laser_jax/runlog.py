@@ -14,6 +14,7 @@ from tensorboardX import SummaryWriter
 
 from laser_jax.batch import Batch
 from laser_jax.metrics import histogram_auc
+from laser_jax.whole_files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -38,10 +39,8 @@ class RunLog:
                 lines = [line for line in file if line.endswith("\n")]
             self.history = [entry for entry in map(json.loads, lines) if entry["step"] <= start]
         if writes:
-            temporary = f"{self._path}.{os.getpid()}"
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(entry) + "\n" for entry in self.history)
-            os.replace(temporary, self._path)
+            with replacing(self._path) as file:
+                file.writelines(f"{json.dumps(entry)}\n".encode() for entry in self.history)
             self._board = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=start + 1)
         self._total, self._log_every = total, log_every
         self._pending: list[Any] = []

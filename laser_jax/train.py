@@ -22,6 +22,7 @@ from laser_jax.sharding import device_share, make_mesh, place_batch
 from laser_jax.state import StateFactory, TrainState
 from laser_jax.step import make_eval_step, make_train_step
 from laser_jax.warm_start import check_parts, warm_start
+from laser_jax.whole_files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -251,9 +252,8 @@ def _write_results(config, workdir, predictions, best, costs, log, maps, gates) 
     }
     page = report.write(workdir, config, predictions, lengths, log.history, maps, gates)
     path = os.path.join(workdir, "results.json")
-    with open(f"{path}.{os.getpid()}", "w", encoding="utf-8") as file:
-        json.dump(results, file, indent=1)
-    os.replace(f"{path}.{os.getpid()}", path)  # last and at once: it says that the run is finished
+    with replacing(path) as file:  # last and at once: it says that the run is finished
+        file.write(json.dumps(results, indent=1).encode())
     if log.contrast is not None and log.contrast < DEAD_GATES:
         logger.warning(
             "dead gates: loudness varies by only %.4f of its mean over a user's segments, so they ignore what is in "

@@ -1,5 +1,6 @@
 """What a run notes about its data: ids that have come to mean something else are refused by name."""
 
+import json
 import os
 import shutil
 
@@ -69,3 +70,32 @@ def test_strings_that_were_added_are_welcome_and_other_codes_are_refused(config,
         load_run(first)
     with pytest.raises(WarmStartError, match="table 'item' .* its vocabulary is another one"):
         train.run(config, str(tmp_path / "third"))
+
+
+def test_other_labels_times_and_candidates_are_other_data(config, tmp_path):
+    """Of as many requests, of the same types."""
+    run, requests = str(tmp_path / "run"), f"{config.data.path}/requests/valid"
+    train.run(config, run)
+    candidates, labels = {"item": np.arange(24) % 8, "brand": np.arange(24) % 4}, np.arange(24) % 2
+    other = {name: values[::-1] for name, values in candidates.items()}
+    for time, shown, clicked in ((8, candidates, labels), (9, other, labels), (9, candidates, 1 - labels)):
+        shutil.rmtree(requests)
+        with RequestsWriter(requests, candidates=dict.fromkeys(candidates, "int64")) as file:
+            file.write(user=[1] * 12, time=[time] * 12, counts=[2] * 12, candidates=shown, label=clicked)
+        with pytest.raises(ValueError, match=r"another config \(fingerprint.requests/valid/columns: "):
+            train.run(config, run)
+    shutil.rmtree(requests)
+    with RequestsWriter(requests, candidates=dict.fromkeys(candidates, "int64")) as file:
+        for _ in range(2):  # the same values, handed over otherwise
+            half = {name: values[:12] for name, values in candidates.items()}
+            file.write(user=[1] * 6, time=[9] * 6, counts=[2] * 6, candidates=half, label=labels[:12])
+    with pytest.raises(ValueError, match="columns"):  # ids 0 to 7 and 0 to 3, and not 0 to 7 three times
+        train.run(config, run)
+    # Earlier code took no checksums, neither of data nor for a run.
+    told = f"{requests}/requests.json"
+    with open(told, encoding="utf-8") as file:
+        content = json.load(file)
+    del content["checksums"]
+    with open(told, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+    train.run(config, run)

@@ -23,6 +23,7 @@ The last line is one JSON object.
 import argparse
 import base64
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -40,6 +41,8 @@ from experiments.bench.vault_build import tell
 from experiments.paper.study import read_config
 from experiments.ranking_server import RankingServer, infer_request
 from laser_jax import vault as seqvault
+from laser_jax.config import Config, to_dict
+from laser_jax.fingerprint import fingerprint
 from laser_jax.serving.export import Run, export_model
 from laser_jax.serving.files import MANIFEST
 from laser_jax.serving.ranker import STAGES
@@ -55,13 +58,13 @@ TURNS = 4
 
 
 def prepare(folder: str) -> dict[str, str]:
-    """Models, vault and JSON store, made on first use; their paths."""
+    """Models, vault and JSON store, made on first use; their paths. Those of another config or vault are not taken."""
     config = read_config(EXPERIMENT, "laser_plus")
-    if not os.path.exists(os.path.join(config.data.path, "dataset.json")):
-        config.data.recipe.prepare(config.data.path)
-    paths = {"vault": config.data.vault_path, "store": os.path.join(folder, "json")}
+    config.data.recipe.prepare(config.data.path)
+    known = fingerprint(config.data)
+    paths = {"vault": config.data.vault_path, "store": os.path.join(folder, f"json-{_digest(known)}")}
     for name in ("laser_plus", "transformer"):
-        paths[name] = os.path.join(folder, name)
+        paths[name] = os.path.join(folder, f"{name}-{_digest([to_dict(untrained_config(name)), known])}")
         if not os.path.exists(os.path.join(paths[name], MANIFEST)):
             tell(f"exporting {name}")
             export_untrained(name, paths[name])
@@ -76,11 +79,21 @@ def prepare(folder: str) -> dict[str, str]:
     return paths
 
 
-def export_untrained(encoder: str, out: str, seed: int = 0, version: str = "") -> None:
-    """Writes a model with fresh parameters."""
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def untrained_config(encoder: str) -> Config:
+    """Of a model that is timed."""
     config = read_config(EXPERIMENT, encoder)
     if encoder == "transformer":
         config.encoder.ffn = 1  # as in PAPER's comparison of costs
+    return config
+
+
+def export_untrained(encoder: str, out: str, seed: int = 0, version: str = "") -> None:
+    """Writes a model with fresh parameters."""
+    config = untrained_config(encoder)
     factory = StateFactory(config.build_model, config.features, config.optim, make_mesh(MeshConfig()))
     state = factory.create(seed)
     export_model(Run(config, state, factory, 0, config.features.dictionaries()), out, version=version)

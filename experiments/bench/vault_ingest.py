@@ -140,6 +140,9 @@ def main() -> None:
     result |= {"load_1m": os.getloadavg()[0]}
     if args.drop_logs:
         shutil.rmtree(root)
+    print("| | |\n|---|---|")
+    for name, value in result.items():
+        print(f"| {name} | {value:,} |")
     print(json.dumps(result))
 
 

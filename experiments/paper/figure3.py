@@ -21,9 +21,9 @@ LAYERS = (1, 2, 3, 4)
 STANDARD_LENGTH = 1000
 
 
-def at_length(study: Study, name: str, length: int) -> Model:
-    """The model of table 2, at another length."""
-    model = chosen(study, name)
+def at_length(study: Study, name: str, length: int, run: bool) -> Model:
+    """The model of table 2, at another length; `run`: see search.chosen."""
+    model = chosen(study, name, run)
     return model if length == STANDARD_LENGTH else model.but(f"{name} L={length}", data__history_length=length)
 
 
@@ -60,16 +60,16 @@ def main() -> None:
 
     args, study = parse(__doc__, add)
     lengths = [int(length) for length in args.lengths.split(",")]
-    names = models.names(args.models)
-    wanted = {name: {length: at_length(study, name, length) for length in lengths} for name in names}
-    if not args.only_report:
+    names, run = models.names(args.models), not args.only_report
+    wanted = {name: {length: at_length(study, name, length, run) for length in lengths} for name in names}
+    base = chosen_rates(study, "laser", run) if args.layers else None
+    if run:
         study.run([(wanted[name][n], seed) for seed in range(args.seeds) for name in names for n in lengths])
     found = {name: {n: study.finished(wanted[name][n], args.seeds) for n in lengths} for name in names}
     texts = [tabulate_lengths(study, found)]
-    if args.layers:
-        base = chosen_rates(study, "laser")
+    if base is not None:
         rows = [base, *(base.but(f"M={m}", encoder__layers=m) for m in LAYERS if m != 2)]
-        texts.append(variants.tabulate(study, "figure3-layers", rows, args.seeds, not args.only_report))
+        texts.append(variants.tabulate(study, "figure3-layers", rows, args.seeds, run, "laser"))
     print("\n\n".join(texts))
     print(f"\n{args.data}: {len(names)} models at L = {args.lengths}, {args.seeds} seeds; pictures in {study.folder}")
 

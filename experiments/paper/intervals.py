@@ -9,6 +9,8 @@ import os
 
 import numpy as np
 
+from laser_jax.whole_files import replacing
+
 RESAMPLES = 500
 
 
@@ -54,7 +56,8 @@ def aucs_of(predictions: str) -> np.ndarray:
     with np.load(predictions) as file:
         users, labels, logits = (file[name] for name in ("users", "labels", "logits"))
     found = resampled_aucs(users, labels, logits)
-    np.save(stored, found)
+    with replacing(stored) as file:
+        np.save(file, found)
     return found
 
 

@@ -77,9 +77,10 @@ def main() -> None:
     if study.flags:
         raise SystemExit(f"runs with further flags cannot be served here: leave out {' '.join(study.flags)}")
     lengths = [int(length) for length in args.lengths.split(",")]
-    trained = {length: at_length(study, args.model, length) for length in lengths}  # with what the search has found
+    run = not args.only_report
+    trained = {length: at_length(study, args.model, length, run) for length in lengths}
     study.kept = None  # of runs, the checkpoints are needed
-    if not args.only_report:
+    if run:
         study.run([(model, seed) for seed in range(args.seeds) for model in trained.values()])
     rows = []
     for length, model in trained.items():

@@ -45,6 +45,7 @@ from laser_jax.requests import Requests
 from laser_jax.serving.export import export_model, load_run
 from laser_jax.serving.files import MANIFEST
 from laser_jax.vault.hashing import splitmix64
+from laser_jax.whole_files import replacing
 
 SHOWN = 3
 CLICK = 1  # of the actions
@@ -344,7 +345,8 @@ def main() -> None:
                 played = Played(**file)
         else:
             played = compare(world, COMPARISONS[name], paths, base, args.seed)
-            np.savez(stored, **vars(played))
+            with replacing(stored) as file:
+                np.savez(file, **vars(played))
         rows += rows_of(name, COMPARISONS[name], played, first)
         first = played if name == "a/a" else first
         lines = [" | ".join(HEAD), "|".join(["---"] * len(HEAD)), *(" | ".join(row) for row in rows)]

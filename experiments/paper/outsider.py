@@ -23,6 +23,7 @@ from laser_jax.evaluate import Predictions, table
 from laser_jax.fingerprint import fingerprint, strings
 from laser_jax.metrics import auc
 from laser_jax.pipeline import BatchSource, prepare
+from laser_jax.whole_files import replacing
 
 WINDOWS = (20, 50, 200, 1000)
 FEW_VALUES = 8  # rows of a table whose values are counted apart
@@ -126,9 +127,8 @@ def run(config: Config, workdir: str, seed: int) -> Predictions:
         "device": "cpu",
     }
     path = os.path.join(workdir, "results.json")
-    with open(f"{path}.{os.getpid()}", "w", encoding="utf-8") as file:
-        json.dump(results, file, indent=1)
-    os.replace(f"{path}.{os.getpid()}", path)  # last and at once: it says that the run is finished
+    with replacing(path) as file:  # last and at once: it says that the run is finished
+        file.write(json.dumps(results, indent=1).encode())
     print(f"\n{table(rows)}\n\ngbdt ({settings}): test AUC {rows['gbdt'].auc:.4f}; predictions: {workdir}")
     return predictions
 

@@ -23,6 +23,7 @@ from typing import Any
 from laser_jax.config import FREE_TO_CHANGE, Config, flatten, to_dict
 from laser_jax.fingerprint import fingerprint
 from laser_jax.models import ENCODERS
+from laser_jax.whole_files import replacing
 
 KEPT = os.path.join(os.path.dirname(__file__), "kept")
 GBDT = "gbdt"  # the outsider, which is no encoder: see outsider.py
@@ -116,6 +117,7 @@ class Study:
         kept: str | None = None,
     ):
         self.experiment, self.settings, self.folder, self.flags, self.kept = experiment, settings, folder, flags, kept
+        self._flagged = {flag.removeprefix("--config.").partition("=")[0] for flag in flags}
         self._data: dict[str, str] | None = None
         if jobs == 1:
             self._cores: list[set[int] | None] = [None]  # all there are
@@ -136,7 +138,13 @@ class Study:
         return os.path.join(self.folder, self.name(model, seed))
 
     def digest(self, model: Model) -> str:
-        """Of what the config sets and of further flags; a new field at its default does not make new runs."""
+        """Of what the config sets and of further flags; a new field at its default does not make new runs.
+
+        Raises:
+          ValueError: a further flag would undo what makes the model, or its seeds, what they are.
+        """
+        if undone := sorted(self._flagged & {"train.seed", "data.seed", *model.settings}):
+            raise ValueError(f"--config.{undone[0]} is set by the study itself, for {model.label}: leave the flag out")
         values = {name: value for name, value in flatten(_set_values(self._config(model, 0))).items() if _counts(name)}
         if model.encoder == GBDT:  # whatever encoder the experiment has by default
             values = {name: value for name, value in values.items() if not name.startswith("encoder.")}
@@ -161,22 +169,28 @@ class Study:
         are drawn anew whenever it is built.
         """
         path = os.path.join(folder, "config.json")
-        if self.flags or not os.path.exists(path):
+        if not os.path.exists(path):
             return
         with open(path, encoding="utf-8") as file:
             told = json.load(file)
         if self._data is None:
             data = self._config(model, 0).data
-            self._data = fingerprint(data) if os.path.isdir(data.path) else told["fingerprint"]
+            at_hand = os.path.isdir(data.path) and not any(name.startswith("data.") for name in self._flagged)
+            self._data = fingerprint(data) if at_hand else told["fingerprint"]
+        noted = told["fingerprint"]
         lasting = [name for name in self._data if not name.startswith("vault/")]
-        if other := [name for name in lasting if told["fingerprint"].get(name) != self._data[name]]:
+        lasting = [name for name in lasting if name in noted or not name.endswith("/columns")]  # as config.remember
+        if other := [name for name in lasting if noted.get(name) != self._data[name]]:
             raise ValueError(f"{folder} is a run of other data ({', '.join(other)}): delete it to run it anew")
         before = flatten(_by_place(told))
         now = flatten(_by_place(json.loads(json.dumps(to_dict(self._config(model, 0))))))
+        # The flags say what these are; and the outsider has no encoder, whatever the experiment has by default.
+        excused = tuple(f"{name}." for name in (*self._flagged, *(["encoder"] if model.encoder == GBDT else [])))
         changed = [
             f"{name}: {before[name]!r} -> {now[name]!r}"
             for name in sorted(before.keys() & now.keys())
             if _counts(name) and before[name] != now[name]
+            if not f"{name}.".startswith(excused)
         ]
         if changed:
             raise ValueError(f"{folder} is a run of another config ({'; '.join(changed)}): delete it to run it anew")
@@ -263,8 +277,8 @@ def _note(path: str, told: dict[str, Any]) -> None:
         with open(path, encoding="utf-8") as file:
             before = json.load(file)["revision"].split(", ")
         told = told | {"revision": ", ".join(dict.fromkeys([*before, told["revision"]]))}
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(told, file, indent=1)
+    with replacing(path) as file:
+        file.write(json.dumps(told, indent=1).encode())
 
 
 def read_config(path: str, *arguments: str) -> Config:

@@ -173,7 +173,7 @@ def test_each_setting_is_tried_on_the_best_so_far():
     assert chosen["ta"].settings == own | low | mass
     without = {"head.matches": (), "head.match_horizons": (), "head.mean": False}
     assert chosen["gbdt"].settings == without
-    assert search.chosen(ran, "ta") == chosen["ta"] and search.unfinished(ran, "ta", 4) == ""
+    assert search.chosen(ran, "ta", run=True) == chosen["ta"] and search.unfinished(ran, "ta", 4) == ""
     searched = list(ran.done)
     plain = search.choose(ran, "plain", ["ta"], trials=4, run=True)["ta"].settings
     assert plain == chosen["ta"].settings | without | {"head.products": False, "encoder.tied": False}
@@ -196,28 +196,29 @@ def test_what_one_seed_finds_has_to_hold_for_others():
     found = search.choose(part, "tricks", ["ta"], trials=4, run=True)["ta"].settings
     assert found == own | {"encoder.mass": True} and search.unfinished(part, "ta", 4) == "2 of 3 seeds"
     with pytest.raises(ValueError, match="the search for ta has come to 2 of 3 seeds: finish table2"):
-        search.chosen(part, "ta")
+        search.chosen(part, "ta", run=True)
+    assert search.chosen(part, "ta", run=False).settings == found  # a report says what there is
 
 
 def test_a_search_that_is_under_way_is_not_taken_for_a_finished_one():
     own = models.model("ta", "tricks")
-    assert search.chosen(Rehearsal(None), "ta") == own  # nothing is searched: the defaults
+    assert search.chosen(Rehearsal(None), "ta", run=True) == own  # nothing is searched: the defaults
     for done, missing in ((0, "0 of 4 trials"), (1, "1 of 4 trials"), (3, "3 of 4 trials"), (4, "")):
         ran = Rehearsal(lambda settings, _: 0.5, most=done)
         search.choose(ran, "tricks", ["ta"], trials=4, run=True)
         assert search.unfinished(ran, "ta", 4) == missing
         if done == 3:
             with pytest.raises(ValueError, match="the search for ta has come to 3 of 4 trials: finish table2"):
-                search.chosen(ran, "ta")
+                search.chosen(ran, "ta", run=True)
         else:  # one run is that of the defaults, which other tables have too
-            assert search.chosen(ran, "ta") == own
+            assert search.chosen(ran, "ta", run=True) == own
 
 
 def test_variants_have_the_learning_rates_that_were_found_and_their_own_form():
     def best(**settings):
         ran = Rehearsal(lambda found, _: 0.7 if settings.items() <= found.items() else 0.6)
         search.choose(ran, "tricks", ["laser"], trials=4, run=True)
-        return search.chosen_rates(ran, "laser").settings
+        return search.chosen_rates(ran, "laser", run=True).settings
 
     own = models.model("laser", "tricks").settings
     assert best(**{"encoder.norm": "pre"}) == own
@@ -289,8 +290,28 @@ def test_table_2_runs_resumes_and_reports(small, monkeypatch, capsys, tmp_path):
             json.dump(held | changed, file)
         with pytest.raises(ValueError, match=message):
             run.outcome(outcome.model, 0)
+    # Flags of the command line excuse what they name, and nothing else.
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(held | {"encoder": longer}, file)
+    flagged = study.Study(*study.STANDARD["small"], run.folder, flags=("--config.encoder.horizons=(1,9)",))
+    flagged.name = run.name  # a run with flags lies elsewhere
+    assert flagged.outcome(outcome.model, 0)
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(held | {"fingerprint": held["fingerprint"] | {"requests/test/columns": "0"}}, file)
+    with pytest.raises(ValueError, match=r"a run of other data \(requests/test/columns\)"):
+        flagged.outcome(outcome.model, 0)
+    older = {name: value for name, value in held["fingerprint"].items() if not name.endswith("/columns")}
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(held | {"fingerprint": older}, file)
+    assert len(older) < len(held["fingerprint"]) and run.outcome(outcome.model, 0)
     with open(path, "w", encoding="utf-8") as file:
         json.dump(held, file)
+    for flag in ("train.seed=7", "head.products=False"):
+        with pytest.raises(ValueError, match=f"--config.{flag.partition('=')[0]} is set by the study itself"):
+            study.Study(*study.STANDARD["small"], folder, flags=(f"--config.{flag}",)).run([(outcome.model, 0)])
+    # The outsider has no encoder, whatever the experiment's is by default.
+    other = study.Study(study.STANDARD["small"][0], run.settings | {"encoder.heads": 8}, folder)
+    assert other.outcome(models.model("gbdt", "tricks"), 0)
     # Served as it was trained it says what it said; at another length it is another ranker.
     assert lengths.serve(run, outcome, 16, only_report=True) is None
     assert lengths.serve(run, outcome, 16, only_report=False) == pytest.approx(outcome.test["auc"])

@@ -116,8 +116,18 @@ class Checkpoints:
         """Step of the checkpoint with the highest validation AUC; the newest where none was evaluated."""
         return self._manager.best_step() if self._manager.best_step() is not None else self.newest()
 
+    def is_judged(self, step: int) -> bool:
+        """Whether the checkpoint of `step` has figures of validation."""
+        return bool(self._manager.metrics(step))
+
     def save(self, state: TrainState, step: int, metrics: dict[str, float] | None) -> None:
-        """Starts saving; `metrics` must hold `auc` where the state was evaluated."""
+        """Starts saving; `metrics` must hold `auc` where the state was evaluated.
+
+        A checkpoint of `step` that is there, because it was saved before it could be judged, is replaced.
+        """
+        if step in self._manager.all_steps():
+            self._manager.wait_until_finished()
+            self._manager.delete(step)
         ids = _ids_state(self._ids)
         items = {
             "state": ocp.args.PyTreeSave(state, save_args=jax.tree.map(lambda _: _CHUNKED, state)),

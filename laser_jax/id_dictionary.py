@@ -200,9 +200,10 @@ class IdDictionary:
         self._swept = self.refused = 0
 
     def state(self) -> dict[str, np.ndarray]:
-        """Everything, as arrays whose shapes depend on num_rows alone."""
+        """Everything, as arrays whose shapes depend on num_rows alone; alike for dictionaries that behave alike."""
         numbers = np.array([self._used, self._num_free, self._swept, self.refused], np.int64)
-        arrays = {"keys": self._keys, "row": self._row, "count": self._count, "seen": self._seen, "free": self._free}
+        free = np.where(np.arange(len(self._free)) < self._num_free, self._free, 0)  # what was given out stays behind
+        arrays = {"keys": self._keys, "row": self._row, "count": self._count, "seen": self._seen, "free": free}
         return {name: array.copy() for name, array in {**arrays, "numbers": numbers}.items()}
 
     def load(self, state: dict[str, np.ndarray]) -> None:

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -37,7 +37,7 @@ def run(config: Config, workdir: str) -> Predictions:
     is bit-identical to that of a run never interrupted.
 
     Raises:
-      hosts.Stopped: SIGTERM came; the state is saved, or (during an evaluation) was at the newest checkpoint.
+      hosts.Stopped: SIGTERM came; the state is saved.
     """
     with started(config, workdir) as run:
         return run.finish()
@@ -165,12 +165,13 @@ class Run:
                 name, len(ids), ids.num_rows - 1, ids.waiting, ids.refused,
             )  # fmt: skip
 
-    def predict(self, state: TrainState, split: str, what: str) -> Predictions:
-        """Scores a split, unless SIGTERM comes."""
+    def predict(self, state: TrainState, split: str, what: str, save: Callable[[], None] = lambda: None) -> Predictions:
+        """Scores a split, unless SIGTERM comes; `save` is called then, before the run stops."""
 
         def moved(what: str) -> None:
             self.moved(what)
             if self.peers.asked_to_stop:
+                save()
                 self._stop(f"SIGTERM during {what}")
 
         predictions = predict(self.eval_step, state, self.sources[split], self.mesh, what, self.others, moved)
@@ -205,8 +206,10 @@ class Run:
         stream = train.stream(start, total, self.others)
         pending = None
         for step in range(start, total + 1):
-            if step > start and saves(step):
-                self.checkpoints.save(state, step, self._validate(state, step, log) if evaluates(step) else None)
+            if evaluates(step) and (step > start or not self.checkpoints.is_judged(step)):
+                self._judge(state, step, log, saved=step == start)
+            elif step > start and saves(step):
+                self.checkpoints.save(state, step, None)
             if step == total:
                 return
             if self.peers.asked_to_stop:
@@ -225,12 +228,23 @@ class Run:
                 jax.block_until_ready(pending)
             log.stepped(step + 1, pending, batch, saving=saves(step + 1))
 
-    def _validate(self, state: TrainState, step: int, log: RunLog) -> dict[str, float]:
-        figures = dataclasses.asdict(self.predict(state, "valid", f"validation at step {step}").figures())
+    def _judge(self, state: TrainState, step: int, log: RunLog, saved: bool) -> None:
+        """Validates a state and saves it with its figures; without them where SIGTERM comes first.
+
+        Args:
+          saved: whether it was saved without them.
+        """
+
+        def save() -> None:
+            if not saved:
+                self.checkpoints.save(state, step, None)
+
+        predictions = self.predict(state, "valid", f"validation at step {step}", save)
+        figures = dataclasses.asdict(predictions.figures())
         log.evaluated(step, figures)
+        self.checkpoints.save(state, step, figures)
         if hosts.is_first():
             self._tell_ids()
-        return figures
 
 
 def _write_results(config, workdir, predictions, best, costs, log, maps, gates) -> None:

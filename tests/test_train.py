@@ -127,11 +127,18 @@ def test_another_config_in_the_same_workdir_is_refused_by_name(finished, known_d
 
 
 class Interrupted:
-    """Sends this process SIGTERM after given steps."""
+    """Sends this process SIGTERM after a given step, or during the validation of one."""
 
     def __init__(self, monkeypatch):
-        self.after = None
-        stepped = RunLog.stepped
+        self.after = self.during = None
+        stepped, moved = RunLog.stepped, train.Run.moved
+
+        def and_now(run, what):
+            moved(run, what)
+            if what.startswith(f"validation at step {self.during},"):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        monkeypatch.setattr(train.Run, "moved", and_now)
 
         def and_then(log, step, *args, **kwargs):
             stepped(log, step, *args, **kwargs)
@@ -148,15 +155,33 @@ def test_sigterm_at_any_step_changes_nothing_in_the_end(known_data, tmp_path, mo
     straight, cut = str(tmp_path / "straight"), str(tmp_path / "cut")
     want = train.run(config_for(known_data, **changes), straight)
     interrupted = Interrupted(monkeypatch)
-    for step, saved in ((3, 3), (20, 14), (33, 33)):  # right after a start, at an evaluation, in between
+    for step in (3, 20, 33):  # right after a start, at an evaluation, in between
         interrupted.after = step
-        with pytest.raises(hosts.Stopped, match=f"SIGTERM .* step {step}.* goes on from step {saved}"):
+        with pytest.raises(hosts.Stopped, match=f"SIGTERM .* step {step}.* goes on from step {step}$"):
             train.run(config_for(known_data, **changes), cut)
-    interrupted.after = None
+    # Again, during the evaluation with which a run goes on; and during the last one.
+    last = train_batches(straight)
+    for step, during in ((40, 40), (None, 40), (last, last)):
+        interrupted.after, interrupted.during = step, during
+        with pytest.raises(hosts.Stopped, match=f"SIGTERM during validation at step {during}.*on from step {during}$"):
+            train.run(config_for(known_data, **changes), cut)
+    interrupted.after = interrupted.during = None
     got = train.run(config_for(known_data, **changes), cut)
     np.testing.assert_array_equal(got.logits, want.logits)
     final = [newest_sums(workdir) for workdir in (straight, cut)]
     assert final[0] == final[1] and len(final[0]) > 20
+    judged = []
+    for workdir in (straight, cut):
+        with open(os.path.join(workdir, "metrics.jsonl"), encoding="utf-8") as file:
+            lines = map(json.loads, file)
+            judged.append([(line["step"], line["valid_auc"]) for line in lines if "valid_auc" in line])
+    assert judged[0] == judged[1] and len(judged[0]) == 3
+
+
+def train_batches(workdir: str) -> int:
+    """Steps of a finished run."""
+    with open(os.path.join(workdir, "metrics.jsonl"), encoding="utf-8") as file:
+        return max(json.loads(line)["step"] for line in file)
 
 
 def newest_sums(workdir):

@@ -20,14 +20,22 @@ class Assembly:
         """`vocabularies`: field -> sorted int64 ids, for fields with ids="vocab".
 
         Raises:
-          ValueError: a vocabulary is larger than its table, or `features` makes no sense.
+          ValueError: a vocabulary is larger than its table, two of one table differ, or `features` makes no sense.
         """
         self.features = features
         self.vocabularies = vocabularies
         self.tables = features.tables()
         fields = (*features.item, *features.event, *features.context)
+        of_tables: dict[str, FieldConfig] = {}
         for field in fields:
             known = vocabularies.get(field.name)
+            if known is not None:
+                other = of_tables.setdefault(table_of(field), field)
+                if not np.array_equal(vocabularies[other.name], known):
+                    raise ValueError(
+                        f"fields {other.name!r} and {field.name!r} share table {table_of(field)!r}, but their "
+                        "vocabularies differ: write one of all their ids under both names, or give them a table each"
+                    )
             if known is not None and len(known) >= field.rows:
                 raise ValueError(
                     f"the vocabulary of {field.name!r} has {len(known)} ids, its table {field.rows} rows: give it at "

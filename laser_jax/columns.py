@@ -1,10 +1,13 @@
 """Checks, before a run starts, that a data set holds the columns that its features name."""
 
+import logging
 from typing import Any
 
 from laser_jax.features import FeatureConfig, FieldConfig
 from laser_jax.requests import Requests, split_type
 from laser_jax.vault import UnknownFieldError
+
+logger = logging.getLogger(__name__)
 
 
 def check_columns(vault: Any, requests: Requests, features: FeatureConfig) -> None:
@@ -43,6 +46,20 @@ def check_columns(vault: Any, requests: Requests, features: FeatureConfig) -> No
                     f"{requests.path}: candidate column {field.name!r} holds {size or 1} values, the vault's "
                     f"field {known[field.name].size or 1}: write requests with as many"
                 )
+
+
+def tell_cut_codes(vault: Any, features: FeatureConfig) -> None:
+    """Warns of tables that have too few rows for the strings that the vault knows."""
+    strings = {field.name for field in vault.schema.fields if field.type == "string"}
+    for field in (*features.item, *features.event):
+        if field.ids == "code" and field.name in strings:
+            known = len(vault.dictionary(field.name))
+            if known >= field.rows:
+                logger.warning(
+                    "%s knows %d values of %r, its table has %d rows: %d values share row 0 with what is unknown. Give "
+                    "it rows=%d or more",
+                    vault.path, known, field.name, field.rows, known - field.rows + 1, known + 1,
+                )  # fmt: skip
 
 
 def _check_type(path: str, field: FieldConfig, dtype: str, size: int | None) -> None:

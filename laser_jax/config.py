@@ -140,13 +140,12 @@ AT_LEAST_ONE = {
     ),
     "train": ("eval_every", "save_every", "log_every"),
     "head": ("tokens", "width", "expansion", "match_gates"),
-    "features": ("age_buckets",),
+    "features": ("age_width", "age_buckets"),
 }
 AT_LEAST_NONE = {
     "data": ("seed", "cache_bytes"),
     "train": ("seed", "gate_maps"),
     "head": ("blocks",),
-    "features": ("age_width",),
 }
 
 

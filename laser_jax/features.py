@@ -114,10 +114,11 @@ class FeatureConfig:
         for field in (*self.item, *self.event, *self.context):
             if field.ids == "vector":
                 continue
-            kind = (field.admit, field.keep) if field.ids == "dictionary" else None
+            kind = (field.ids, field.hashes, field.admit, field.keep)
             if kinds.setdefault(table_of(field), kind) != kind:
                 raise ValueError(
-                    f"fields of table {table_of(field)!r} disagree about its dictionary (ids, admit, keep)"
+                    f"fields of table {table_of(field)!r} disagree about where an id's row is (ids, hashes, admit, "
+                    f"keep): {kinds[table_of(field)]} and, for {field.name!r}, {kind}; give one of them another table"
                 )
         return tables
 

@@ -89,15 +89,24 @@ def normalized_entropy(labels: np.ndarray, logits: np.ndarray) -> float:
 def calibration_bins(
     labels: np.ndarray, logits: np.ndarray, bins: int = 20
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean prediction, mean label and share of samples in bins of equal mass, lowest predictions first."""
+    """Mean prediction, mean label and share of samples in bins of equal mass, lowest predictions first.
+
+    Where a bin ends within equal predictions their labels are shared out evenly: the order of storage says nothing.
+    """
     p = 1 / (1 + np.exp(-np.asarray(logits, np.float64)))
     pieces = [piece for piece in np.array_split(np.argsort(p, kind="stable"), bins) if len(piece)]
-    labels = np.asarray(labels, np.float64)
+    _, tied = np.unique(p, return_inverse=True)
+    labels = (np.bincount(tied, np.asarray(labels, np.float64)) / np.bincount(tied))[tied] if len(p) else p
     return (
         np.array([p[i].mean() for i in pieces]),
         np.array([labels[i].mean() for i in pieces]),
         np.array([len(i) / len(p) for i in pieces]),
     )
+
+
+def defined(value: float | int | None) -> float | int | None:
+    """None for nan, which JSON does not have."""
+    return None if value is None or value != value else value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +128,7 @@ class Scores:
 
     def to_json(self) -> dict[str, float | int | None]:
         """Plain values; what is undefined (an AUC of one class) is None."""
-        return {name: None if v != v else v for name, v in dataclasses.asdict(self).items()}
+        return {name: defined(value) for name, value in dataclasses.asdict(self).items()}
 
 
 def score_table_row(users: np.ndarray, labels: np.ndarray, logits: np.ndarray) -> Scores:

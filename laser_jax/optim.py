@@ -34,8 +34,9 @@ class OptimConfig:
         only time and memory depend on it. 0: see `parts`.
       length_steps: a part holds requests of like history lengths and has room for its longest, rounded up to one of so
         many equal steps of L: what is left out is padding. 1: room for L always; 0: see `lengths`.
-      compute: "float32", or "bfloat16": forward and backward in bfloat16, from float32 parameters and rows; what many
-        events add to a row is added up in float32, and logits are.
+      compute: "float32", or "bfloat16": forward and backward from parameters and rows in bfloat16; what many events add
+        to a row is added up in float32, logits are float32, and so is what attention sums up over events, with all that
+        a model computes from there on: `transformer`, `longer` and `laser` do most of their products in float32 still.
       table_optimizer: "adagrad" (element-wise), "adagrad_rowwise", "adam" or "ftrl".
       table_learning_rate: of it. table_accumulator: initial sum of squares (Adagrad, FTRL). Row gradients are those of
         the summed loss, of order 1 and more, so an accumulator of .1 does not freeze them. table_b1, table_b2: of Adam.

@@ -76,16 +76,21 @@ def _save(figure: Figure, folder: str, name: str) -> str:
     return name
 
 
+def _known(entries: list[dict[str, Any]], name: str) -> np.ndarray:
+    """A figure of every entry, nan where it is undefined."""
+    return np.array([entry[name] for entry in entries], np.float64)
+
+
 def _loss_curve(history: list[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(9, 3.4))
     left, right = figure.subplots(1, 2)
     train = [e for e in history if "loss" in e]
     valid = [e for e in history if "valid_auc" in e]
     left.plot([e["step"] for e in train], [e["loss"] for e in train], label="train")
-    left.plot([e["step"] for e in valid], [e["valid_logloss"] for e in valid], "o-", label="valid")
+    left.plot([e["step"] for e in valid], _known(valid, "valid_logloss"), "o-", label="valid")
     left.set(xlabel="step", ylabel="logloss", title="Loss")
-    right.plot([e["step"] for e in train], [e["auc"] for e in train], label="train (histogram)")
-    right.plot([e["step"] for e in valid], [e["valid_auc"] for e in valid], "o-", label="valid (exact)")
+    right.plot([e["step"] for e in train], _known(train, "auc"), label="train (histogram)")
+    right.plot([e["step"] for e in valid], _known(valid, "valid_auc"), "o-", label="valid (exact)")
     right.set(xlabel="step", ylabel="AUC", title="AUC")
     for axes in (left, right):
         axes.legend()
@@ -93,15 +98,22 @@ def _loss_curve(history: list[dict[str, Any]]) -> Figure:
     return figure
 
 
+def roc_points(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """False and true positive rates from (0, 0) to (1, 1), a point for every distinct score, highest first."""
+    order = np.argsort(-scores, kind="stable")
+    positive, ordered = labels[order] > 0.5, scores[order]
+    ends = np.flatnonzero(np.r_[ordered[1:] != ordered[:-1], True])
+    true_rate = np.cumsum(positive)[ends] / max(positive.sum(), 1)
+    false_rate = np.cumsum(~positive)[ends] / max((~positive).sum(), 1)
+    return np.r_[0.0, false_rate], np.r_[0.0, true_rate]
+
+
 def _roc(name: str, predictions: Predictions) -> Figure:
     figure = Figure(figsize=(4.4, 4.2))
     axes = figure.subplots()
     for label, scores in {name: predictions.logits, **predictions.references}.items():
-        order = np.argsort(-scores, kind="stable")
-        positive = predictions.labels[order] > 0.5
-        keep = np.linspace(0, len(order) - 1, min(len(order), 2000)).astype(int)
-        true_rate = np.cumsum(positive) / max(positive.sum(), 1)
-        false_rate = np.cumsum(~positive) / max((~positive).sum(), 1)
+        false_rate, true_rate = roc_points(predictions.labels, scores)
+        keep = np.linspace(0, len(true_rate) - 1, min(len(true_rate), 2000)).astype(int)
         area = metrics.auc(predictions.labels, scores)
         axes.plot(false_rate[keep], true_rate[keep], label=f"{label} ({area:.4f})")
     axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8)

@@ -13,7 +13,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from laser_jax.batch import Batch
-from laser_jax.metrics import histogram_auc
+from laser_jax.metrics import defined, histogram_auc
 from laser_jax.whole_files import replacing
 
 logger = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ class RunLog:
         if not self._writes:
             return
         with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(json.dumps({name: defined(value) for name, value in entry.items()}) + "\n")
         for name, value in entry.items():
             if name != "step":
                 self._board.add_scalar(f"{group}/{name.removeprefix('valid_')}", value, entry["step"])

@@ -175,15 +175,21 @@ def _summed(
     Args:
       parts: so many. lengths: numbers of events that one may have room for, see OptimConfig.lengths.
     """
-    if parts == 1:
+    if parts == len(lengths) == 1:
         return gradient(dense, rows, requests)
-    if len(lengths) > 1:  # those of like lengths together
-        requests = jax.tree.map(lambda x: x[jnp.argsort(requests["length"])], requests)
     forms = [functools.partial(_of_newest, gradient, length) for length in lengths]
 
-    def add(sums, part):
+    def of(part):
         form = jnp.searchsorted(jnp.array(lengths), jnp.max(part["length"]))
-        return jax.tree.map(jnp.add, sums, jax.lax.switch(form, forms, dense, rows, part)), None
+        return jax.lax.switch(form, forms, dense, rows, part)
+
+    if parts == 1:
+        return of(requests)
+    if len(lengths) > 1:  # those of like lengths together
+        requests = jax.tree.map(lambda x: x[jnp.argsort(requests["length"])], requests)
+
+    def add(sums, part):
+        return jax.tree.map(jnp.add, sums, of(part)), None
 
     split = jax.tree.map(lambda x: x.reshape(parts, x.shape[0] // parts, *x.shape[1:]), requests)
     first = jax.tree.map(lambda x: x[0], split)

@@ -12,10 +12,12 @@ import numpy as np
 
 from laser_jax import hosts, report
 from laser_jax.checkpoint import Checkpoints
+from laser_jax.columns import tell_cut_codes
 from laser_jax.config import Config, check_sizes, remember
 from laser_jax.evaluate import Predictions, predict, table
 from laser_jax.fingerprint import fingerprint, strings
 from laser_jax.gate_figures import gate_figures
+from laser_jax.metrics import defined
 from laser_jax.pipeline import BatchSource, prepare
 from laser_jax.runlog import RunLog
 from laser_jax.sharding import device_share, make_mesh, place_batch
@@ -81,6 +83,8 @@ class Run:
             split: BatchSource(config.data, config.features, split, share) for split in ("train", "valid", "test")
         }
         self.sources["train"].check_histories()
+        if hosts.is_first():
+            tell_cut_codes(self.sources["train"].vault, config.features)
         if jax.process_count() > 1:
             for source in self.sources.values():
                 source.least = dict(zip(source.least, hosts.agree(list(source.least.values())), strict=True))
@@ -255,7 +259,7 @@ def _write_results(config, workdir, predictions, best, costs, log, maps, gates) 
     evaluated = [entry["valid_auc"] for entry in log.history if entry["step"] == best and "valid_auc" in entry]
     results = {
         "test": {name: scores.to_json() for name, scores in rows.items()},
-        "valid_auc": evaluated[-1] if evaluated else None,
+        "valid_auc": defined(evaluated[-1]) if evaluated else None,
         "test_by_length": {name: scores.to_json() for name, scores in lengths.items()},
         "step": best,
         **costs,

@@ -99,6 +99,7 @@ def test_every_field_that_differs_is_named(tmp_path):
         ("head.tokens", 0),
         ("head.width", -8),
         ("features.age_buckets", 0),
+        ("features.age_width", 0),
         ("optim.learning_rate", 0.0),
         ("optim.learning_rate", float("nan")),
         ("optim.learning_rate", float("inf")),

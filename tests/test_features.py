@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from laser_jax.assembly import Assembly
 from laser_jax.features import FeatureConfig, FieldConfig, rows_of
 
 INT64 = np.iinfo(np.int64)
@@ -67,6 +68,17 @@ def test_fields_may_share_a_table():
     assert config.tables() == {"item": (10, 4)}
 
 
+def test_an_id_has_one_row_in_a_shared_table():
+    fields = FeatureConfig(item=(field("vocab"),), event=(field("vocab", name="last", table="item"),))
+    ids = np.array([10, 20, 30])
+    shared = Assembly(fields, {"item": ids, "last": ids.copy()})
+    columns = {"item": np.array([20, 30, 5]), "last": np.array([20, 30, 5])}
+    rows = shared.rows((*fields.item, *fields.event), columns)
+    assert rows["item"].tolist() == rows["last"].tolist() == [2, 3, 0]
+    with pytest.raises(ValueError, match="'item' and 'last' share table 'item', but their vocabularies differ"):
+        Assembly(fields, {"item": ids, "last": ids[1:]})
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -77,6 +89,10 @@ def test_fields_may_share_a_table():
         (
             FeatureConfig(item=(field(),), event=(field(name="last", table="item", width=8),)),
             "'last' wants table 'item' as",
+        ),
+        (
+            FeatureConfig(item=(field("vocab"),), event=(field("hash", name="last", table="item"),)),
+            "fields of table 'item' disagree about where an id's row is .*'vocab'.* and, for 'last', .*'hash'",
         ),
     ],
 )

@@ -99,3 +99,11 @@ def test_other_labels_times_and_candidates_are_other_data(config, tmp_path):
     with open(told, "w", encoding="utf-8") as file:
         json.dump(content, file, indent=1)
     train.run(config, run)
+
+
+@pytest.mark.parametrize("rows", [4, 5])
+def test_strings_that_have_no_row_are_told(config, tmp_path, caplog, rows):
+    config.features = FeatureConfig(item=(FieldConfig("item", 4, 10, "vocab"), FieldConfig("brand", 4, rows)))
+    train.run(config, str(tmp_path / "run"))
+    told = "vault knows 4 values of 'brand', its table has 4 rows: 1 values share row 0 with what is unknown"
+    assert (told in caplog.text) == (rows == 4)

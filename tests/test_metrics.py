@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from laser_jax import metrics
+from laser_jax import metrics, report
 
 # Few values, so that ties are common.
 samples = st.tuples(st.integers(0, 4), st.booleans(), st.sampled_from([-3.0, -0.5, 0.0, 0.5, 7.25]))
@@ -79,10 +79,23 @@ def test_predicting_the_base_rate_has_entropy_one_and_is_calibrated():
     order = np.random.default_rng(0).permutation(1000)
     scores = metrics.score_table_row(np.zeros(1000), labels[order], np.full(1000, math.log(0.3 / 0.7)))
     np.testing.assert_allclose([scores.auc, scores.ne, scores.calibration], [0.5, 1, 1], rtol=1e-12)
+    stored = metrics.score_table_row(np.zeros(1000), labels, np.full(1000, math.log(0.3 / 0.7)))  # clicks first
+    assert stored.ece == pytest.approx(0, abs=1e-12) and scores.ece == pytest.approx(0, abs=1e-12)
 
 
 def test_logloss_of_huge_logits_is_finite():
     assert metrics.logloss(np.array([1.0, 0.0]), np.array([-1e4, 1e4])) == 1e4
+
+
+def test_the_curve_that_is_drawn_has_the_area_beside_it():
+    rng = np.random.default_rng(0)
+    for labels, scores in (
+        (np.repeat([1.0, 0.0], 50), np.zeros(100)),  # no order but that of storage
+        (rng.integers(0, 2, 300) * 1.0, rng.integers(0, 9, 300) * 1.0),
+    ):
+        false_rate, true_rate = report.roc_points(labels, scores)
+        assert (false_rate[0], true_rate[0], false_rate[-1], true_rate[-1]) == (0, 0, 1, 1)
+        assert np.trapezoid(true_rate, false_rate) == pytest.approx(metrics.auc(labels, scores))
 
 
 def test_one_class_has_no_auc():

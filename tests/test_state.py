@@ -165,6 +165,7 @@ def check_the_same(told, alone, near=1e-5):
     "changes",
     [
         {"microbatches": 1},
+        {"microbatches": 1, "length_steps": 4},
         {"microbatches": 4},
         {"microbatches": 4, "length_steps": 3},
         {"microbatches": 16, "length_steps": 20},

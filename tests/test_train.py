@@ -300,6 +300,9 @@ def test_labels_that_are_all_alike_are_told_once(known_data, tmp_path, caplog):
     config.train.eval_every = 10
     caplog.set_level("INFO", "laser_jax")
     train.run(config, str(tmp_path / "run"))
+    for name in ("results.json", "metrics.jsonl"):
+        with open(tmp_path / "run" / name, encoding="utf-8") as file:
+            assert "NaN" not in file.read(), "JSON has no such word"
     told = [record.getMessage() for record in caplog.records if "alike" in record.getMessage()]
     assert [text.partition(" are all alike")[0] for text in told] == [
         "the labels of steps 1 to 10",

@@ -31,6 +31,12 @@ class Run:
         return -(-(self.begin - self.end) // self.width)
 
 
+def check_horizons(name: str, horizons: Sequence[int]) -> None:
+    """Raises ValueError, naming the field, unless they are numbers of events."""
+    if any(events < 1 or events != int(events) for events in horizons):
+        raise ValueError(f"{name}={tuple(horizons)}: give whole numbers of events, at least 1 each")
+
+
 def reaches_of(horizons: Sequence[int], length: int) -> tuple[int, ...]:
     """Numbers of newest events that are read together: each horizon within the history, and all of it."""
     return (*sorted({events for events in horizons if events < length}), length)

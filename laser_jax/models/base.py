@@ -16,7 +16,7 @@ from laser_jax.layers.matches import MatchReadout
 from laser_jax.layers.mlp import weight
 from laser_jax.layers.rankmixer import RankMixer
 from laser_jax.layers.recency import age_bucket
-from laser_jax.layers.segment_runs import reaches_of
+from laser_jax.layers.segment_runs import check_horizons, reaches_of
 from laser_jax.layers.tokens import features_of, gather_fields, mean_of_events, rows_at
 from laser_jax.shapes import (
     CandidateTokens,
@@ -207,12 +207,22 @@ class Ranker(nnx.Module):
         self.age_rows = nnx.Param(nnx.initializers.normal(embedding_std)(rngs.params(), (age_buckets, age_width)))
         self.w_in = weight(rngs, (width_in, width))
         self.encoder = encoder.build(width_in=width_in, width=width, history_length=history_length, rngs=rngs)
-        if any(events < 1 for events in head.match_horizons):
-            raise ValueError(f"match_horizons={head.match_horizons}: give numbers of events, at least 1 each")
+        check_horizons("head.match_horizons", head.match_horizons)
+        if head.match_horizons and not head.matches:
+            raise ValueError(
+                f"head.match_horizons={head.match_horizons} are of head.matches, of which there are none: give () for "
+                "both"
+            )
         fields = tuple(head.matches)
         reaches = reaches_of(head.match_horizons, history_length) if head.match_horizons else ()
         self.matches = MatchReadout(width_in, width, fields, head.match_gates, reaches, rngs=rngs) if fields else None
         self.compares = tuple(dict.fromkeys((*self.encoder.compares, *head.matches)))
+        known = [name for name, _, _ in layout.candidate]
+        if unknown := [name for name in self.compares if name not in known]:
+            raise ValueError(
+                f"encoder.field or head.matches compare events with candidates by {unknown[0]!r}, which these do not "
+                f"have: they have {', '.join(known)}"
+            )
         context_width = sum(size for _, _, size in layout.context)
         parts = 1 + (self.encoder.num_tokens + head.mean) * (2 if head.products else 1) + bool(head.matches)
         self.head = RankMixer(

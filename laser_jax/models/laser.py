@@ -17,6 +17,7 @@ from laser_jax.layers.mlp import FeedForward, weight
 from laser_jax.layers.recency import SegmentRecency
 from laser_jax.layers.segment_runs import (
     Run,
+    check_horizons,
     newest_segments,
     num_segments,
     over_segments,
@@ -127,8 +128,7 @@ class LaserEncoder(SequenceEncoder):
             raise ValueError(f"norm={config.norm!r} is not 'pre', 'post' or 'none'")
         at_least(1, config, "segment", "heads", "key_width", "age_buckets")
         at_least(0, config, "layers", "segment_ffn", "gsta_ffn")
-        if any(events < 1 for events in config.horizons):
-            raise ValueError(f"horizons={config.horizons}: give numbers of events, at least 1 each")
+        check_horizons("horizons", config.horizons)
         if width % config.heads:
             raise ValueError(f"width={width} is not a multiple of heads={config.heads}")
         self.config, self.width_in = config, width_in

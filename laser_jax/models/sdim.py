@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from laser_jax.layers.tokens import summed_in
 from laser_jax.models.base import TokenSource, at_least
 from laser_jax.models.retrieval import LongShortEncoder, hyperplanes, pick, sides
 
@@ -63,8 +64,10 @@ def sum_by_tables(x: jax.Array, buckets: jax.Array, query_buckets: jax.Array, bi
     # A table at a time: [B, L, T, f] would not fit.
     def add(total, table):
         ids, query_ids = table
-        sums = jax.vmap(lambda rows, places: jax.ops.segment_sum(rows, places, 2**bits))(x, ids)
-        return total + pick(change(sums), query_ids), None
+        sums = jax.vmap(lambda rows, places: jax.ops.segment_sum(rows, places, 2**bits))(x.astype(summed), ids)
+        return total + pick(change(sums.astype(x.dtype)), query_ids), None
+
+    summed = summed_in(x)
 
     tables = (jnp.moveaxis(buckets, 2, 0), jnp.moveaxis(query_buckets, 2, 0))
     width = jax.eval_shape(change, jax.ShapeDtypeStruct((x.shape[0], 2**bits, x.shape[2]), x.dtype)).shape[-1]

@@ -195,6 +195,15 @@ def drawn_buckets(tables, bits):
     return x, q, bucket_ids(x, planes, tables), bucket_ids(q, planes, tables)
 
 
+def test_sdim_adds_up_many_bfloat16_events():
+    """Sums in bfloat16 stall where a further event is less than half of their last place."""
+    rng = np.random.default_rng(0)
+    x = (1 + 0.1 * rng.normal(size=(1, 1000, 4))).astype(np.float32)
+    buckets = jnp.zeros((1, 1000, 1), jnp.int32)  # all of them in one
+    got = sum_by_tables(jnp.asarray(x, jnp.bfloat16), buckets, buckets[:, :1], 2)
+    np.testing.assert_allclose(np.asarray(got, np.float32)[0], x.sum(axis=1), rtol=1e-2)
+
+
 def test_sums_by_matches_and_by_tables_are_the_same():
     x, _, buckets, query_buckets = drawn_buckets(tables=7, bits=2)
     weights = harness.normal(np.random.default_rng(1), 2, 3, 6)

@@ -35,8 +35,8 @@ DEAD_GATES = 0.02  # spread of loudness over a user's segments, relative to its 
 def run(config: Config, workdir: str) -> Predictions:
     """Trains, or goes on training, evaluates on test and writes the report; returns the test predictions.
 
-    The same command after a crash goes on from the newest checkpoint; on the same kind and number of devices the result
-    is bit-identical to that of a run never interrupted.
+    The same command after a crash goes on from the newest checkpoint; on the same kind and number of CPUs the result is
+    bit-identical to that of a run never interrupted.
 
     Raises:
       hosts.Stopped: SIGTERM came; the state is saved.

@@ -110,4 +110,7 @@ def main() -> None:
             answer = (True, task.run())
         except (VaultError, OSError) as error:
             answer = (False, error if isinstance(error, VaultError) else UnavailableError(str(error)))
-        _send(answers, answer)
+        try:
+            _send(answers, answer)
+        except BrokenPipeError:  # the writer died before `listen` could see it
+            os._exit(0)

@@ -7,13 +7,15 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 
 import numpy as np
 import pytest
 
 from laser_jax import vault as seqvault
 from laser_jax.schema import Field, Schema
-from laser_jax.vault import files, manifest
+from laser_jax.vault import files, manifest, worker
+from laser_jax.vault.format import VERSION
 from laser_jax.vault.storage import LocalStorage
 
 ROWS, PARTS = 3000, 4
@@ -162,6 +164,19 @@ def test_not_a_vault(tmp_path):
 def test_newer_version(tmp_path):
     with seqvault.create(tmp_path / "vault", Schema()) as writer:
         writer.write({"user": [1], "time": [1]})
-    write_manifest(tmp_path / "vault", version=3)
-    with pytest.raises(seqvault.VersionError, match="version 3.*up to 2: install a newer laser_jax"):
+    write_manifest(tmp_path / "vault", version=VERSION + 1)
+    with pytest.raises(
+        seqvault.VersionError, match=f"version {VERSION + 1}.*up to {VERSION}: install a newer laser_jax"
+    ):
         seqvault.open(tmp_path / "vault")
+
+
+def test_a_worker_whose_writer_died_ends_without_a_word():
+    """Its answer may be under way at that moment, before it sees that its input has ended."""
+    command = [sys.executable, "-c", "from laser_jax.vault.worker import main; main()"]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, **pipes) as process:
+        process.stdout.close()
+        worker._send(process.stdin, types.SimpleNamespace(run=os.getpid))
+        assert process.wait(60) == 0
+        assert process.stderr.read() == b""

@@ -136,7 +136,7 @@ def test_the_gates_of_a_segment_sum_to_about_one_at_init():
         (dict(kernel="pallas", chunk=8), "set chunk=0"),
         ({"gate": "tanh"}, "gate='tanh' is not one of"),
         ({"norm": "both"}, "norm='both' is not 'pre', 'post' or 'none'"),
-        ({"horizons": (20, 0)}, "give numbers of events, at least 1 each"),
+        ({"horizons": (20, 0)}, "give whole numbers of events, at least 1 each"),
         (dict(layers=0, pool=False, recent=0), "recent=0 and no horizons leave no token for the head"),
         ({"heads": 3}, "width=8 is not a multiple of heads=3"),
         ({"recent": 7}, "recent=7 is not within the 6 segments"),

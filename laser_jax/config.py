@@ -177,7 +177,7 @@ def from_dict(value: Any) -> Any:
 
 
 def check_sizes(config: Config) -> None:
-    """Raises ValueError, naming the field, for sizes that no run can have."""
+    """Raises ValueError, naming the field, for sizes that no run can have, and for some that would do nothing."""
     for part, names in AT_LEAST_ONE.items():
         for name in names:
             value = getattr(getattr(config, part), name)
@@ -191,6 +191,11 @@ def check_sizes(config: Config) -> None:
             if value < 0:
                 raise ValueError(f"{part}.{name}={value}: give 0 or more")
     config.optim.check()
+    if config.head.match_horizons and not config.head.matches:
+        raise ValueError(
+            f"head.match_horizons={config.head.match_horizons} are of head.matches, of which there are none: give () "
+            "for both"
+        )
     if not config.train.patience_s > 0:
         raise ValueError(f"train.patience_s={config.train.patience_s}: give more than 0")
     edges = config.train.length_edges

@@ -119,6 +119,16 @@ def test_sizes_that_no_run_can_have_are_named(field, value):
     assert str(refused.value).startswith(part) and f"{name}={value}" in str(refused.value)
 
 
+def test_horizons_of_matches_that_are_not_there_are_refused_where_a_run_starts():
+    """And only there: a model that was exported so stays what it is."""
+    config = get_config()
+    config.head.matches, config.head.match_horizons = (), (5,)
+    with pytest.raises(ValueError, match=r"head.match_horizons=\(5,\) are of head.matches, of which there are none"):
+        check_sizes(config)
+    config.head.matches = ("item",)
+    check_sizes(config)
+
+
 def test_fields_reach_the_model_by_table_and_side():
     config = get_config()
     model = nnx.eval_shape(lambda: config.build_model(nnx.Rngs(0)))

@@ -33,7 +33,7 @@ class Run:
 
 def check_horizons(name: str, horizons: Sequence[int]) -> None:
     """Raises ValueError, naming the field, unless they are numbers of events."""
-    if any(events < 1 or events != int(events) for events in horizons):
+    if any(not isinstance(events, int) or events < 1 for events in horizons):
         raise ValueError(f"{name}={tuple(horizons)}: give whole numbers of events, at least 1 each")
 
 

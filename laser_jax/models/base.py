@@ -208,11 +208,6 @@ class Ranker(nnx.Module):
         self.w_in = weight(rngs, (width_in, width))
         self.encoder = encoder.build(width_in=width_in, width=width, history_length=history_length, rngs=rngs)
         check_horizons("head.match_horizons", head.match_horizons)
-        if head.match_horizons and not head.matches:
-            raise ValueError(
-                f"head.match_horizons={head.match_horizons} are of head.matches, of which there are none: give () for "
-                "both"
-            )
         fields = tuple(head.matches)
         reaches = reaches_of(head.match_horizons, history_length) if head.match_horizons else ()
         self.matches = MatchReadout(width_in, width, fields, head.match_gates, reaches, rngs=rngs) if fields else None

@@ -61,13 +61,13 @@ def sum_by_matches(x: jax.Array, buckets: jax.Array, query_buckets: jax.Array) -
 def sum_by_tables(x: jax.Array, buckets: jax.Array, query_buckets: jax.Array, bits: int, change=lambda u: u):
     """The same, every bucket summed once a request and looked up per candidate; `change` is applied to each sum."""
 
+    summed = summed_in(x)
+
     # A table at a time: [B, L, T, f] would not fit.
     def add(total, table):
         ids, query_ids = table
         sums = jax.vmap(lambda rows, places: jax.ops.segment_sum(rows, places, 2**bits))(x.astype(summed), ids)
         return total + pick(change(sums.astype(x.dtype)), query_ids), None
-
-    summed = summed_in(x)
 
     tables = (jnp.moveaxis(buckets, 2, 0), jnp.moveaxis(query_buckets, 2, 0))
     width = jax.eval_shape(change, jax.ShapeDtypeStruct((x.shape[0], 2**bits, x.shape[2]), x.dtype)).shape[-1]

@@ -59,7 +59,7 @@ INDEX_ENTRY = 16
 CHECKSUM = 4
 #: Levels of blosc's zstd: for parts that are soon merged into others, and for parts that stay.
 LEAST_LEVEL, MOST_LEVEL = 1, 4
-#: Words of a page: whoever reads one event's scalar fields decodes a page.
+#: Words of a page at most: whoever reads one event's scalar fields decodes a page.
 MAX_WORDS = 1000
 
 _WORD = np.dtype(np.uint32)

@@ -172,8 +172,8 @@ def use_fold(candidates: int, width: int, heads: int, key_width: int, value_widt
     Args:
       candidates: C; width: f; key_width, value_width: of one head; segment: w, events that share one value projection.
     """
-    # Measured on CPU, d = 64 and 128: they cost alike where a multiply-accumulate of the folded sums counts as 1 to 1.4
-    # of the other's, with segments of 20 and 30 as 2. Times w, in integers: a symbolic C has no other order.
-    folded = 8 * candidates * heads * (2 * width * segment + width * value_width)
-    built = 5 * heads * (width + candidates) * (key_width + value_width) * segment
+    # Measured on CPU: the folded sums run at memory speed, a multiply-accumulate there costs about 3 of a large GEMM's.
+    # Times w, in integers: a symbolic C has no other order.
+    folded = 3 * candidates * heads * (2 * width * segment + width * value_width)
+    built = heads * (width + candidates) * (key_width + value_width) * segment
     return folded < built

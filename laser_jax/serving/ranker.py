@@ -20,6 +20,7 @@ from laser_jax.vault.partitions import PartitionedVault, Sequences
 MOST_CANDIDATES = 512
 #: What a batch's time is spent on: reading the vault, making arrays of it, both of these, and the model.
 STAGES = ("lookup", "assembly", "history", "scoring")
+_MOST_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 class RequestError(ValueError):
@@ -156,12 +157,13 @@ class Ranker:
         """
         answers = self.rank_each(requests)
         for answer in answers:
-            if isinstance(answer, VaultError):
+            if isinstance(answer, Exception):
                 raise answer
         return answers
 
-    def rank_each(self, requests: Sequence[RankRequest]) -> list[Ranking | VaultError]:
-        """As `rank`, but a request whose history cannot be read gets the error for an answer, and the others theirs."""
+    def rank_each(self, requests: Sequence[RankRequest]) -> list[Ranking | VaultError | RequestError]:
+        """As `rank`, but a request whose history cannot be read, or whose numbers give no finite score, gets the error
+        for an answer, and the others theirs."""
         if not requests:
             return []
         checked = [self.check(request, position) for position, request in enumerate(requests)]
@@ -172,6 +174,8 @@ class Ranker:
             rankings = self._scored([checked[place] for place in read], [answers[place] for place in read], began)
             for place, ranking in zip(read, rankings, strict=True):
                 answers[place] = ranking
+                if not np.isfinite(ranking.logits).all():
+                    answers[place] = RequestError(place, "its scores are not finite: are its numbers far too large?")
         return answers
 
     def _scored(
@@ -360,6 +364,8 @@ class Ranker:
             raise RequestError(position, f"{what}: {values[~np.isfinite(values)][0]} is not finite")
         if values.dtype.kind == "u" and values.size and values.max() > np.iinfo(np.int64).max:
             raise RequestError(position, f"{what}: {values.max()} is beyond int64")
+        if field.ids == "vector" and values.size and np.abs(values.astype(np.float64)).max() > _MOST_FLOAT32:
+            raise RequestError(position, f"{what}: {values.ravel()[np.abs(values).argmax()]} is beyond float32")
         # Of one type in all requests: side by side, unsigned and signed integers would become floats.
         return values.astype(np.float64 if field.ids in ("log", "vector") else np.int64, copy=False)
 

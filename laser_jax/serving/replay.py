@@ -40,6 +40,7 @@ class Report:
 
     Attributes:
       requests, candidates, positives: counts. unfinished: requests that were left out, their window being not over.
+      unscored: left out, since a score was no finite number.
       compared: requests that were scored anew. difference: between a logit then and now, the largest; None if nothing
         was compared. others: requests of other models, not compared.
     """
@@ -48,6 +49,7 @@ class Report:
     candidates: int = 0
     positives: int = 0
     unfinished: int = 0
+    unscored: int = 0
     compared: int = 0
     difference: float | None = None
     others: int = 0
@@ -116,10 +118,13 @@ def replay(
         for found in _batches(read_log(log)):
             entries = [entry for entry in found if entry["time"] + window <= until]
             report.unfinished += len(found) - len(entries)
-            if not entries:
-                continue
             for entry in entries:
                 _check(entry, types)
+            over = len(entries)
+            entries = [entry for entry in entries if np.isfinite(entry["logits"]).all()]
+            report.unscored += over - len(entries)
+            if not entries:
+                continue
             users, times = [entry["user"] for entry in entries], np.array([entry["time"] for entry in entries])
             if schema.user == "int64":
                 users = np.array(users, np.int64)
@@ -250,7 +255,8 @@ def _compare(
     moment, seen = np.array([entry["time"]]), np.array([entry["as_of"]])
     histories = vault.gather(users, moment, model.history_length, as_of=seen, fields=model.event_fields)
     logits = model.score(histories, Requests(moment, np.array([0, count]), candidates, context), translations)
-    farthest = float(np.abs(logits - np.array(entry["logits"], np.float32)).max())
+    # What is no number differs from all that was answered.
+    farthest = float(np.nan_to_num(np.abs(logits - np.array(entry["logits"], np.float32)), nan=np.inf).max())
     report.compared += 1
     report.difference = farthest if report.difference is None else max(report.difference, farthest)
 
@@ -303,8 +309,9 @@ def main(arguments: list[str] | None = None) -> int:
     seconds = time.monotonic() - started
     print(
         f"{report.requests:,} requests with {report.candidates:,} candidates, {report.positives:,} positive; "
-        f"{report.unfinished:,} left out, their window being not over; {report.compared:,} scored anew, logits differ "
-        f"by {report.difference or 0:.1e} at most; {seconds:.1f} s: {args.out}",
+        f"{report.unfinished:,} left out, their window being not over, and {report.unscored:,} with scores that are no "
+        f"numbers; {report.compared:,} scored anew, logits differ by {report.difference or 0:.1e} at most; "
+        f"{seconds:.1f} s: {args.out}",
         file=sys.stderr,
     )
     if args.compare > 0 and not report.compared:

@@ -65,6 +65,8 @@ class UserCache:
         self._count(same, count)
         if same == count:
             return entry.events.part(first, first + same) if same else self._look_up(columns)
+        # Of a batch of users these are parts of arrays that hold all of them, which would stay with what is kept.
+        columns = {name: values.copy() for name, values in columns.items()}
         if same:
             new = self._look_up({name: values[same:] for name, values in columns.items()})
             events = _joined(entry.events.part(first, first + same), new)

@@ -84,7 +84,11 @@ def evolve(appender: Appender, schema: Schema, dictionaries: dict[str, Dictionar
                 for field in new:
                     del dictionaries[field.name]
                 raise
-            appender.begin_schema(schema)
+            try:
+                appender.begin_schema(schema)
+            except BaseException as error:
+                appender.refuse(f"changing its schema was broken off ({error!r})")
+                raise
 
 
 def retain(appender: Appender, events: int | None, age: int | None) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from laser_jax.schema import Schema, SchemaError
 from laser_jax.vault.columns import Coded, check_columns
 from laser_jax.vault.dedup import Window
-from laser_jax.vault.dictionary import Dictionary
+from laser_jax.vault.dictionary import Dictionary, NewValues
 from laser_jax.vault.errors import UnavailableError, VaultError
 from laser_jax.vault.files import writer_lock
 from laser_jax.vault.log import Batch, LogFile, encode_record, log_numbers
@@ -217,22 +217,22 @@ class Appender:
         with self._commit_lock:
             with self._queue_lock:
                 items, self._queue = self._queue, []
-            items = [item for item in items if self._fits(item)]
-            if not items:
-                return
             try:
-                results = self._write(items)
+                items = [item for item in items if self._fits(item)]
+                if not items:
+                    return
+                for item, result in zip(items, self._write(items), strict=True):
+                    item.future.set_result(result)
             except (VaultError, OSError) as error:
                 for item in items:
                     item.future.set_exception(_explained(error, self._root))
                 return
             except BaseException as error:
-                # A mistake in this code: nobody may wait for ever because of it.
+                # A mistake in this code, or an interrupt: nobody may wait for ever because of it.
                 for item in items:
-                    item.future.set_exception(error)
+                    if not item.future.done():
+                        item.future.set_exception(_explained(error, self._root))
                 raise
-            for item, result in zip(items, results, strict=True):
-                item.future.set_result(result)
             tail = self._state.tails[-1]
             full = tail.num_bytes >= self._options.tail_bytes // 2
         if full:
@@ -255,55 +255,65 @@ class Appender:
         return True
 
     def _write(self, items: list[_Item]) -> list[int]:
-        if self._broken:
-            raise UnavailableError(f"{self._root} cannot be written: {self._broken}; close it and open it again")
+        self.check()
         tail, schema = self._state.tails[-1], self._state.schema
-        known = {name: len(dictionary) for name, dictionary in self._dictionaries.items()}
+        strings = {name: NewValues(dictionary) for name, dictionary in self._dictionaries.items()}
         sequence = tail.next_sequence
         batches, results, keys = [], [], []
         origins: dict[str, Written] = {}
         pending: set[Any] = set()
+        for item in items:
+            client, number = item.origin or ("", 0)
+            written = origins.get(client) or self._origins.get(client, Written())
+            if client and written.has(number):
+                results.append(written.sequence)  # sent again: its events are there
+                continue
+            batch, fresh = self._batch(schema, item.columns, sequence, pending, strings)
+            batch.origin = item.origin
+            if len(batch):
+                batches.append(batch)
+                keys.extend(fresh)
+                sequence += len(batch)
+            if client:
+                origins[client] = written.adding([(number, number)], sequence)
+            results.append(sequence)
+        data = b"".join([encode_record(schema, batch) for batch in batches])
         try:
-            for item in items:
-                client, number = item.origin or ("", 0)
-                written = origins.get(client) or self._origins.get(client, Written())
-                if client and written.has(number):
-                    results.append(written.sequence)  # sent again: its events are there
-                    continue
-                batch, fresh = self._batch(schema, item.columns, sequence, pending)
-                batch.origin = item.origin
-                if len(batch):
-                    batches.append(batch)
-                    keys.extend(fresh)
-                    sequence += len(batch)
-                if client:
-                    origins[client] = written.adding([(number, number)], sequence)
-                results.append(sequence)
-            if not batches:
-                self._origins |= {client: written.trimmed() for client, written in origins.items()}
-                return results
-            data = b"".join([encode_record(schema, batch) for batch in batches])
-            self._log.write(data, tail.next_sequence, sequence, len(self._state.manifest["schemas"]) - 1)
-        except BaseException:
-            # No event with these codes was written: the next ones get them.
-            for name, size in known.items():
-                self._dictionaries[name].truncate(size)
+            if data:
+                self._log.write(data, tail.next_sequence, sequence, len(self._state.manifest["schemas"]) - 1)
+            # Only now may readers see them: what is not on the disk would be taken back by a crash.
+            for new in strings.values():
+                new.keep()
+            for batch in batches:
+                tail.append(batch.users, batch.columns, batch.origin)
+            self._origins |= {client: written.trimmed() for client, written in origins.items()}
+            if len(self._origins) > 2 * MOST:
+                self._origins = newest(self._origins)
+            if self._window.active:
+                self._window.add(keys)
+        except OSError:
+            raise  # the log is as it was before, or has refused
+        except BaseException as error:
+            self.refuse(f"writing was broken off ({error!r}), and the log may hold events that memory does not")
             raise
-        for batch in batches:
-            tail.append(batch.users, batch.columns, batch.origin)
-        self._origins |= {client: written.trimmed() for client, written in origins.items()}
-        if len(self._origins) > 2 * MOST:
-            self._origins = newest(self._origins)
-        if self._window.active:
-            self._window.add(keys)
         return results
 
     def refuse(self, why: str) -> None:
         """From now on nothing is written: memory and disk may not agree."""
         self._broken = why
 
+    def check(self) -> None:
+        """Raises UnavailableError once something was refused: neither events nor manifests are written any more."""
+        if self._broken:
+            raise UnavailableError(f"{self._root} cannot be written: {self._broken}; close it and open it again")
+
     def _batch(
-        self, schema: Schema, columns: dict[str, Any], sequence: int, pending: set[Any]
+        self,
+        schema: Schema,
+        columns: dict[str, Any],
+        sequence: int,
+        pending: set[Any],
+        strings: dict[str, NewValues],
     ) -> tuple[Batch, list[Any]]:
         """Checked columns as a record's batch, without repeated events; and the keys of its events."""
         user = columns["user"]
@@ -329,11 +339,11 @@ class Appender:
         new = {}
         for name, column in rows.items():
             if isinstance(column, Coded):
-                dictionary = self._dictionaries[name]
-                size = len(dictionary)
-                rows[name] = dictionary.encode(column)
-                if len(dictionary) > size:
-                    new[name] = (size, dictionary.since(size))
+                values = strings[name]
+                size = values.end
+                rows[name] = values.encode(column)
+                if values.end > size:
+                    new[name] = (size, values.since(size))
         return Batch(sequence, users, rows, new), keys
 
     def _begin(self, schema: Schema) -> None:
@@ -350,5 +360,9 @@ def _size_of(column: Any) -> int:
     return column.codes.nbytes + 8 * len(column) if isinstance(column, Coded) else column.nbytes
 
 
-def _explained(error: Exception, root: str) -> Exception:
-    return error if isinstance(error, VaultError) else UnavailableError(f"{root} cannot be written: {error}")
+def _explained(error: BaseException, root: str) -> Exception:
+    if isinstance(error, VaultError):
+        return error
+    if isinstance(error, OSError):
+        return UnavailableError(f"{root} cannot be written: {error}")
+    return UnavailableError(f"{root}: writing was broken off ({error!r}): these events may be written or not")

@@ -163,7 +163,13 @@ class VaultClient:
         if len(known) < self._sizes.get(field, 0):
             with self._lock:
                 while len(known) < self._sizes.get(field, 0):
-                    known.extend(len(known), self.action("dictionary", field=field, start=len(known)))
+                    values = self.action("dictionary", field=field, start=len(known))
+                    if not values:
+                        raise UnavailableError(
+                            f"{self.path} has {len(known)} values of {field!r}, and spoke of {self._sizes[field]} "
+                            "before: if an older vault was put in its place, open it again"
+                        )
+                    known.extend(len(known), values)
         return known.array
 
     def encode(self, field: str, values: Sequence[str]) -> np.ndarray:

@@ -50,20 +50,10 @@ class Dictionary:
 
     def encode(self, column: Coded) -> np.ndarray:
         """Codes int32 [N] of a column; new values get new codes."""
-        used = np.zeros(len(column.values), bool)
-        used[column.codes] = True
-        codes = np.full(len(column.values), -1, np.int32)
-        for position in np.flatnonzero(used).tolist():
-            value = column.values[position]
-            if value not in self._codes:
-                self._add(value)
-            codes[position] = self._codes[value]
-        return codes[column.codes]
-
-    def truncate(self, size: int) -> None:
-        """Takes back the codes from `size` on; nobody may have been told of them."""
-        for value in self.since(size):
-            del self._codes[value]
+        new = NewValues(self)
+        codes = new.encode(column)
+        new.keep()
+        return codes
 
     def code(self, value: str) -> int:
         """Code of a value, -1 if it has none."""
@@ -78,3 +68,37 @@ class Dictionary:
         self._store[size] = value
         # The code comes last: whoever sees it finds the value.
         self._codes[value] = size
+
+
+class NewValues:
+    """Codes of values that are being written: nobody else is told of them before they are kept."""
+
+    def __init__(self, dictionary: Dictionary):
+        """`dictionary` must not grow otherwise until then."""
+        self._dictionary = dictionary
+        self._codes: dict[str, int] = {}
+        self._first = len(dictionary)
+
+    @property
+    def end(self) -> int:
+        """The code that the next new value gets."""
+        return self._first + len(self._codes)
+
+    def encode(self, column: Coded) -> np.ndarray:
+        """Codes int32 [N] of a column; new values get new codes."""
+        used = np.zeros(len(column.values), bool)
+        used[column.codes] = True
+        codes = np.full(len(column.values), -1, np.int32)
+        for position in np.flatnonzero(used).tolist():
+            value = column.values[position]
+            known = self._dictionary.code(value)
+            codes[position] = known if known >= 0 else self._codes.setdefault(value, self.end)
+        return codes[column.codes]
+
+    def since(self, code: int) -> list[str]:
+        """The new values with that code or a greater one."""
+        return list(self._codes)[code - self._first :]
+
+    def keep(self) -> None:
+        """The dictionary has them from now on."""
+        self._dictionary.extend(self._first, list(self._codes))

@@ -151,6 +151,16 @@ class UserIndex:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def users_of(self, numbers: np.ndarray) -> np.ndarray:
+        """Positions of the users who live in one of these parts."""
+        if not len(self.keys):
+            return np.zeros(0, np.int64)
+        return np.flatnonzero(np.logical_or.reduceat(np.isin(self.number, numbers), self.entry_start[:-1]))
+
+    def keys_at(self, positions: np.ndarray) -> Any:
+        """Keys of some users: int64 [N], or a list of strings."""
+        return self.keys[positions] if self._texts is None else [self.key(position) for position in positions.tolist()]
+
     def key(self, position: int) -> Any:
         """Key of a user."""
         if self._texts is None:

@@ -208,31 +208,42 @@ class Maintenance:
             manifest = self.state.manifest | {"version": VERSION} | changes
             manifest["number"] = self.state.manifest["number"] + 1
             try:
-                commit_manifest(self.root, manifest)
-            except OSError as error:
-                if read_manifest(self._storage)["number"] == manifest["number"]:
-                    self._appender.refuse(f"its manifest was replaced, perhaps not durably ({error})")
-                raise UnavailableError(f"{self.root}: its manifest cannot be written: {error}") from error
+                self._replace_manifest(manifest)
+                held = HeldManifest(self._storage)
+                state = build_state(self._storage, held, self._dictionaries, self.state, ())
+                with self._state_lock:
+                    # Tails may have come meanwhile; those whose events are in parts now go.
+                    end, newest = manifest["next_sequence"], self.state.tails[-1]
+                    tails = [tail for tail in self.state.tails if tail.next_sequence > end or tail is newest]
+                    self._set(state.with_tails(tuple(tails)))
+            except BaseException as error:
+                try:
+                    replaced = read_manifest(self._storage)["number"] == manifest["number"]
+                except (VaultError, OSError):
+                    replaced = True  # as far as anybody knows
+                if replaced:
+                    # The next one would be made from what memory has, and take back what this one says.
+                    self._appender.refuse(f"its manifest was replaced, and then: {error!r}")
+                raise
+
+    def _replace_manifest(self, manifest: dict[str, Any]) -> None:
+        try:
+            commit_manifest(self.root, manifest)
             self.bytes_written += 2 * os.path.getsize(os.path.join(self.root, MANIFEST))
-            held = HeldManifest(self._storage)
-            before = self.state
-            state = build_state(self._storage, held, self._dictionaries, before, ())
-            with self._state_lock:
-                # Tails may have come meanwhile; those whose events are in parts now go.
-                end = manifest["next_sequence"]
-                tails = [tail for tail in self.state.tails if tail.next_sequence > end or tail is self.state.tails[-1]]
-                self._set(state.with_tails(tuple(tails)))
+        except OSError as error:
+            raise UnavailableError(f"{self.root}: its manifest cannot be written: {error}") from error
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Held while the vault's files are changed.
 
         Raises:
-          UnavailableError: it was closed: somebody else may be the writer now.
+          UnavailableError: it was closed: somebody else may be the writer now. Or memory and disk may not agree.
         """
         with self._lock:
             if self._closed:
                 raise UnavailableError(f"{self.root} was closed meanwhile: nothing of this is done")
+            self._appender.check()
             yield
 
     def new_part_name(self, number: int | None = None) -> str:
@@ -254,13 +265,9 @@ class Maintenance:
         """The manifest's dictionaries, with pieces for values that no piece holds yet, which are written now."""
         found = {name: list(pieces) for name, pieces in self.state.manifest["dictionaries"].items()}
         strings = [field.name for field in (schema or self.state.schema).fields if field.type == "string"]
-        with self._appender.commit_lock:  # else there are codes of events that may yet be refused, which are taken back
-            new = {
-                field: self._dictionaries[field].since(sum(piece["values"] for piece in found.setdefault(field, [])))
-                for field in strings
-            }
-        for field, values in new.items():
-            pieces = found[field]
+        for field in strings:
+            pieces = found.setdefault(field, [])
+            values = self._dictionaries[field].since(sum(piece["values"] for piece in pieces))
             if values or not pieces:
                 name = f"{field}-{len(pieces):06d}-{secrets.token_hex(4)}"
                 folder = os.path.join(self.root, DICTIONARIES, name)
@@ -291,7 +298,7 @@ class Maintenance:
             self._work.clear()
             self._merging = True
             try:
-                with self._lock:
+                with self.locked():
                     if self._flush_sealed():
                         self._collect()
                 self._flush_failure = None
@@ -309,7 +316,7 @@ class Maintenance:
     def _merge_in_background(self) -> None:
         """Merges what needs it; after a failure (a damaged part, a full disk) only after a growing pause."""
         try:
-            with self._lock:
+            with self.locked():
                 self._merge_newest()
             self._merge_failure, self._merge_pause = None, _RETRY
         except Exception as error:  # whatever it is: tails must go on becoming parts
@@ -370,9 +377,10 @@ class Maintenance:
         retention = self.state.manifest["retention"]
         keep_from = 0
         if retention.get("age"):
-            # By the store's newest event, not by a clock that may be wrong.
+            # Neither a clock nor an event that is ahead of its time may delete what is not old: the earlier one counts.
             newest = max((part.entry["last_time"] for part in self.state.parts.values()), default=0)
-            keep_from = max(0, newest - retention["age"] + 1)
+            now = int(time.time() * (1000 if self.state.schema.time_unit == "ms" else 1))
+            keep_from = max(0, min(newest, now) - retention["age"] + 1)
         schemas = self.state.manifest["schemas"]
         fills = fill_values(self.state.schema, self._dictionaries)
         added = []

@@ -1,6 +1,6 @@
 """A vault as a network service by Arrow Flight: any Flight client in any language can read and append.
 
-    python -m laser_jax.vault serve --vault=DIR --port=8815
+    python -m laser_jax.vault serve DIR --port=8815
 
 DoGet     ticket {"user": 7}, also "n", "before", "as_of", "fields", "where", "max_scan" as for Vault.get, and "at", a
           snapshot. Answers a row an event, oldest first. The schema's metadata says `as_of`, `exhausted`, `scanned`.

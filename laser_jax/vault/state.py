@@ -137,10 +137,36 @@ class State:
 
     def num_users(self) -> int:
         """Number of users with an event."""
-        whole = len(self.indexes) == 1 and set(self.indexes[0].parts) == set(self.parts)
-        if whole and not any(tail.size for tail in self.tails):
-            return len(self.indexes[0])
-        return len(self.users())
+        count = self._users_in_parts
+        for place, tail in enumerate(self.tails):
+            counted, fresh = self._users_in_tails.get(place, (0, 0))
+            users = tail.users(counted)
+            known = np.zeros(len(users), bool)
+            known[self.entries_of(users if self.schema.user == "string" else np.array(users, np.int64))[0]] = True
+            older = self.tails[:place]
+            fresh += sum(
+                not found and not any(user in tail for tail in older)
+                for user, found in zip(users, known.tolist(), strict=True)
+            )
+            self._users_in_tails[place] = (counted + len(users), fresh)
+            count += fresh
+        return count
+
+    @functools.cached_property
+    def _users_in_tails(self) -> dict[int, tuple[int, int]]:
+        """Of each tail how many users were counted, and how many of these are new: tails grow under a state."""
+        return {}
+
+    @functools.cached_property
+    def _users_in_parts(self) -> int:
+        numbers, count = np.fromiter(self.by_number, np.int64, len(self.by_number)), 0
+        for place, index in enumerate(self.indexes):
+            alive = index.users_of(numbers)
+            count += len(alive)
+            if place and len(alive):
+                earlier = dataclasses.replace(self, indexes=self.indexes[:place], tails=())
+                count -= len(np.unique(earlier.entries_of(index.keys_at(alive))[0]))
+        return count
 
 
 def signed_hash(user: str) -> int:

@@ -1,5 +1,6 @@
 """Events that are in no part yet, in memory: those of one or several successive log files."""
 
+import itertools
 import threading
 from typing import Any
 
@@ -63,10 +64,10 @@ class Tail:
     def __contains__(self, user: Any) -> bool:
         return user in self._slots
 
-    def users(self) -> list[Any]:
-        """Users with events here."""
+    def users(self, start: int = 0) -> list[Any]:
+        """Users with events here, in order of their first one, from number `start` on."""
         with self._lock:
-            return list(self._slots)
+            return list(itertools.islice(self._slots, start, None))
 
     def append(self, users: list[Any], columns: dict[str, np.ndarray], origin: tuple[str, int] | None = None) -> None:
         """Adds rows.

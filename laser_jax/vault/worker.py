@@ -47,9 +47,13 @@ class Worker:
             try:
                 _send(self._process.stdin, task)
                 done, value = _receive(self._process.stdout)
-            except (OSError, EOFError) as error:
-                status = self._process.wait()
-                raise UnavailableError(f"the process that makes parts died (status {status})") from error
+            except BaseException as error:
+                # Its answer, if one still comes, must never be taken for that to the next task.
+                self._process.kill()
+                status = self._end()
+                if isinstance(error, (OSError, EOFError)):
+                    raise UnavailableError(f"the process that makes parts died (status {status})") from error
+                raise
         if done:
             return value
         raise value
@@ -64,10 +68,17 @@ class Worker:
         """Ends the worker, after the task at hand."""
         with self._lock:
             if self._process is not None:
-                self._process.stdin.close()
-                self._process.wait()
-                self._process.stdout.close()
-                self._process = None
+                self._end()
+
+    def _end(self) -> int:
+        """Closes the pipes; the process' status, once it has ended."""
+        process = self._process
+        with contextlib.suppress(BrokenPipeError):  # what it was not sent any more
+            process.stdin.close()
+        status = process.wait()
+        process.stdout.close()
+        self._process = None
+        return status
 
 
 def _send(stream: BinaryIO, value: Any) -> None:

@@ -98,7 +98,8 @@ def write(path: str, batch: int, tail_bytes: int, merge_parts: int, guests: bool
                     say("forgot", oldest)
                     oldest += 1
                 elif job == "snapshot":
-                    known, name = batch - 1, f"after-{batch:09d}"
+                    # Twice, perhaps, before the next batch: that may wait for room.
+                    known, name = batch - 1, f"after-{batch:09d}-{time.time_ns()}"
                     vault.snapshot(name)
                     say("pinned", name, known)
                     for old in vault.snapshots()[:-3]:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from laser_jax import vault as seqvault
+from laser_jax.features import FieldConfig
 from laser_jax.pipeline import BatchSource
 from laser_jax.requests import RequestsWriter
 from laser_jax.schema import Field, Schema
@@ -133,6 +134,35 @@ def test_a_history_that_cannot_be_read_costs_nobody_else_an_answer(ranker, known
             np.testing.assert_allclose(answer.logits, before.logits, **NEAR)
     with pytest.raises(seqvault.CorruptionError):
         ranker.rank([request_of(row) for row in rows])
+
+
+def test_scores_that_are_no_numbers_are_no_answer_and_cost_nobody_else_theirs(ranker, known_data, monkeypatch):
+    requests = [request_of(row) for row in known_data.requests["valid"][:6]]
+    wanted, run = ranker.rank(requests), ranker.model.run
+
+    def overflows(assembled):
+        scores = run(assembled).copy()
+        scores[0] = np.nan
+        return scores
+
+    monkeypatch.setattr(ranker.model, "run", overflows)
+    answers = ranker.rank_each(requests)
+    failed = [isinstance(answer, RequestError) for answer in answers]
+    assert any(failed) and not all(failed) and "not finite" in str(answers[failed.index(True)])
+    for answer, before, lost in zip(answers, wanted, failed, strict=True):
+        if not lost:
+            np.testing.assert_allclose(answer.logits, before.logits, **NEAR)
+    with pytest.raises(RequestError, match="not finite"):
+        ranker.rank(requests)
+
+
+def test_numbers_of_a_vector_are_finite_as_the_model_reads_them(ranker, monkeypatch):
+    field = FieldConfig("numbers", 2, ids="vector")
+    monkeypatch.setattr(ranker.model, "width_of", lambda field: 2)
+    assert ranker._numbers(0, "candidates 'numbers'", field, [[1, -3e38]]).tolist() == [[1, -3e38]]
+    for wrong, told in (([[1, 1e300]], "1e.300 is beyond float32"), ([[np.inf, 0]], "inf is not finite")):
+        with pytest.raises(RequestError, match=told):
+            ranker._numbers(0, "candidates 'numbers'", field, wrong)
 
 
 def test_a_lost_partition_costs_its_own_users_their_answers_only(ranker, model, known_data, tmp_path):

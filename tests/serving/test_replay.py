@@ -79,6 +79,19 @@ def test_a_score_that_is_not_what_was_answered_is_noticed(logged, model, tmp_pat
     assert none.compared == 0 and none.difference is None
 
 
+def test_scores_that_are_no_numbers_are_left_out_or_noticed(logged, model, tmp_path, monkeypatch):
+    """One of them among the logged ones must not keep the others from being trained on, nor hide a difference."""
+    log, vault, _, _ = logged
+    lines = list(read_log(log))
+    lines[3]["logits"][1] = float("nan")
+    os.mkdir(tmp_path / "log")
+    (tmp_path / "log" / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report = replay(str(tmp_path / "log"), vault, model, str(tmp_path / "requests"), "item", 50, compare=1.0)
+    assert (report.requests, report.unscored) == (39, 1) and report.difference < 1e-5
+    monkeypatch.setattr(model, "score", lambda histories, asked, _: np.full(asked.offsets[-1], np.nan, np.float32))
+    assert replay(log, vault, model, str(tmp_path / "all"), "item", 50, compare=1.0).difference == np.inf
+
+
 def test_what_a_crash_left_is_read_and_damage_is_named(logged, model, tmp_path):
     log, vault, _, _ = logged
     (name,) = glob.glob(f"{log}/*.jsonl")

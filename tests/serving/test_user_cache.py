@@ -1,5 +1,7 @@
 """What is kept of users is what would be looked up anew, whatever became of their histories meanwhile."""
 
+import weakref
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -105,3 +107,12 @@ def test_whoever_was_not_asked_for_goes_first():
     assert look_up.events == asked and len(cache) == 2
     cache.read("b", history(events))
     assert look_up.events == asked + LENGTH
+
+
+def test_the_batch_that_a_history_came_in_is_let_go():
+    batch, cache = {name: np.arange(3000) for name in ("time", "item")}, UserCache(10**6, LookUp())
+    whole = [weakref.ref(column) for column in batch.values()]
+    cache.read("a", {name: column[:3] for name, column in batch.items()})
+    cache.read("a", {name: column[:5] for name, column in batch.items()})
+    del batch
+    assert [column() for column in whole] == [None, None] and len(cache) == 1

@@ -998,6 +998,16 @@ def test_retention_by_age_counts_from_the_newest_event(make):
     assert vault.verify() == []
 
 
+def test_an_event_that_is_ahead_of_its_time_makes_no_other_one_old(make):
+    now = int(time.time())
+    vault = make(ITEMS)
+    vault.retain(age=1000)
+    times = [now - 5000, now - 100, now - 50, 4 * 10**9]
+    vault.append({"user": [1, 1, 2, 3], "time": times, "item": [0, 1, 2, 3]})
+    vault.merge()
+    assert items(vault, 1) == [1] and items(vault, 2) == [2] and items(vault, 3) == [3]
+
+
 def test_background_merges_apply_retention(make):
     vault = make(ITEMS, WriterOptions(tail_bytes=4000, merge_parts=1, merge_bytes_per_s=0))
     vault.retain(events=10)

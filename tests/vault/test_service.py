@@ -315,6 +315,18 @@ def test_codes_that_were_made_anew_mean_nothing_else_to_who_knew_the_old_ones(tm
         assert [fresh.get(user)["brand"].tolist() for user in users[2:]] == [[brand] for brand in brands[2:]]
 
 
+def test_a_client_that_was_told_of_strings_which_are_gone_is_told_so(tmp_path, monkeypatch):
+    """An older vault in its place: to go on asking for them would hold up the handle for ever."""
+    path = str(tmp_path / "vault")
+    with seqvault.create(path, ITEMS) as writer:
+        writer.write({"user": [1], "time": [1], "item": [1], "brand": ["a"]})
+    with VaultService(path, writing=WRITING) as service, monkeypatch.context() as patched:
+        patched.setattr(service, "_sizes", lambda vault, names: {"brand": 2})
+        vault = seqvault.open(url(service))
+        with pytest.raises(seqvault.UnavailableError, match="1 values of 'brand', and spoke of 2 before"):
+            vault.get(1)["brand"]
+
+
 def test_a_client_refuses_what_forgetting_cannot_mean(tmp_path):
     with seqvault.create(tmp_path / "vault", Schema(user="string")) as writer:
         writer.write({"user": ["ann", "a", "n"], "time": [1, 2, 3]})

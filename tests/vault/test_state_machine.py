@@ -7,6 +7,7 @@ import dataclasses
 import os
 import shutil
 import tempfile
+import time
 
 import numpy as np
 from hypothesis import HealthCheck, Phase, settings
@@ -210,7 +211,8 @@ class VaultMachine(RuleBasedStateMachine):
     @rule()
     def merge(self):
         self.vault.merge()
-        newest = max((event[0] for found in self.view.events.values() for event in found), default=0)
+        now = int(time.time() * (1000 if self.vault.schema.time_unit == "ms" else 1))
+        newest = min(now, max((event[0] for found in self.view.events.values() for event in found), default=0))
         for user, found in self.view.events.items():
             found = sorted(found, key=lambda event: event[:2])
             if "age" in self.retention:

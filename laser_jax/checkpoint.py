@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import pathlib
+import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -47,6 +48,8 @@ def reading(path: str) -> Iterator[None]:
 
 
 Ids = dict[str, IdDictionary]
+#: What orbax calls the figures of a checkpoint.
+_METRICS = "metrics"
 _CHUNKED = ocp.SaveArgs(chunk_byte_size=64 << 20)
 #: Seconds that the files of a checkpoint take to be removed, at most.
 _REMOVAL_S = 2.0
@@ -121,13 +124,7 @@ class Checkpoints:
         return bool(self._manager.metrics(step))
 
     def save(self, state: TrainState, step: int, metrics: dict[str, float] | None) -> None:
-        """Starts saving; `metrics` must hold `auc` where the state was evaluated.
-
-        A checkpoint of `step` that is there, because it was saved before it could be judged, is replaced.
-        """
-        if step in self._manager.all_steps():
-            self._manager.wait_until_finished()
-            self._manager.delete(step)
+        """Starts saving; `metrics` must hold `auc` where the state was evaluated."""
         ids = _ids_state(self._ids)
         items = {
             "state": ocp.args.PyTreeSave(state, save_args=jax.tree.map(lambda _: _CHUNKED, state)),
@@ -136,6 +133,18 @@ class Checkpoints:
         if ids:
             items["ids"] = ocp.args.StandardSave(ids)
         self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+
+    def judge(self, step: int, metrics: dict[str, float]) -> None:
+        """Adds figures of validation, which hold `auc`, to a checkpoint that was saved before it could be judged."""
+        if hosts.is_first():
+            folder = pathlib.Path(self.path) / str(step)
+            unfinished = folder / f".{_METRICS}"
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a run that died here
+            unfinished.mkdir()
+            ocp.JsonCheckpointHandler(filename=_METRICS).save(unfinished, args=ocp.args.JsonSave(metrics))
+            unfinished.rename(folder / _METRICS)
+        hosts.agree([0])  # nobody looks before it is done
+        self._manager.reload()
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         """The state saved at `step`, placed as `abstract` says; the dictionaries become those of that step.
@@ -165,7 +174,6 @@ class Checkpoints:
     def _read(self, step: int, abstract: TrainState) -> tuple[TrainState, dict, dict[str, int]]:
         """State, dictionaries and checksums. By the handlers: the manager's restore waits for all processes at its end,
         for ever if one of them fails before."""
-        self._manager.wait_until_finished()
         folder = pathlib.Path(self.path) / str(step)
         how = ocp.checkpoint_utils.construct_restore_args(abstract)
         args = ocp.args.PyTreeRestore(item=abstract, restore_args=how)
@@ -197,6 +205,8 @@ class Checkpoints:
     def _first_whole(
         self, order: Callable[[list[int]], list[int]], abstract: TrainState
     ) -> tuple[TrainState, int] | None:
+        # A save that failed is no damage of what lies there already: its error comes from here.
+        self._manager.wait_until_finished()
         damaged: list[tuple[int, CheckpointError]] = []
         waiting = order(self._manager.all_steps())
         while waiting:

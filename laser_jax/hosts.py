@@ -69,6 +69,12 @@ def agree(values: list[int]) -> list[int]:
     return multihost_utils.process_allgather(np.asarray(values, np.int32)).max(axis=0).tolist()
 
 
+def of_first(numbers: np.ndarray) -> np.ndarray:
+    """int64 [N]: those of the first process; all call with as many."""
+    # As halves: jax would cut int64 to 32 bits.
+    return gather(numbers.view(np.uint32))[0].view(np.int64)
+
+
 def gather(array: np.ndarray) -> np.ndarray:
     """[processes, ...]: what each process has, which all call with the same shape."""
     if jax.process_count() == 1:

@@ -125,6 +125,8 @@ class BatchSource:
       least: table -> smallest size of a bucket, source -> of distinct lines. Processes that train together must have
         the same.
       dictionaries: table -> its dictionary, where it has one. Splits of a run share them.
+      seen: int64 [partitions], sequence numbers up to which the events of a vault that goes on are read; None: all that
+        there are. Splits and processes of a run must have the same.
     """
 
     def __init__(self, data: DataConfig, features: FeatureConfig, split: str, share: DeviceShare = ALONE):
@@ -136,6 +138,10 @@ class BatchSource:
         self.batch_size = data.batch_size if self.training else data.eval_batch_size
         self.num_columns = data.candidates if self.training else data.eval_candidates
         self.vault = seqvault.open(data.vault_path, data.cache_bytes, at=data.snapshot or None)
+        # A service shows what is written while a run goes on; a local vault is as it was when it was opened.
+        self.seen = None
+        if not self.vault.local and not data.snapshot:
+            self.seen = np.atleast_1d(np.array(self.vault.next_sequence, np.int64))
         self.requests = Requests.open(os.path.join(data.path, "requests", split))
         if not len(self.requests):
             raise ValueError(f"{self.requests.path} holds no request: there is nothing to run {split} on")
@@ -174,12 +180,13 @@ class BatchSource:
         return type(self), self._args
 
     def check_histories(self) -> None:
-        """Raises ValueError if none of the first requests has an event before it, though the vault holds events.
+        """Raises ValueError if none of some requests has an event before it, though the vault holds events.
 
-        All processes of a run look at the same ones.
+        All processes of a run look at the same ones, from all over the split.
         """
-        requests = self.requests.read(np.unique(self._row_request[self._order(0)[:SEARCHED]]))
-        found = self.vault.gather(requests.user, requests.time, 1, as_of=requests.sequence, fields=[])
+        rows = np.linspace(0, len(self._row_request) - 1, min(SEARCHED, len(self._row_request))).astype(np.int64)
+        requests = self.requests.read(np.unique(self._row_request[rows]))
+        found = self.vault.gather(requests.user, requests.time, 1, as_of=self._as_of(requests), fields=[])
         if found.num_events or not self.vault.num_events:
             return
         newest = self.vault.gather(requests.user, None, 1, fields=[])
@@ -256,8 +263,7 @@ class BatchSource:
             requests.user,
             requests.time,
             self.data.history_length,
-            # What the server had not seen at the time is kept out, though it happened before.
-            as_of=requests.sequence,
+            as_of=self._as_of(requests),
             fields=[f.name for f in (*features.item, *features.event)],
         )
         looked_up = self._assembly.look_up(histories.columns, requests.candidates, requests.context)
@@ -275,6 +281,16 @@ class BatchSource:
         numbered = {table: [part[0][table] for part in parts] for table in self._tables}
         lines = {source: [part[1][source] for part in parts] for source in self._assembly.lined}
         return _Read(k, rows, requests, histories, numbered, lines)
+
+    def _as_of(self, requests: Requests) -> Any:
+        """What the server had not seen at the time is kept out, though it happened before; so is what came since."""
+        if self.seen is None:
+            return requests.sequence
+        seen = self.seen
+        if len(seen) > 1:
+            seen = seen[self.vault.partition_of(requests.user)]
+        seen = np.broadcast_to(seen, len(requests))
+        return seen if requests.sequence is None else np.minimum(requests.sequence, seen)
 
     def _lay_out(
         self, read: "_Read", assigned: dict[str, Assigned] | None = None, bucket_sizes: dict[str, int] | None = None

@@ -25,6 +25,7 @@ from laser_jax.state import StateFactory, TrainState
 from laser_jax.step import make_eval_step, make_train_step
 from laser_jax.warm_start import check_parts, warm_start
 from laser_jax.whole_files import replacing
+from laser_jax.workdir_lock import WorkdirLock
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ def started(config: Config, workdir: str) -> Iterator["Run"]:
             stack.enter_context(hosts.LastWords())
             watchdog = stack.enter_context(hosts.Watchdog(config.train.patience_s))
         try:
-            run = Run(config, os.path.abspath(workdir), peers, watchdog)
+            run = Run(config, os.path.abspath(workdir), peers, watchdog, stack)
             run.restore()
             yield run
         except jax.errors.JaxRuntimeError as error:
@@ -73,7 +74,15 @@ def started(config: Config, workdir: str) -> Iterator["Run"]:
 class Run:
     """One process's part in a run: everything from the config to the report."""
 
-    def __init__(self, config: Config, workdir: str, peers: hosts.Peers, watchdog: hosts.Watchdog | None):
+    def __init__(
+        self,
+        config: Config,
+        workdir: str,
+        peers: hosts.Peers,
+        watchdog: hosts.Watchdog | None,
+        stack: contextlib.ExitStack,
+    ):
+        """The workdir is this run's until `stack` ends."""
         self.config, self.workdir, self.peers, self.watchdog = config, workdir, peers, watchdog
         self.mesh = make_mesh(config.mesh, config.data.batch_size, config.data.eval_batch_size)
         share = device_share(self.mesh)
@@ -82,7 +91,10 @@ class Run:
         self.sources = {
             split: BatchSource(config.data, config.features, split, share) for split in ("train", "valid", "test")
         }
-        self.sources["train"].check_histories()
+        seen = self.sources["train"].seen
+        for source in self.sources.values():
+            source.seen = None if seen is None else hosts.of_first(seen)
+            source.check_histories()
         if hosts.is_first():
             tell_cut_codes(self.sources["train"].vault, config.features)
         if jax.process_count() > 1:
@@ -102,6 +114,7 @@ class Run:
         ids = self.sources["train"].dictionaries
         for source in self.sources.values():
             source.dictionaries = ids
+        stack.enter_context(WorkdirLock(workdir, peers))
         self.checkpoints = Checkpoints(workdir, ids, self.factory.largest_bytes)
         self.eval_step = make_eval_step(self.factory)
         self._alike: set[str] = set()  # splits of which it was told that all labels are alike
@@ -246,7 +259,10 @@ class Run:
         predictions = self.predict(state, "valid", f"validation at step {step}", save)
         figures = dataclasses.asdict(predictions.figures())
         log.evaluated(step, figures)
-        self.checkpoints.save(state, step, figures)
+        if saved:
+            self.checkpoints.judge(step, figures)
+        else:
+            self.checkpoints.save(state, step, figures)
         if hosts.is_first():
             self._tell_ids()
 

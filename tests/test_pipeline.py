@@ -1,5 +1,6 @@
 """Batches against a brute-force assembly from the raw log."""
 
+import contextlib
 import dataclasses
 import pickle
 import threading
@@ -16,6 +17,7 @@ from laser_jax.requests import RequestsWriter, read_vocabulary
 from laser_jax.row_placement import DeviceShare
 from laser_jax.schema import Field, Schema
 from laser_jax.vault import UnknownFieldError
+from laser_jax.vault.partitioning import partition_paths
 from laser_jax.vault.service import VaultService
 from tests.conftest import write_known_data
 
@@ -340,3 +342,32 @@ def test_a_service_gives_the_batches_of_its_vault(known_data):
         assert {name: value for name, value in found.items() if "vault" not in name} == {
             name: value for name, value in fingerprint(at_home).items() if "vault" not in name
         }
+
+
+@pytest.mark.parametrize("partitions", [None, 3])
+@pytest.mark.parametrize("sequence", [False, True])
+def test_what_comes_into_a_service_meanwhile_is_not_in_the_batches_of_a_run(tmp_path, partitions, sequence):
+    """Late events too: else one step of validation would be of other histories than the next."""
+    path, users = str(tmp_path / "data" / "vault"), np.arange(6)
+    schema = Schema(fields=(Field("item", "int64"),))
+    with seqvault.create(path, schema, partitions=partitions) as writer:
+        writer.write({"user": users, "time": users, "item": users})
+    with RequestsWriter(f"{tmp_path}/data/requests/train", sequence=sequence, candidates={"item": "int64"}) as writer:
+        asked = {"user": users, "time": np.full(6, 50), "candidates": {"item": users}}
+        more = {"sequence": np.full(6, 100)} if sequence else {}
+        writer.write(**asked, **more, counts=np.ones(6, int), label=np.zeros(6))
+    features = FeatureConfig(item=(FieldConfig("item", 2, 100),))
+    with contextlib.ExitStack() as stack:
+        paths = [path] if partitions is None else partition_paths(path)
+        writing = seqvault.WriterOptions(background=False)
+        services = [stack.enter_context(VaultService(one, writing=writing)) for one in paths]
+        where = ",".join(f"grpc://127.0.0.1:{service.port}" for service in services)
+        data = DataConfig(path=f"{tmp_path}/data", vault=where, history_length=4, batch_size=6, candidates=1)
+        source = BatchSource(data, features, "train")
+        before = source.batch(0).step
+        with seqvault.open(where) as vault:
+            vault.append({"user": users, "time": users + 10, "item": users})
+        now, later = source.batch(0).step, BatchSource(data, features, "train").batch(0).step
+    for one, other in zip(jax.tree.leaves(before), jax.tree.leaves(now), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert before["length"].tolist() == [1] * 6 and later["length"].tolist() == [2] * 6

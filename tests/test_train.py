@@ -1,12 +1,17 @@
 """A whole run in this process: it learns, says what it did, and refuses what makes no sense."""
 
+import errno
+import fcntl
 import json
 import os
 import shutil
 import signal
+import threading
+import time
 from dataclasses import replace
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
 
@@ -166,7 +171,10 @@ def test_sigterm_at_any_step_changes_nothing_in_the_end(known_data, tmp_path, mo
         with pytest.raises(hosts.Stopped, match=f"SIGTERM during validation at step {during}.*on from step {during}$"):
             train.run(config_for(known_data, **changes), cut)
     interrupted.after = interrupted.during = None
+    unjudged = os.path.join(cut, "checkpoints", str(last), "state")
+    before = os.stat(unjudged).st_ino
     got = train.run(config_for(known_data, **changes), cut)
+    assert os.stat(unjudged).st_ino == before, "what was saved stays until something newer is"
     np.testing.assert_array_equal(got.logits, want.logits)
     final = [newest_sums(workdir) for workdir in (straight, cut)]
     assert final[0] == final[1] and len(final[0]) > 20
@@ -208,6 +216,47 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(known_data, tm
             flip_a_bit_of_the_largest_chunk(os.path.join(damaged, "checkpoints", step))
     with pytest.raises(CheckpointError, match="no checkpoint of .* can be read"):
         train.run(config_for(known_data, **changes), damaged)
+
+
+def test_a_save_that_failed_is_no_damage_of_the_others(known_data, tmp_path, monkeypatch):
+    config, workdir = config_for(known_data, encoder="mean", train__save_every=10), str(tmp_path / "run")
+    want = train.run(config, workdir)
+    os.remove(os.path.join(workdir, "results.json"))
+    steps = sorted(os.listdir(os.path.join(workdir, "checkpoints")))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ocp.CheckpointManager, "wait_until_finished", full)
+        with pytest.raises(OSError, match="No space left"):
+            train.run(config, workdir)
+    assert sorted(os.listdir(os.path.join(workdir, "checkpoints"))) == steps
+    assert not os.path.exists(f"{workdir}/checkpoints-damaged")
+    np.testing.assert_array_equal(train.run(config, workdir).logits, want.logits)
+
+
+def test_a_run_waits_for_another_one_in_its_workdir(known_data, tmp_path, caplog):
+    config, workdir = config_for(known_data, encoder="mean"), tmp_path / "run"
+    os.mkdir(workdir)
+    with open(workdir / "lock", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+
+        def once_it_waits(times, call, *arguments):
+            def run():
+                while caplog.text.count("held by another run in this workdir: waiting") < times:
+                    time.sleep(0.05)
+                call(*arguments)
+
+            threading.Thread(target=run, daemon=True).start()
+
+        once_it_waits(1, os.kill, os.getpid(), signal.SIGTERM)
+        with pytest.raises(hosts.Stopped, match="SIGTERM while another run held .*run/lock"):
+            train.run(config, str(workdir))
+        assert os.listdir(workdir) == ["lock"]
+        once_it_waits(2, other.close)
+        train.run(config, str(workdir))
+    assert (workdir / "results.json").exists()
 
 
 def flip_a_bit_of_the_largest_chunk(folder, part=0.5):

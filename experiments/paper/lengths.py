@@ -19,7 +19,7 @@ from laser_jax import metrics
 from laser_jax.checkpoint import Checkpoints
 from laser_jax.evaluate import predict
 from laser_jax.pipeline import BatchSource
-from laser_jax.sharding import make_mesh
+from laser_jax.sharding import device_share, make_mesh
 from laser_jax.state import StateFactory
 from laser_jax.step import make_eval_step
 
@@ -49,7 +49,7 @@ def serve(study: Study, outcome: Outcome, length: int, only_report: bool) -> flo
         state = checkpoints.restore(outcome.results["step"], factory.abstract())
         checkpoints.close()
         config.data.history_length = length
-        source = BatchSource(config.data, config.features, "test")
+        source = BatchSource(config.data, config.features, "test", device_share(mesh))
         with jax.set_mesh(mesh):
             predictions = predict(make_eval_step(factory), state, source, mesh, f"{outcome.model.label} at {length}")
         predictions.save(path)

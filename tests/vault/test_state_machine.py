@@ -163,9 +163,9 @@ class VaultMachine(RuleBasedStateMachine):
                 events[field.name] = np.array(values, field.dtype)
             else:
                 events[field.name] = np.array(values, field.dtype).reshape(len(rows), field.size)
-        for (place, time), number in zip(rows, numbers, strict=True):
+        for (place, moment), number in zip(rows, numbers, strict=True):
             values = {field.name: value_of(field, number) for field in self.view.fields}
-            self.view.events.setdefault(self.users[place], []).append((time, self.view.next_sequence, values))
+            self.view.events.setdefault(self.users[place], []).append((moment, self.view.next_sequence, values))
             self.view.next_sequence += 1
         self.number += len(rows)
         return events

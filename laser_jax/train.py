@@ -97,6 +97,7 @@ class Run:
             source.check_histories()
         if hosts.is_first():
             tell_cut_codes(self.sources["train"].vault, config.features)
+            self.sources["train"].tell_unknown_codes()
         if jax.process_count() > 1:
             for source in self.sources.values():
                 source.least = dict(zip(source.least, hosts.agree(list(source.least.values())), strict=True))

@@ -371,3 +371,14 @@ def test_what_comes_into_a_service_meanwhile_is_not_in_the_batches_of_a_run(tmp_
     for one, other in zip(jax.tree.leaves(before), jax.tree.leaves(now), strict=True):
         np.testing.assert_array_equal(one, other)
     assert before["length"].tolist() == [1] * 6 and later["length"].tolist() == [2] * 6
+
+
+def test_numbers_that_mostly_have_no_row_are_told(known_data, caplog):
+    """The ids of items, say, with ids="code", which is what a field has that does not say otherwise."""
+    BatchSource(config(known_data), FEATURES, "train").tell_unknown_codes()
+    assert not caplog.messages
+    features = dataclasses.replace(FEATURES, item=(FieldConfig("item", 8, 10), FieldConfig("category", 4, 3)))
+    BatchSource(config(known_data), features, "train").tell_unknown_codes()
+    told = [message.partition(",")[0] for message in caplog.messages]
+    assert [line.partition(" of the ")[2] for line in told[:2]] == ["events have a 'item'", "events have a 'category'"]
+    assert any("candidates have a 'item'" in line for line in told) and "rows for 0 to 8" in caplog.text

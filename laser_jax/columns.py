@@ -1,13 +1,18 @@
 """Checks, before a run starts, that a data set holds the columns that its features name."""
 
 import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from laser_jax.features import FeatureConfig, FieldConfig
+import numpy as np
+
+from laser_jax.features import FeatureConfig, FieldConfig, rows_of
 from laser_jax.requests import Requests, split_type
 from laser_jax.vault import UnknownFieldError
 
 logger = logging.getLogger(__name__)
+
+MOST_UNKNOWN = 0.5  # share of values that may read row 0 of their table without a word
 
 
 def check_columns(vault: Any, requests: Requests, features: FeatureConfig) -> None:
@@ -60,6 +65,28 @@ def tell_cut_codes(vault: Any, features: FeatureConfig) -> None:
                     "it rows=%d or more",
                     vault.path, known, field.name, field.rows, known - field.rows + 1, known + 1,
                 )  # fmt: skip
+
+
+def tell_unknown_codes(vault: Any, what: str, fields: Sequence[FieldConfig], columns: Mapping[str, np.ndarray]) -> None:
+    """Warns of fields with ids="code" most of whose numbers have no row of their own.
+
+    Not of strings, see `tell_cut_codes`; nor of several values, since what fills up is unknown on purpose.
+
+    Args:
+      what: the columns are of, for the message. columns: field -> some values of it.
+    """
+    strings = {field.name for field in vault.schema.fields if field.type == "string"}
+    for field in fields:
+        if field.ids != "code" or field.pool or field.name in strings:
+            continue
+        values = columns[field.name]
+        unknown = rows_of(field, values, None) == 0
+        if values.size and unknown.mean() > MOST_UNKNOWN:
+            logger.warning(
+                "%d %% of the %s have a %r, such as %d, that shares row 0 with all that is unknown: ids='code' has "
+                "rows for 0 to %d. Give it more rows, or ids='vocab', 'hash' or 'dictionary'",
+                100 * unknown.mean(), what, field.name, values[unknown][0], field.rows - 2,
+            )  # fmt: skip
 
 
 def _check_type(path: str, field: FieldConfig, dtype: str, size: int | None) -> None:

@@ -5,7 +5,6 @@ to go on exactly where a run stopped.
 """
 
 import dataclasses
-import logging
 import os
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -16,18 +15,15 @@ import numpy as np
 from laser_jax import vault as seqvault
 from laser_jax.assembly import Assembly, ages, comparable, pad_events
 from laser_jax.batch import Batch, Lines, Numbered, lay_out
-from laser_jax.columns import check_columns
-from laser_jax.features import FeatureConfig, FieldConfig, rows_of
+from laser_jax.columns import check_columns, tell_unknown_codes
+from laser_jax.features import FeatureConfig
 from laser_jax.id_dictionary import Assigned
 from laser_jax.requests import Requests, read_vocabulary
 from laser_jax.row_placement import ALONE, DeviceShare, Wanted, bucket_size
 
-logger = logging.getLogger(__name__)
-
 SPLITS = ("train", "valid", "test")
 PROBES = 8  # batches whose needs are looked at before the first
 PROBED = 64  # requests whose codes are looked at
-MOST_UNKNOWN = 0.5  # share of values that may read row 0 of their table without a word
 SEARCHED = 1000  # rows of the first epoch among which at least one must have a history
 
 
@@ -212,40 +208,20 @@ class BatchSource:
         )
 
     def tell_unknown_codes(self) -> None:
-        """Warns of fields with ids="code" most of whose numbers have no row of their own, as far as some requests tell.
-
-        Of strings that have none it is told elsewhere: the vault knows how many there are.
-        """
+        """Warns of fields most of whose numbers have no row of their own, as far as some requests tell."""
         rows = np.linspace(0, len(self._row_request) - 1, min(PROBED, len(self._row_request))).astype(np.int64)
-        requests = self.requests.read(np.unique(self._row_request[rows]))
-        strings = {field.name for field in self.vault.schema.fields if field.type == "string"}
-
-        def codes(fields: tuple[FieldConfig, ...]) -> list[FieldConfig]:
-            # Of several values what fills up is unknown on purpose.
-            return [field for field in fields if field.ids == "code" and not field.pool and field.name not in strings]
-
-        events = codes((*self.features.item, *self.features.event))
+        requests, features = self.requests.read(np.unique(self._row_request[rows])), self.features
+        fields = (*features.item, *features.event)
         histories = self.vault.gather(
             requests.user,
             requests.time,
             self.data.history_length,
             as_of=self._as_of(requests),
-            fields=[field.name for field in events],
+            fields=[field.name for field in fields],
         )
-        for what, fields, columns in (
-            ("events", events, histories.columns),
-            ("candidates", codes(self.features.item), requests.candidates),
-            ("context", codes(self.features.context), requests.context),
-        ):
-            for field in fields:
-                values = columns[field.name]
-                unknown = rows_of(field, values, None) == 0
-                if values.size and unknown.mean() > MOST_UNKNOWN:
-                    logger.warning(
-                        "%d %% of the %s have a %r, such as %d, that shares row 0 with all that is unknown: ids='code' "
-                        "has rows for 0 to %d. Give it more rows, or ids='vocab', 'hash' or 'dictionary'",
-                        100 * unknown.mean(), what, field.name, values[unknown][0], field.rows - 2,
-                    )  # fmt: skip
+        tell_unknown_codes(self.vault, "events", fields, histories.columns)
+        tell_unknown_codes(self.vault, "candidates", features.item, requests.candidates)
+        tell_unknown_codes(self.vault, "context", features.context, requests.context)
 
     def users(self) -> np.ndarray:
         """The user of every row of the split, of all processes."""

@@ -53,8 +53,9 @@ def chosen(study: Study, name: str, run: bool) -> Model:
     """
     trials = len(models.trials(name))
     missing = unfinished(study, name, trials)
-    # The first trial is the defaults, which other tables run too: the second one tells.
-    if run and missing and study.outcome(_model(name, models.trials(name)[1]), 0) is not None:
+    # The first trial is the defaults, which other tables run too: the second one, where there is one, tells.
+    begun = any(study.outcome(_model(name, change), 0) is not None for change in models.trials(name)[1:2])
+    if run and missing and begun:
         raise ValueError(f"the search for {name} has come to {missing}: finish table2 of this data set first")
     return choose(study, "tricks", [name], trials, run=False)[name]
 

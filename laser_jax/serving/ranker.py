@@ -152,7 +152,7 @@ class Ranker:
         """Scores all candidates of some requests.
 
         Raises:
-          RequestError: a request makes no sense; none is scored.
+          RequestError: a request makes no sense, and none is scored; or its scores are not finite.
           UnavailableError, CorruptionError: of the vault.
         """
         answers = self.rank_each(requests)

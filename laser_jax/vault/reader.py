@@ -342,7 +342,11 @@ class Vault:
         self._write(lambda writer: administration.evolve(writer, schema, self._dictionaries))
 
     def retain(self, events: int | None = None, age: int | None = None) -> None:
-        """Sets what merges keep: a user's newest `events`, and those younger than `age` (in the schema's unit)."""
+        """Sets what merges keep: a user's newest `events`, and those younger than `age`.
+
+        Args:
+          age: in the schema's unit, counted from the vault's newest event or from now, whichever is earlier.
+        """
         self._write(lambda writer: administration.retain(writer, events, age))
 
     def refresh(self) -> None:

@@ -1055,6 +1055,32 @@ def test_a_snapshot_keeps_what_merges_and_retention_drop(make):
     assert items(latest, 1) == [200] and vault.verify() == []
 
 
+def test_users_are_counted_in_parts_and_tails(make):
+    """Each once, wherever they live, and none of those who are gone."""
+    for schema, name in ((ITEMS, int), (Schema(user="string", fields=ITEMS.fields), "u{}".format)):
+        vault = make(schema)
+
+        def counted(expected: int, vault=vault) -> None:
+            assert len(vault) == len(vault.users()) == expected
+            assert len(seqvault.open(vault.path)) == expected
+
+        counted(0)
+        for start, stop, total in ((0, 5, 5), (3, 8, 8), (8, 9, 9), (0, 9, 9)):
+            vault.append(events([name(user) for user in range(start, stop)], 10 * stop))
+            counted(total)
+            vault._appender.seal()
+            vault.append(events([name(0), name(total)], 10 * stop + 5))
+            assert len(vault) == len(vault.users()) == total + 1
+            vault.forget([name(total)])
+            counted(total)
+            vault.flush()
+            counted(total)
+        vault.merge()
+        counted(9)
+        vault.append(events([name(1), name(50)], 500))
+        counted(10)
+
+
 def test_stats_count_what_can_be_read(make):
     """A merge leaves the old events of a user in an old part while most of that part is needed."""
     vault = make(ITEMS)

@@ -145,29 +145,3 @@ def test_nobody_sees_a_string_before_it_is_durable(make, monkeypatch):  # noqa: 
     assert seen == [["a"], [0, -1]]
     vault.append(events([2], 5, brand=["c"]))
     assert vault.dictionary("brand").tolist() == ["a", "c"]
-
-
-def test_users_are_counted_in_parts_and_tails(make):  # noqa: F811
-    """Each once, wherever they live, and none of those who are gone."""
-    for schema, name in ((ITEMS, int), (seqvault.Schema(user="string", fields=ITEMS.fields), "u{}".format)):
-        vault = make(schema)
-
-        def counted(expected: int, vault=vault) -> None:
-            assert len(vault) == len(vault.users()) == expected
-            assert len(seqvault.open(vault.path)) == expected
-
-        counted(0)
-        for start, stop, total in ((0, 5, 5), (3, 8, 8), (8, 9, 9), (0, 9, 9)):
-            vault.append(events([name(user) for user in range(start, stop)], 10 * stop))
-            counted(total)
-            vault._appender.seal()
-            vault.append(events([name(0), name(total)], 10 * stop + 5))
-            assert len(vault) == len(vault.users()) == max(total, total + 1)
-            vault.forget([name(total)])
-            counted(total)
-            vault.flush()
-            counted(total)
-        vault.merge()
-        counted(9)
-        vault.append(events([name(1), name(50)], 500))
-        counted(10)

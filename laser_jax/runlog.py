@@ -18,6 +18,8 @@ from laser_jax.whole_files import replacing
 
 logger = logging.getLogger(__name__)
 
+DEAD_GATES = 0.02  # spread of loudness over a user's segments, relative to its mean, below which gates ignore content
+
 
 class RunLog:
     """Sums up steps into a line every `log_every`; on resume, drops what was logged after the restored step.
@@ -51,7 +53,7 @@ class RunLog:
 
     @property
     def contrast(self) -> float | None:
-        """Spread of segment loudness over its mean, in the newest line; None for encoders without segments."""
+        """Spread of segment loudness over its mean, in the newest line; None where there are no segments to compare."""
         lines = [entry for entry in self.history if "loss" in entry]
         return lines[-1].get("gate_contrast") if lines else None
 
@@ -100,7 +102,8 @@ class RunLog:
         loss = float(sum(c.loss for c in fetched)) / samples
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss became {loss} between step {step - len(fetched)} and step {step}")
-        contrast = float(sum(c.contrast for c in fetched)) / samples
+        compared = float(sum(c.compared for c in fetched))
+        contrast = float(sum(c.contrast for c in fetched)) / compared if compared else math.nan
         entry = {
             "step": step,
             "loss": loss,
@@ -124,9 +127,15 @@ class RunLog:
         self._pending, self._waited, self._since = [], 0.0, time.monotonic()
 
     def evaluated(self, step: int, figures: dict[str, float]) -> None:
-        """Takes in the figures of a validation; the time it took counts for no line."""
+        """Takes in the figures of a validation, and warns of gates that are dead; its time counts for no line."""
         self._write({"step": step} | {f"valid_{name}": value for name, value in figures.items()}, "valid")
         self._tell("step %d/%d  valid AUC %.4f  logloss %.4f", step, self._total, figures["auc"], figures["logloss"])
+        if self._writes and self.contrast is not None and self.contrast < DEAD_GATES:
+            logger.warning(
+                "dead gates at step %d: loudness varies by only %.4f of its mean over a user's segments, so they "
+                "ignore what is in them (see 'When a model does not learn' in the README)",
+                step, self.contrast,
+            )  # fmt: skip
         if not self._pending:
             self._since = time.monotonic()
 

@@ -33,7 +33,8 @@ class Counts:
 
     Attributes:
       loss, samples: summed loss and the candidates it is over. events: of all histories. histogram: int32 [2, bins].
-      contrast: summed spread of segment loudness (std / mean over segments), NaN for encoders without segments.
+      contrast: summed spread of segment loudness (std / mean over segments), over the `compared` candidates whose
+        history has several segments; NaN for encoders without segments.
     """
 
     loss: jax.Array
@@ -41,6 +42,7 @@ class Counts:
     events: jax.Array
     histogram: jax.Array
     contrast: jax.Array
+    compared: jax.Array
 
 
 def make_train_step(factory: StateFactory) -> Callable:
@@ -68,12 +70,14 @@ def make_train_step(factory: StateFactory) -> Callable:
             # `samples` at the end, is their mean.
             share = samples / (exchange.num_devices * parts)
             objective = total + share * sum(out.aux_losses.values(), jnp.zeros(()))
+            contrast, compared = _contrast(out.diag.get("loudness"), requests["mask"])
             counts = Counts(
                 loss=total,
                 samples=jnp.sum(requests["mask"], dtype=jnp.float32),
                 events=jnp.sum(requests["length"], dtype=jnp.float32),
                 histogram=logit_histogram(logits, requests["label"], requests["mask"]),
-                contrast=_contrast(out.diag.get("loudness"), requests["mask"]),
+                contrast=contrast,
+                compared=compared,
             )
             return objective, counts
 
@@ -230,13 +234,18 @@ def _parts(gradients: Any, specs: Any, exchange: RowExchange) -> Any:
     return jax.tree.map(scatter, gradients, specs)
 
 
-def _contrast(loudness: jax.Array | None, mask: jax.Array) -> jax.Array:
-    """Summed over real candidates: std / mean of loudness [B, C, S] over the segments that hold events."""
+def _contrast(loudness: jax.Array | None, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Std / mean of loudness [B, C, S] over the segments that hold events, summed over candidates; and how many.
+
+    A history of a single segment has nothing to compare it with, however sharp its gates are.
+    """
     if loudness is None:
-        return jnp.full((), jnp.nan)
+        return jnp.full((), jnp.nan), jnp.zeros(())
     loudness = jax.lax.stop_gradient(loudness).astype(jnp.float32)
     alive = loudness > 0
-    n = jnp.maximum(alive.sum(axis=-1), 1)
-    mean = loudness.sum(axis=-1) / n
-    variance = jnp.where(alive, (loudness - mean[..., None]) ** 2, 0.0).sum(axis=-1) / n
-    return jnp.sum(jnp.where(mask, jnp.sqrt(variance) / jnp.maximum(mean, 1e-20), 0.0))
+    n = alive.sum(axis=-1)
+    mean = loudness.sum(axis=-1) / jnp.maximum(n, 1)
+    variance = jnp.where(alive, (loudness - mean[..., None]) ** 2, 0.0).sum(axis=-1) / jnp.maximum(n, 1)
+    counted = mask & (n > 1)
+    spread = jnp.where(counted, jnp.sqrt(variance) / jnp.maximum(mean, 1e-20), 0.0)
+    return jnp.sum(spread), jnp.sum(counted, dtype=jnp.float32)

@@ -30,7 +30,6 @@ from laser_jax.workdir_lock import WorkdirLock
 logger = logging.getLogger(__name__)
 
 COST_CANDIDATES = (1, 10, 100)  # candidates a request at which results.json gives multiply-accumulates
-DEAD_GATES = 0.02  # spread of loudness over a user's segments, relative to its mean, below which gates ignore content
 
 
 def run(config: Config, workdir: str) -> Predictions:
@@ -134,6 +133,8 @@ class Run:
         train = self.sources["train"]
         if hosts.is_first():
             logger.info("parameters %s; train %s", self.factory.num_parameters(), train.describe())
+            for setting in self.factory.abstract_model.encoder.unused(self.config.data.candidates):
+                logger.warning("training: %s", setting)
             self._tell_ids()
         log = RunLog(self.workdir, start, train.num_batches, self.config.train.log_every, hosts.is_first())
         with jax.set_mesh(self.mesh):
@@ -289,12 +290,6 @@ def _write_results(config, workdir, predictions, best, costs, log, maps, gates) 
     path = os.path.join(workdir, "results.json")
     with replacing(path) as file:  # last and at once: it says that the run is finished
         file.write(json.dumps(results, indent=1).encode())
-    if log.contrast is not None and log.contrast < DEAD_GATES:
-        logger.warning(
-            "dead gates: loudness varies by only %.4f of its mean over a user's segments, so they ignore what is in "
-            "them (see 'When a model does not learn' in the README)",
-            log.contrast,
-        )
     print(f"\ntest, parameters of step {best}:\n{table(rows)}\n\nby history length:\n{table(lengths)}")
     scores = next(iter(rows.values()))
     print(f"\n{next(iter(rows))}: test AUC {scores.auc:.4f} on {scores.samples} candidates; report: {page}")

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
 
-from laser_jax import hosts, train
+from laser_jax import hosts, runlog, train
 from laser_jax import vault as seqvault
 from laser_jax.checkpoint import CheckpointError, Checkpoints
 from laser_jax.features import FieldConfig
@@ -358,6 +358,33 @@ def test_labels_that_are_all_alike_are_told_once(known_data, tmp_path, caplog):
         "the labels of valid",
         "the labels of test",
     ]
+
+
+def test_dead_gates_are_told_at_every_validation_where_there_are_segments_to_compare(
+    known_data, tmp_path, caplog, monkeypatch
+):
+    changes = dict(data__epochs=1, train__eval_every=10)
+    train.run(config_for(known_data, "laser", **changes), str(tmp_path / "alive"))
+    assert results(tmp_path / "alive")["gate_contrast"] > runlog.DEAD_GATES and "dead gates" not in caplog.text
+    # Gates that read nothing of an event.
+    dead = config_for(known_data, "laser", **changes, encoder__tied=False, encoder__kernel="pallas")
+    build = dead.encoder.build
+
+    def without_keys(**sizes):
+        encoder = build(**sizes)
+        encoder.wk[...] *= 0
+        return encoder
+
+    monkeypatch.setattr(type(dead.encoder), "build", lambda _, **sizes: without_keys(**sizes))
+    train.run(dead, str(tmp_path / "dead"))
+    told = [record.getMessage() for record in caplog.records if "dead gates" in record.getMessage()]
+    assert told and told[0].startswith("dead gates at step 10: loudness varies by only 0.0")
+    assert "training: encoder.kernel='pallas' does nothing: of 4 candidates" in caplog.text
+    # A history of one segment has nothing to compare it with.
+    caplog.clear()
+    short = config_for(known_data, "laser", **changes, data__history_length=4, encoder__tied=False)
+    train.run(short, str(tmp_path / "short"))
+    assert results(tmp_path / "short")["gate_contrast"] is None and "dead gates" not in caplog.text
 
 
 def test_a_run_on_a_vault_that_changes_says_so_and_how_to_pin_it(known_data, tmp_path):

@@ -47,7 +47,8 @@ def tabulate_lengths(study: Study, found: dict[str, dict[int, list[Outcome]]]) -
     axes.legend()
     tables.save(figure, study.folder, "figure3-lengths")
     head = ["model", "L", *tables.HEAD[1:], "AUC - next shorter", *tables.INTERVALS, *tables.COSTS]
-    return tables.write(study.folder, "figure3-lengths", head, rows)
+    every = [outcomes for by_length in found.values() for outcomes in by_length.values()]
+    return tables.write(study.folder, "figure3-lengths", head, rows, [tables.RATES, tables.revisions(every)])
 
 
 def main() -> None:

@@ -43,6 +43,12 @@ def serve(study: Study, outcome: Outcome, length: int, only_report: bool) -> flo
         if only_report:
             return None
         config = study.config(outcome.model, outcome.seed)
+        trained = config.data.history_length
+        config.data.history_length = longest = max(length, trained)
+        # Where the whole history was read, all of a longer one is; shorter horizons stay what they are.
+        for part, name in ((config.encoder, "horizons"), (config.head, "match_horizons")):
+            if horizons := getattr(part, name, ()):
+                setattr(part, name, (*(n for n in horizons if n < trained), longest))
         mesh = make_mesh(config.mesh, config.data.batch_size, config.data.eval_batch_size)
         factory = StateFactory(config.build_model, config.features, config.optim, mesh)
         checkpoints = Checkpoints(outcome.folder, read_only=True)

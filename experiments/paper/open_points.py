@@ -1,4 +1,4 @@
-"""What the paper leaves open (r, gate bias, recency, norm, GSTA layers' width ...), one row a choice.
+"""What the paper leaves open (r, gate bias, recency, norm, RankMixer's sizes ...), one row a choice.
 
   python -m experiments.paper.open_points --data=completejourney --seeds=3 --base=laser
 
@@ -8,6 +8,9 @@ Writes ROOT/DATA/open_points-BASE.{md,csv,png}.
 from experiments.paper import variants
 from experiments.paper.study import Model
 from laser_jax.models import encoder_config
+
+#: T, D and blocks of the head, other than the experiments' 8, 64 and 2.
+RANKMIXER = {"tokens": (4, 16), "width": (32, 128), "blocks": (1, 4)}
 
 
 def choices(base: Model) -> list[Model]:
@@ -37,9 +40,9 @@ def choices(base: Model) -> list[Model]:
         for value in values:
             if value != getattr(config, point):
                 rows.append(base.but(f"{point}={value}", **{f"encoder__{point}": value}))
-    products = not base.settings["head.products"]
-    rows.append(base.but(f"head.products={products}", head__products=products))
-    rows.append(base.but("head.mean=False", head__mean=False))
+    head = {"products": (not base.settings["head.products"],), "mean": (False,), **RANKMIXER}
+    for point, values in head.items():
+        rows += [base.but(f"head.{point}={value}", **{f"head__{point}": value}) for value in values]
     return rows
 
 

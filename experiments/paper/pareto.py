@@ -5,7 +5,8 @@
 Reads what table2 has finished and adds the cheaper and dearer forms of laser_plus. --times: where
 experiments.bench.models wrote; then the scoring time that it measured is drawn as well: of models of its own width, by
 their default settings, which need not be those of the AUC. A model is on the front unless a cheaper one has a higher
-AUC and the interval of the difference, over users and seeds, excludes zero. Writes ROOT/DATA/pareto.{md,csv,png}.
+AUC and the interval of the difference, over users and seeds, excludes zero; with a single seed that is not known, which
+a question mark says. Writes ROOT/DATA/pareto.{md,csv,png}.
 """
 
 import csv
@@ -42,16 +43,19 @@ def read_times(path: str) -> dict[tuple[str, int], float]:
     return {(row["model"], int(row["candidates"])): float(row["forward_us_a_sample"]) for row in rows}
 
 
-def dominated_by(label: str, found: dict[str, list[Outcome]], cost: dict[str, float]) -> list[str]:
-    """Cheaper models whose AUC is higher beyond the interval over users and seeds."""
+def dominated_by(label: str, found: dict[str, list[Outcome]], cost: dict[str, float]) -> str:
+    """Cheaper models whose AUC is higher beyond the interval over users and seeds; "?" after one of a single seed."""
     better = []
     for other, outcomes in found.items():
         if other == label or other not in cost or cost[other] >= cost[label]:
             continue
-        interval = over_seeds(*tables.shared_aucs(outcomes, found[label]))
+        ours, theirs = tables.shared_aucs(found[label], outcomes)
+        interval = over_seeds(theirs, ours)
+        if interval is None and len(ours) and theirs[:, 0].mean() > ours[:, 0].mean():
+            better.append(f"{other}?")
         if interval is not None and interval[0] > 0:
             better.append(other)
-    return better
+    return ", ".join(better)
 
 
 def picture(panels: dict[str, dict[str, float]], auc: dict[str, float]) -> Figure:
@@ -96,10 +100,11 @@ def main() -> None:
     head, cells = ["model", "seeds", "AUC", *panels, *(f"dominated at C={count} by" for count in COUNTS)], []
     for label in sorted(with_cost, key=lambda label: -auc[label]):
         values = [f"{cost[label]:.4g}" if label in cost else "" for cost in panels.values()]
-        beaten = [", ".join(dominated_by(label, found, panel)) for panel in list(panels.values())[: len(COUNTS)]]
+        beaten = [dominated_by(label, found, panel) for panel in list(panels.values())[: len(COUNTS)]]
         cells.append([label, str(len(found[label])), f"{auc[label]:.4f}", *values, *beaten])
     missing = {name: unfinished(study, name, args.trials) for name in compared if name in found}
     notes = [f"{name} is not fully searched: {what}." for name, what in missing.items() if what]
+    notes.append(tables.revisions(found.values()))
     print(tables.write(study.folder, "pareto", head, cells, notes))
     path = tables.save(picture(panels, auc), study.folder, "pareto")
     print(f"\n{args.data}: {len(cells)} models; picture {os.path.relpath(path)}")

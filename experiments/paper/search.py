@@ -85,6 +85,8 @@ def _search(study: Study, name: str, trials: int) -> tuple[dict[str, Any], list[
         if missing:
             return best, missing, decided
         now = [outcome.results["valid_auc"] for outcome in found]
+        if None in now:
+            raise ValueError(f"validation has no AUC for {name}, its labels are all alike: nothing can be chosen by it")
         if not decided or np.mean(now) > np.mean(aucs):
             best, aucs = trial, now
     return best, [], len(changes)

@@ -45,6 +45,7 @@ STANDARD: dict[str, tuple[str, dict[str, Any]]] = {
             "data.recipe.train_requests": 8_000,
             "data.recipe.valid_requests": 600,
             "data.recipe.test_requests": 2_000,
+            "train.length_edges": (0, 1000, 2000, 5000, 10_000),
             "width": 64,
             "head.tokens": 8,
             "head.width": 64,
@@ -237,7 +238,10 @@ class Study:
                 eta = seconds / done * (len(wanted) - done)
                 print(f"{done}/{len(wanted)} {name}: test AUC {auc:.4f}  ETA {eta:.0f} s", flush=True)
         if failed:
-            raise RuntimeError(f"{len(failed)} of {len(wanted)} runs failed: see {', '.join(failed)}")
+            raise RuntimeError(
+                f"{len(failed)} of {len(wanted)} runs failed: see {', '.join(failed)}; "
+                "--only-report tabulates the others"
+            )
 
     def _execute(self, model: Model, seed: int) -> str | None:
         """One run; the path of its log if it failed."""

@@ -40,6 +40,7 @@ def tabulate(
         rows.append([*tables.figures(name, outcomes), *gap, *tables.costs(outcomes), text])
     references = reference_aucs(next(iter(found.values()))[0]) if found else {}
     notes = [f"{name}: AUC {value:.4f}." for name, value in references.items()]
+    notes += [tables.RATES, tables.revisions(found.values())]
     text = tables.write(study.folder, f"table2-{column}", head, rows, notes)
     if found:
         values = {name: [o.test["auc"] for o in outcomes] for name, outcomes in found.items()}

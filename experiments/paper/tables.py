@@ -1,8 +1,11 @@
 """Tables of outcomes as markdown and CSV, and their pictures."""
 
+import collections
 import csv
+import itertools
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import matplotlib
 import numpy as np
@@ -17,6 +20,7 @@ matplotlib.rcParams["text.parse_math"] = False
 HEAD = ["model", "seeds", "AUC", "sd", "GAUC", "logloss", "ECE"]
 INTERVALS = ["over users", "over users and seeds"]  # 95 % each
 NO_DIFFERENCE = ["", "", ""]  # the cells of a difference and INTERVALS
+RATES = "Samples/s are of training, on a machine that may have been busy; see experiments.bench.models."
 COSTS = ["MACs C=1", "MACs/cand. C=100", "with head C=1", "with head C=100", "parameters", "samples/s"]
 
 
@@ -86,6 +90,15 @@ def shared_aucs(*models: list[Outcome]) -> list[np.ndarray]:
     """Of each model, [seeds, 1 + resamples], the AUCs of the seeds that all of them have."""
     seeds = set.intersection(*({outcome.seed for outcome in outcomes} for outcomes in models))
     return [np.array([aucs_of(o.predictions) for o in outcomes if o.seed in seeds]) for outcomes in models]
+
+
+def revisions(found: Iterable[list[Outcome]]) -> str:
+    """A note: by which code the runs were made, the most frequent first."""
+    counted: collections.Counter[str] = collections.Counter()
+    for outcome in itertools.chain.from_iterable(found):
+        with open(os.path.join(outcome.folder, "run.json"), encoding="utf-8") as file:
+            counted[json.load(file)["revision"] or "unknown"] += 1
+    return f"Runs by git revision: {', '.join(f'{name} ({count})' for name, count in counted.most_common())}."
 
 
 def write(folder: str, name: str, head: list[str], rows: list[list[str]], notes: Sequence[str] = ()) -> str:

@@ -31,6 +31,7 @@ def tabulate(study: Study, name: str, rows: list[Model], seeds: int, run: bool, 
         cells.append([*tables.figures(model.label, outcomes), *gap, *tables.costs(outcomes), shown])
     missing = unfinished(study, base, len(models.trials(base)))
     notes = [f"{base} is not fully searched: {missing}."] if missing else []
+    notes += [tables.RATES, tables.revisions(outcomes for _, outcomes in found)]
     text = tables.write(study.folder, name, head, cells, notes)
     values = {model.label: [o.test["auc"] for o in outcomes] for model, outcomes in found if outcomes}
     if values:

@@ -80,7 +80,7 @@ def _softmax(q, k, v, mask, causal, block):
 def _softmax_forward(q, k, v, mask, causal, block):
     def one(q, k, v, mask):  # a user: [H, R, dk], [H, L, dk], [H, L, dv], [L]
         def attend(k, v, mask, q, place):
-            scores = jnp.einsum("hrk,hlk->hrl", q, k).astype(jnp.float32)
+            scores = jnp.einsum("hrk,hlk->hrl", q, k, preferred_element_type=jnp.float32)
             seen = _seen(mask, place, causal)
             top = jnp.max(jnp.where(seen, scores, -1e30), axis=-1, keepdims=True)
             e = jnp.where(seen, jnp.exp(scores - top), 0.0)
@@ -97,7 +97,7 @@ def _softmax_backward(causal, block, saved, dout):
     def one(q, k, v, mask, out, log_total, dout):
         def attend(k, v, mask, q, place, log_total, dout, dot):
             seen = _seen(mask, place, causal).swapaxes(-1, -2)
-            scores = jnp.einsum("hlk,hrk->hlr", k, q).astype(jnp.float32)
+            scores = jnp.einsum("hlk,hrk->hlr", k, q, preferred_element_type=jnp.float32)
             p = jnp.where(seen, jnp.exp(scores - log_total[:, None]), 0.0)
             ds = p * (jnp.einsum("hlv,hrv->hlr", v, dout) - dot[:, None])
             return _gradients(p, ds, q, k, dout)
@@ -121,7 +121,7 @@ def _silu_forward(q, k, v, by_distance, by_gap, mask, age, block):
         def attend(k, v, mask, age, q, place, row_age):
             distance = place[:, None] - jnp.arange(len(mask))
             bias = relative_bias(by_distance, by_gap, distance, row_age[:, None] - age)
-            scores = (jnp.einsum("hrk,hlk->hrl", q, k) + bias).astype(jnp.float32)
+            scores = jnp.einsum("hrk,hlk->hrl", q, k, preferred_element_type=jnp.float32) + bias
             # The mask comes last: a bias alone makes SiLU of a masked entry nonzero.
             weights = jnp.where(mask & (distance >= 0), jax.nn.silu(scores), 0.0)
             return (jnp.einsum("hrl,hlv->hrv", weights, v),)
@@ -141,7 +141,7 @@ def _silu_backward(block, saved, dout):
             distance = place - jnp.arange(len(mask))[:, None]
             gap = row_age - age[:, None]
             bias, back = jax.vjp(lambda *tables: relative_bias(*tables, distance, gap), by_distance, by_gap)
-            scores = (jnp.einsum("hlk,hrk->hlr", k, q) + bias).astype(jnp.float32)
+            scores = jnp.einsum("hlk,hrk->hlr", k, q, preferred_element_type=jnp.float32) + bias
             seen = mask[:, None] & (distance >= 0)
             open_ = jax.nn.sigmoid(scores)
             weights = jnp.where(seen, scores * open_, 0.0)

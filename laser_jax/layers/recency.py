@@ -43,7 +43,7 @@ class SegmentRecency(nnx.Module):
 
     def __call__(self, newest_age: jax.Array) -> jax.Array:
         """newest_age int32 [B, S], segments oldest to newest -> [B, S, width]."""
-        out = jnp.zeros(())
+        out = jnp.zeros((*newest_age.shape, 1))
         if self.age is not None:
             out = out + rows_at(self.age[...], age_bucket(newest_age, self.num_buckets))
         if self.position is not None:

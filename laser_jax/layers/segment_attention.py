@@ -68,7 +68,8 @@ def segment_attention_folded(q, x, mask, wq, wk, wv, bias, *, width: int, gate: 
     """The same result as `segment_attention_reference` without ever building keys or values.
 
     Args:
-      kernel: what sums: "xla", or on a GPU or a TPU "pallas"; "pallas_interpret" runs the latter anywhere, slowly.
+      kernel: what sums: "xla", or "pallas", one kernel on a GPU or a TPU and XLA on a CPU; "pallas_interpret" runs the
+        kernel anywhere, slowly.
 
     Raises:
       ValueError: a kernel of another name.

@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as plgpu
 
-from laser_jax.layers.segment_sums import NO_MASS
+from laser_jax.layers.segment_sums import NO_MASS, segment_sums_bwd, segment_sums_fwd
 
 QUERIES = 8  # of a grid cell, at most: each has its sums in registers
 GPU_NUMBERS = 4096  # queries x segments x features of a grid cell, at most: 100 to 170 registers a thread
@@ -37,7 +37,7 @@ LOW = -3e38  # below any score, yet finite: LOW - LOW is 0
 
 
 def segment_sums_kernel(x, u, bias, mask, gate: str, interpret: bool | str = False):
-    """The same function as `segment_sums`, for GPU and TPU.
+    """The same function as `segment_sums`, for GPU and TPU; a program that runs on a CPU has `segment_sums` instead.
 
     Args:
       x: [B, S, w, f] float32 or bfloat16; what stands where mask is False counts for nothing.
@@ -57,32 +57,34 @@ def _kernel(x, u, bias, mask, gate, interpret):
 
 
 def _kernel_fwd(x, u, bias, mask, gate, interpret):
-    z, log_mass = _on_platform(_forward, gate, interpret, x, u, bias, mask)
+    z, log_mass = _on_platform(_forward, _forward_xla, gate, interpret, x, u, bias, mask)
     # Only a softmax asks for z again; whatever follows keeps it anyway (it meets Wv).
     return (z, log_mass), (x, u, bias, mask, log_mass, z if gate == "softmax" else None)
 
 
 def _kernel_bwd(gate, interpret, saved, cotangents):
-    x, u, bias, mask, log_mass, z = saved
-    dz, dlog_mass = cotangents
-    # What all events of a segment get alike: of its mass, and for a softmax the mean of its gates' gradients,
-    # sum_w gate (x . dz) = z . dz.
-    if gate == "sigmoid":
-        push = jnp.where(log_mass > NO_MASS, dlog_mass * jnp.exp(-log_mass), 0.0)
-    else:
-        push = dlog_mass - jnp.sum(z * dz, axis=-1)
-    return *_on_platform(_backward, gate, interpret, x, u, bias, mask, log_mass, push, dz), None
+    return *_on_platform(_backward, _backward_xla, gate, interpret, *saved, *cotangents), None
 
 
 _kernel.defvjp(_kernel_fwd, _kernel_bwd)
 
 
-def _on_platform(run, gate, interpret, *arrays):
+def _on_platform(run, run_xla, gate, interpret, *arrays):
     if interpret:
         return run(*arrays, gate=gate, on=interpret, interpret=True)
     gpu, tpu = (functools.partial(run, gate=gate, on=on, interpret=False) for on in ("gpu", "tpu"))
-    # Chosen when it is lowered, so that a program can be exported for either. On a CPU Pallas says what is amiss.
-    return jax.lax.platform_dependent(*arrays, tpu=tpu, default=gpu)
+    # Chosen when it is lowered, so that a program can be exported for any of them.
+    return jax.lax.platform_dependent(*arrays, tpu=tpu, cpu=functools.partial(run_xla, gate=gate), default=gpu)
+
+
+def _forward_xla(x, u, bias, mask, *, gate):
+    return segment_sums_fwd(x, u, bias, mask, gate)[0]
+
+
+def _backward_xla(x, u, bias, mask, log_mass, z, dz, dlog_mass, *, gate):
+    _, saved = segment_sums_fwd(x, u, bias, mask, gate)  # the gates anew
+    dx, du, dbias, _ = segment_sums_bwd(gate, saved, (dz, dlog_mass))
+    return dx, du, dbias.astype(bias.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,7 +278,13 @@ def _forward(x, u, bias, mask, *, gate, on, interpret):
     return plan.lay(z), jnp.moveaxis(log_mass, 1, 2).reshape(b, s, -1)[..., :k]
 
 
-def _backward(x, u, bias, mask, log_mass, push, dz, *, gate, on, interpret):
+def _backward(x, u, bias, mask, log_mass, z, dz, dlog_mass, *, gate, on, interpret):
+    # What all events of a segment get alike: of its mass, and for a softmax the mean of its gates' gradients,
+    # sum_w gate (x . dz) = z . dz.
+    if gate == "sigmoid":
+        push = jnp.where(log_mass > NO_MASS, dlog_mass * jnp.exp(-log_mass), 0.0)
+    else:
+        push = dlog_mass - jnp.sum(z * dz, axis=-1)
     plan = _plan(on, gate, x, u)
     b, s, tiles, rows = len(x), plan.segments, plan.tiles, plan.tiles * plan.tile
     # All facts of a segment side by side, for on a TPU even one number fills a row of 128.

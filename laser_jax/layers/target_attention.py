@@ -63,7 +63,8 @@ def attend_folded(q, x, mask, wq, wk, wv, offset=None):
       [B, C, H, dv], and the log mass [B, C, H].
     """
     # Events first: a product of many rows with few columns is several times faster on CPU than the other way round.
-    scores = jnp.moveaxis(jnp.einsum("blf,bchf->blch", x, fold_queries(q, wq, wk)), 1, 3)
+    u = fold_queries(q, wq, wk)
+    scores = jnp.moveaxis(jnp.einsum("blf,bchf->blch", x, u, preferred_element_type=jnp.float32), 1, 3)
     if offset is not None:
         scores = scores + offset
     mask = mask[:, None, None, :]
@@ -76,7 +77,7 @@ def attend_shared(q, x, mask, wq, wk, wv, offset=None):
     query = jnp.einsum("bcd,dhk->bchk", q, wq) * wq.shape[-1] ** -0.5
     keys = jnp.einsum("blf,fhk->blhk", x, wk)
     values = jnp.einsum("blf,fhv->blhv", x, wv)
-    scores = jnp.einsum("bchk,blhk->bchl", query, keys)
+    scores = jnp.einsum("bchk,blhk->bchl", query, keys, preferred_element_type=jnp.float32)
     if offset is not None:
         scores = scores + offset
     mask = mask[:, None, None, :]

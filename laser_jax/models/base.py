@@ -116,6 +116,10 @@ class SequenceEncoder(nnx.Module):
         """Multiply-accumulates (once a request, per candidate), forward, without softmax, LayerNorm and biases."""
         raise NotImplementedError(f"{type(self).__name__} must define macs")
 
+    def unused(self, candidates: int) -> list[str]:
+        """What the config asks for that does nothing with so many candidates a request, and why; for a warning."""
+        return []
+
     def __call__(self, history: TokenSource | GatheredSource, mask, age, q, side) -> SeqOut:
         return self.score(self.precompute(history, mask, age), q, side)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from laser_jax.models.base import TokenSource, at_least
-from laser_jax.models.retrieval import hyperplanes, search, sides
+from laser_jax.models.retrieval import event_planes, hyperplanes, search, sides
 from laser_jax.models.sim import SearchEncoder
 
 WORD = 32  # bits of a packed word
@@ -57,9 +57,14 @@ def nearest(query_codes: jax.Array, codes: jax.Array, mask: jax.Array, number: i
     Returns:
       Places and whether they are real, [B, C, K]; see `search`.
     """
-    length = mask.shape[1]
+    length, bits = mask.shape[1], codes.shape[-1] * WORD
+    if bits * length >= 2**24:
+        raise ValueError(
+            f"codes of {bits} bits of {length} events: distances and places are told apart in float32 only below 2^24 "
+            f"bits in all; take fewer bits, or {2**24 // bits - 1} events"
+        )
     distance = hamming(query_codes[:, :, None], codes[:, None])
-    # m + 1 distances for thousands of events: ties decide most places. Exact in float32 while m * L < 2**24.
+    # m + 1 distances for thousands of events: ties decide most places.
     return search(jnp.arange(length) - distance * length, mask[:, None], number)
 
 
@@ -71,7 +76,7 @@ class EtaEncoder(SearchEncoder):
         super().__init__(config, width_in, width, rngs=rngs)
 
     def prepare(self, history: TokenSource, x, mask):
-        return hash_codes(x, history.w_in @ self._planes())
+        return hash_codes(x, event_planes(history.w_in, self._planes()))
 
     def long_tokens(self, ctx, q, side):
         index, found = nearest(hash_codes(q, self._planes()), ctx.prepared, ctx.mask, self.config.top)

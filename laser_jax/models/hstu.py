@@ -129,8 +129,9 @@ class HstuLayer(nnx.Module):
         by_distance, by_gap = self.by_distance[...], self.by_gap[...]
         distance = counted_from_newest(jnp.arange(1, len(by_distance)), k.shape[1])
         q, (own_k, own_v) = self._project(x, self.wq), self.keys_values(x)
-        scores = jnp.einsum("bchk,blhk->bchl", q, k) + relative_bias(by_distance, by_gap, distance, age)[:, None, None]
-        weights = jnp.where(mask[:, None, None], jax.nn.silu(scores), 0.0)
+        bias = relative_bias(by_distance, by_gap, distance, age)[:, None, None]
+        scores = jnp.einsum("bchk,blhk->bchl", q, k, preferred_element_type=jnp.float32) + bias
+        weights = jnp.where(mask[:, None, None], jax.nn.silu(scores), 0.0).astype(v.dtype)
         own = jax.nn.silu(jnp.sum(q * own_k, axis=-1, keepdims=True) + by_distance[0] + by_gap[0])
         return self._update(x, jnp.einsum("bchl,blhv->bchv", weights, v) + own * own_v)
 

@@ -1,7 +1,7 @@
 """LASER: segmented target attention, global segmented target attention, multi-resolution fusion (arXiv 2602.11562).
 
 `laser()` is the paper's form as far as it is known; `laser_plus()` is the form we found better on the same data. Both
-are configs of one module, and every point the paper leaves open is a field.
+are configs of one module, in which what the paper leaves open is a field.
 """
 
 import dataclasses
@@ -54,8 +54,8 @@ class LaserConfig:
       tied: Wk := Wq and value projections := I at init (without it one pass does not align gates and values).
       compute: "float32" or "bfloat16", of the events in STA; what is added up stays float32. Events that come in
         bfloat16 stay so.
-      kernel: what sums where folding pays and nothing is chunked: "xla", or on GPU and TPU "pallas" (one fused kernel
-        forward and one backward, layers/segment_kernel.py); "pallas_interpret" runs that anywhere, slowly.
+      kernel: what sums where folding pays and nothing is chunked: "xla", or "pallas" (on GPU and TPU one fused kernel
+        forward and one backward, layers/segment_kernel.py; on a CPU XLA); "pallas_interpret" runs it anywhere, slowly.
       chunk: users at a time, at most, whose rows are gathered where folding pays, so that the batch's [B, L, f] never
         exists here (a head with a mean or matches still gathers it); 0 gathers all at once. The result is the same:
         8 is faster on a CPU that is given a large batch at once, 0 elsewhere, on sharded batches and in training, which
@@ -144,17 +144,27 @@ class LaserEncoder(SequenceEncoder):
         self.num_tokens += self.horizons.num_tokens if self.horizons is not None else 0
         if not self.num_tokens:
             raise ValueError("layers=0, pool=False, recent=0 and no horizons leave no token for the head")
+        # Horizons read the sums as they are; what refines segment tokens is there for those who read tokens.
+        reads_tokens = config.layers or config.pool or config.recent
+        for name, off in (("segment_ffn", 0), ("recency", "none")):
+            if not reads_tokens and getattr(config, name) != off:
+                raise ValueError(
+                    f"{name}={getattr(config, name)!r} refines segment tokens, which nobody reads with layers=0, "
+                    f"pool=False and recent=0: set it to {off!r}"
+                )
+        if config.gate == "softmax" and config.gate_bias is not None:
+            raise ValueError(
+                f"gate_bias={config.gate_bias}: a softmax does not feel what is added to all of its scores; leave it "
+                "None, or take gate='sigmoid'"
+            )
         shape = (width, config.heads, config.key_width)
         self.wq = weight(rngs, shape)
         self.wk = nnx.Param(self.wq[...]) if config.tied else weight(rngs, shape)
         values = (width, config.heads, width // config.heads)
         self.wv = nnx.Param(jnp.eye(width).reshape(values)) if config.tied else weight(rngs, values)
         bias = -math.log(max(config.segment - 1, 1)) if config.gate_bias is None else config.gate_bias
-        # A softmax does not feel what is added to all of its scores.
         self.gate_bias = nnx.Param(jnp.full((config.heads,), bias, jnp.float32)) if config.gate == "sigmoid" else None
         self.gsta = nnx.List([GlobalLayer(config, width, rngs=rngs) for _ in range(config.layers)])
-        # Horizons read the sums as they are; what refines segment tokens is there for those who read tokens.
-        reads_tokens = config.layers or config.pool or config.recent
         scale = residual_scale(1) if config.norm == "pre" else 1.0
         self.ffn = (
             FeedForward(width, config.segment_ffn * width, rngs=rngs, out_scale=scale)
@@ -257,6 +267,15 @@ class LaserEncoder(SequenceEncoder):
         _, heads, key = self.wk.shape
         events = self.history_length // self.num_segments
         return sta.use_fold(candidates, self.width_in, heads, key, self.wv.shape[2], max(events, 1))
+
+    def unused(self, candidates: int) -> list[str]:
+        config = self.config
+        if self._fold(candidates):
+            return []
+        found = [f"kernel={config.kernel!r}"] if config.kernel != "xla" else []
+        found += [f"chunk={config.chunk}"] if config.chunk else []
+        why = f"of {candidates} candidates a request, keys and values built once for all cost less than folding"
+        return [f"encoder.{setting} does nothing: {why}" for setting in found]
 
     def macs(self, candidates: int, length: int) -> tuple[int, int]:
         config = self.config

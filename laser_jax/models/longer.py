@@ -159,8 +159,9 @@ def _read(q, own_k, own_v, own_bias, k, v, alive):
       [B, C, m, H, D / H].
     """
     m = q.shape[2]
-    own = jnp.einsum("bcmhk,bcohk->bcmho", q, own_k) + own_bias[:, None] * jnp.eye(m)[:, None]
-    scores = [own, jnp.einsum("bcmhk,bnhk->bcmhn", q, k)]
+    own = jnp.einsum("bcmhk,bcohk->bcmho", q, own_k, preferred_element_type=jnp.float32)
+    own = own + own_bias[:, None] * jnp.eye(m)[:, None]
+    scores = [own, jnp.einsum("bcmhk,bnhk->bcmhn", q, k, preferred_element_type=jnp.float32)]
     seen = jnp.pad(alive, ((0, 0), (m, 0)), constant_values=True)[:, None, None, None]
     p = masked_softmax(jnp.concatenate(scores, axis=-1), seen)
     return jnp.einsum("bcmho,bcohv->bcmhv", p[..., :m], own_v) + jnp.einsum("bcmhn,bnhv->bcmhv", p[..., m:], v)

@@ -11,7 +11,7 @@ from laser_jax.layers.target_attention import TargetAttention
 from laser_jax.layers.tokens import rows_at, summed_in
 from laser_jax.models.base import TokenSource, at_least
 from laser_jax.models.eta import hash_codes, nearest
-from laser_jax.models.retrieval import LongShortEncoder, attend_each, hyperplanes, newest, pick
+from laser_jax.models.retrieval import LongShortEncoder, attend_each, event_planes, hyperplanes, newest, pick
 
 FILTERS = ("diag", "block")
 
@@ -70,7 +70,7 @@ class MirrnEncoder(LongShortEncoder):
                 f"{length} events but position embeddings for {most}: "
                 "set history_length to the longest history that is to be scored"
             )
-        codes = hash_codes(x, history.w_in @ self._planes())
+        codes = hash_codes(x, event_planes(history.w_in, self._planes()))
         index, found = newest(mask, self.config.summarised)
         queries = jnp.stack([masked_mean(pick(x, index), found), masked_mean(x, mask)], axis=1) @ history.w_in
         index, found = self._search(codes, mask, queries)

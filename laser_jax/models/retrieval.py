@@ -65,6 +65,11 @@ def hyperplanes(seed: int, width: int, number: int) -> np.ndarray:
     return np.random.RandomState(seed).normal(size=(width, number)).astype(np.float32)
 
 
+def event_planes(w_in: jax.Array, planes: jax.Array) -> jax.Array:
+    """Hyperplanes of tokens x @ w_in as hyperplanes of features x [..., f]; in full float32, as `sides`."""
+    return jnp.matmul(w_in, planes, precision=jax.lax.Precision.HIGHEST)
+
+
 def sides(x: jax.Array, planes: jax.Array) -> jax.Array:
     """On which side of each hyperplane x [..., f] lies, bool [..., number]; in full float32, so that train = serve."""
     return jnp.matmul(x, planes, precision=jax.lax.Precision.HIGHEST) > 0

@@ -8,7 +8,7 @@ from flax import nnx
 
 from laser_jax.layers.tokens import summed_in
 from laser_jax.models.base import TokenSource, at_least
-from laser_jax.models.retrieval import LongShortEncoder, hyperplanes, pick, sides
+from laser_jax.models.retrieval import LongShortEncoder, event_planes, hyperplanes, pick, sides
 
 NORMALISE = ("l2", "sum", "mean")
 MOST_BITS = 16  # a sum for each of 2^bits buckets, of every table and request
@@ -88,7 +88,7 @@ class SdimEncoder(LongShortEncoder):
         self.config = config
 
     def prepare(self, history: TokenSource, x, mask):
-        return bucket_ids(x, history.w_in @ self._planes(), self.config.tables)
+        return bucket_ids(x, event_planes(history.w_in, self._planes()), self.config.tables)
 
     def long_tokens(self, ctx, q, side):
         config, w_in = self.config, ctx.w_in

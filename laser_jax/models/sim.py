@@ -82,9 +82,11 @@ class SimSoftEncoder(SearchEncoder):
 
     def long_tokens(self, ctx, q, side):
         wa, wb = self.wa[...], ctx.w_in @ self.wb[...]
-        scores = jnp.einsum("bcf,blf->bcl", fold_queries(q, wa[:, None], wb[:, None])[:, :, 0], ctx.x)
+        u = fold_queries(q, wa[:, None], wb[:, None])[:, :, 0]
+        scores = jnp.einsum("bcf,blf->bcl", u, ctx.x, preferred_element_type=jnp.float32)
         index, found = search(scores, ctx.mask[:, None], self.config.top)
-        weights = jnp.where(ctx.mask[:, None], scores, 0.0) / jnp.maximum(ctx.mask.sum(axis=1), 1)[:, None, None]
+        num_events = jnp.maximum(ctx.mask.sum(axis=1), 1)[:, None, None]
+        weights = (jnp.where(ctx.mask[:, None], scores, 0.0) / num_events).astype(ctx.x.dtype)
         pooled = jnp.einsum("bcl,blf->bcf", weights, ctx.x) @ ctx.w_in
         return [self.attend_found(ctx, q, index, found), pooled]
 

@@ -72,10 +72,12 @@ class TwinEncoder(LongShortEncoder):
         wk = jnp.einsum("fd,dhk->fhk", ctx.w_in, self.long.wk[...])
         wv = jnp.einsum("fd,dhv->fhv", ctx.w_in, self.long.wv[...])
         if self._fold(q.shape[1]):
-            scores = jnp.einsum("bchf,blf->bchl", fold_queries(q, self.long.wq[...], wk), x)
+            u = fold_queries(q, self.long.wq[...], wk)
+            scores = jnp.einsum("bchf,blf->bchl", u, x, preferred_element_type=jnp.float32)
         else:
             query = jnp.einsum("bcd,dhk->bchk", q, self.long.wq[...]) * wk.shape[-1] ** -0.5
-            scores = jnp.einsum("bchk,blhk->bchl", query, jnp.einsum("blf,fhk->blhk", x, wk))
+            keys = jnp.einsum("blf,fhk->blhk", x, wk)
+            scores = jnp.einsum("bchk,blhk->bchl", query, keys, preferred_element_type=jnp.float32)
         scores = scores + offset[:, None, None]
         ranked = scores if self.config.topk_per_head else jnp.sum(scores, axis=2, keepdims=True)
         index, found = search(ranked, mask[:, None, None], self.config.top)  # [B, C, H or 1, K]

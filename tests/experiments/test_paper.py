@@ -6,6 +6,7 @@ import os
 import sys
 import types
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -19,6 +20,7 @@ from experiments.paper.intervals import over_seeds, paired, resampled_aucs, weig
 from experiments.paper.outsider import WINDOWS, match_counts
 from laser_jax import metrics
 from laser_jax.batch import Batch
+from laser_jax.models.base import GatheredSource
 from laser_jax.row_placement import places
 
 
@@ -109,6 +111,19 @@ def test_match_counts_are_those_of_the_events():
         np.testing.assert_array_equal(got[row], want)
 
 
+def tokens_of(encoder) -> tuple[int, ...]:
+    """The shape of what an encoder of the study's sizes says of 2 requests of 10 candidates; nothing is computed."""
+    graph, params = nnx.split(encoder)
+    x, q = (jax.ShapeDtypeStruct(size, np.float32) for size in ((2, 1000, encoder.width_in), (2, 10, 64)))
+    mask, age = (jax.ShapeDtypeStruct((2, 1000), kind) for kind in (np.bool_, np.int32))
+    w_in = jax.ShapeDtypeStruct((encoder.width_in, 64), np.float32)
+
+    def tokens(params, x, w_in, mask, age, q):
+        return nnx.merge(graph, params)(GatheredSource((x,), w_in, {}), mask, age, q, {}).tokens
+
+    return jax.eval_shape(tokens, params, x, w_in, mask, age, q).shape
+
+
 def test_every_model_is_given_as_many_trials_and_known_fields():
     assert set(models.ORDER) == {*table2.models.ENCODERS, study.GBDT}
     for name in models.ORDER:
@@ -130,7 +145,8 @@ def test_every_model_is_given_as_many_trials_and_known_fields():
             assert len({run.digest(row) for row in found}) == len(found) > 3
             for row in found:
                 build_model = run.config(row, 0).build_model
-                nnx.eval_shape(lambda build_model=build_model: build_model(nnx.Rngs(0)))
+                ranker = nnx.eval_shape(lambda build_model=build_model: build_model(nnx.Rngs(0)))
+                assert tokens_of(ranker.encoder) == (2, 10, ranker.encoder.num_tokens, 64)
     with pytest.raises(ValueError, match="there is no model 'lasre'"):
         models.names("ta,lasre")
     with pytest.raises(ValueError, match="has no field 'encoder.widht'"):
@@ -248,6 +264,7 @@ def test_table_2_runs_resumes_and_reports(small, monkeypatch, capsys, tmp_path):
     assert aucs == sorted(aucs, reverse=True)
     assert os.path.getsize(os.path.join(folder, "table2-tricks.png")) > 1000
     assert "oracle: AUC" in said and "3 models, 1 seeds" in said and "3/3" in said
+    assert f"Runs by git revision: {study.revision()} (3)." in said
     run = study.Study(*study.STANDARD["small"], folder)
     outcome = run.outcome(models.model("laser_plus", "tricks"), 0)
     assert f"{outcome.test['auc']:.4f}" == rows["laser_plus"]["AUC"]
@@ -336,3 +353,13 @@ def test_a_run_that_fails_names_its_log(small, monkeypatch):
     flags = (f"--root={small}", "--models=mean", "--seeds=1", "--trials=1", "--columns=plain", "--config.width=0")
     with pytest.raises(RuntimeError, match="1 of 1 runs failed: see .*log"):
         call(monkeypatch, table2, *flags)
+
+
+def test_what_was_trained_on_short_histories_reads_all_of_longer_ones(small):
+    run = study.Study(*study.STANDARD["small"], small)
+    fields = dict(encoder__horizons=(2, 9), head__matches=("item",), head__match_horizons=(2, 9))
+    model = models.model("laser_plus", "plain").but("short", data__history_length=4, **fields)
+    run.run([(model, 0)])
+    (outcome,) = run.finished(model, 1)
+    aucs = [lengths.serve(run, outcome, length, only_report=False) for length in (4, 16)]
+    assert aucs[0] == pytest.approx(outcome.test["auc"]) and aucs[1] != pytest.approx(aucs[0])

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 
 from laser_jax.layers import packed_segments
 from laser_jax.layers import segment_attention as sta
@@ -18,6 +20,7 @@ SHAPES = {  # B, C, L, w, f, d, H, dq, dv
     "more features than a register, one short segment": (3, 3, 6, 10, 19, 4, 2, 2, 2),
     "more of everything than is written out": (2, 17, 45, 40, 270, 4, 2, 2, 2),
     "segments of one event": (2, 1, 3, 1, 4, 4, 1, 4, 4),
+    "two chunks of two users": (4, 2, 9, 4, 3, 4, 2, 2, 3),
 }
 
 
@@ -90,25 +93,31 @@ def test_fast_forms_equal_the_reference_in_values_and_gradients(name, form, gate
             assert all(np.abs(gradient).max() > 1e-3 for gradient in jax.tree.leaves(got[1]))
 
 
-def a_user_at_a_time(rows, indices, positions, q, mask, *weights, **settings):
-    return sta.segment_attention_chunked(q, rows, indices, mask, *weights, chunk=1, **settings)
+def a_user_at_a_time(rows, indices, positions, q, mask, *weights, **sizes):
+    return sta.segment_attention_chunked(q, rows, indices, mask, *weights, chunk=1, **sizes)
 
 
-def some_users_at_a_time(rows, indices, positions, q, mask, *weights, **settings):
-    return sta.segment_attention_chunked(q, rows, indices, mask, *weights, chunk=4, **settings)
+def some_users_at_a_time(rows, indices, positions, q, mask, *weights, **sizes):
+    return sta.segment_attention_chunked(q, rows, indices, mask, *weights, chunk=2, **sizes)
 
 
-def packed(rows, indices, positions, q, mask, *weights, **settings):
-    return sta.segment_attention_packed(q, rows, indices, mask, positions, *weights, **settings)
+def packed(rows, indices, positions, q, mask, *weights, **sizes):
+    return sta.segment_attention_packed(q, rows, indices, mask, positions, *weights, **sizes)
 
 
-def all_gathered(rows, indices, positions, q, mask, *weights, **settings):
-    return sta.segment_attention_reference(q, features_of(gather_fields(rows, indices)), mask, *weights, **settings)
+def all_gathered(rows, indices, positions, q, mask, *weights, **sizes):
+    return sta.segment_attention_reference(q, features_of(gather_fields(rows, indices)), mask, *weights, **sizes)
 
 
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize(
-    "name", ["four queries, ragged oldest segment", "more features than a register, one short segment", "many queries"]
+    "name",
+    [
+        "four queries, ragged oldest segment",
+        "more features than a register, one short segment",
+        "many queries",
+        "two chunks of two users",
+    ],
 )
 @pytest.mark.parametrize("form", [a_user_at_a_time, some_users_at_a_time, packed])
 def test_forms_that_gather_equal_the_reference_in_values_and_gradients(form, name, gate):
@@ -136,14 +145,57 @@ def test_forms_that_gather_equal_the_reference_in_values_and_gradients(form, nam
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got(*args), want(*args))
 
 
-def all_gathered_and_folded(rows, indices, positions, q, mask, *weights, compute="float32", **settings):
-    x = features_of(gather_fields(rows, indices)).astype(compute)
-    return sta.segment_attention_folded(q, x, mask, *weights, **settings)
+# Every example is a compilation: to look for a smaller one would take minutes.
+@settings(max_examples=6, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(
+    b=st.integers(1, 4),
+    c=st.integers(1, 4),
+    length=st.integers(1, 30),
+    width=st.integers(1, 12),
+    f=st.integers(1, 12),
+    heads=st.integers(1, 3),
+    gate=st.sampled_from(GATES),
+    seed=st.integers(0, 99),
+)
+def test_all_forms_agree_in_values_and_gradients_whatever_the_sizes(b, c, length, width, f, heads, gate, seed):
+    arrays = draw((b, c, length, width, f, 4, heads, 2, 3), seed)
+    rng = np.random.default_rng(seed)
+    rows, indices = [arrays["x"].reshape(-1, f)], [jnp.arange(b * length, dtype=jnp.int32).reshape(b, length)]
+    mask = np.arange(length) >= length - rng.integers(0, length + 1, b)[:, None]
+    mask[0] = rng.random(length) < 0.7
+    alive = np.asarray(cut_segments(mask, width)).reshape(-1, width).any(axis=1)
+    positions = np.r_[np.flatnonzero(alive), len(alive)].astype(np.int32)
+    weights = [arrays[name] for name in ("wq", "wk", "wv", "bias")]
+
+    def gradient(form):
+        def loss(rows, q, weights, mask, positions):
+            tokens, log_mass = form(rows, indices, positions, q, mask, *weights, width=width, gate=gate)
+            return jnp.sum(jnp.sin(tokens)) + jnp.sum(jnp.sin(log_mass)), (tokens, log_mass)
+
+        return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
+
+    def features_first(form):
+        def gathered(rows, indices, positions, q, mask, *weights, **sizes):
+            return form(q, features_of(gather_fields(rows, indices)), mask, *weights, **sizes)
+
+        return gathered
+
+    forms = [all_gathered, some_users_at_a_time, packed]
+    forms += [features_first(form) for form in (sta.segment_attention_folded, sta.segment_attention_shared)]
+    both = jax.jit(lambda *args: [gradient(form)(*args) for form in forms])
+    want, *others = both(rows, arrays["q"], weights, mask, positions)
+    for got in others:
+        jax.tree.map(assert_close, got, want)
 
 
-def all_gathered_in(rows, indices, positions, q, mask, *weights, compute="float32", **settings):
+def all_gathered_and_folded(rows, indices, positions, q, mask, *weights, compute="float32", **sizes):
     x = features_of(gather_fields(rows, indices)).astype(compute)
-    return sta.segment_attention_reference(q, x, mask, *weights, **settings)
+    return sta.segment_attention_folded(q, x, mask, *weights, **sizes)
+
+
+def all_gathered_in(rows, indices, positions, q, mask, *weights, compute="float32", **sizes):
+    x = features_of(gather_fields(rows, indices)).astype(compute)
+    return sta.segment_attention_reference(q, x, mask, *weights, **sizes)
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -160,8 +212,8 @@ def test_bfloat16_events_give_nearly_the_same(form, gate):
 
     def run(compute):
         def loss(rows, q, weights):
-            settings = dict(width=width, gate=gate, compute=compute)
-            tokens, log_mass = form(rows, indices, positions, q, mask, *weights, **settings)
+            sizes = dict(width=width, gate=gate, compute=compute)
+            tokens, log_mass = form(rows, indices, positions, q, mask, *weights, **sizes)
             assert tokens.dtype == log_mass.dtype == jnp.float32
             return jnp.sum(jnp.sin(tokens)), (tokens, log_mass)
 

@@ -73,6 +73,19 @@ def test_folded_equals_shared_in_values_and_gradients(name, with_offset):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), folded, shared)
 
 
+@pytest.mark.parametrize("form", [ta.attend_folded, ta.attend_shared])
+def test_scores_of_bfloat16_events_are_added_up_in_float32(form):
+    # 257 and 258 are one number in bfloat16.
+    x, q = jnp.array([[[256, 1], [256, 2], [256, 0]]], jnp.bfloat16), jnp.ones((1, 1, 2), jnp.bfloat16)
+    same = jnp.eye(2, dtype=jnp.bfloat16)[:, None]
+    _, mass = form(q, x, np.ones((1, 3), bool), same, same, same)
+    scores = np.array([257.0, 258.0, 256.0]) * 2**-0.5
+    np.testing.assert_allclose(mass[0, 0, 0], np.log(np.exp(scores - 182).sum()) + 182, atol=0.02)
+    out, _ = form(q, x, np.ones((1, 3), bool), same, same, same)
+    weights = np.exp(scores - 182) / np.exp(scores - 182).sum()
+    np.testing.assert_allclose(out[0, 0, 0, 1], weights @ [1, 2, 0], atol=0.02)
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_both_forms_equal_a_triple_loop(name):
     *args, offset = draw(SHAPES[name])

@@ -69,8 +69,7 @@ def _laser(module, h, mask, age, q):
         config.horizons,
     )
     alive = np.array([[any(mask[b, i] for i in places) for places in cut] for b in range(len(h))])
-    if module.ffn is not None:
-        s = s + _feed_forward(module.ffn, s if post else _norm(module.norm, s))
+    s = s + _feed_forward(module.ffn, s if post else _norm(module.norm, s))
     s = _norm(module.norm, s) if post else s
     for n, places in enumerate(cut if module.recency is not None else ()):
         for b in range(len(h)):
@@ -123,18 +122,20 @@ def _horizons(module, h, mask, q):
 
 
 def _norm(module, x):
-    return naive.layer_norm(x, module.scale[...], module.bias[...])
+    return x if module is None else naive.layer_norm(x, module.scale[...], module.bias[...])
 
 
 def _feed_forward(module, x):
+    if module is None:
+        return 0.0
     w1, w2 = (np.asarray(p[...], np.float64) for p in (module.w1, module.w2))
     return naive.gelu(x @ w1 + np.asarray(module.b1[...])) @ w2 + np.asarray(module.b2[...])
 
 
 def _recency(module, age, back):
     bucket = np.log1p(age / 60) * (module.num_buckets - 1) / np.log1p(4 * 365 * 86400 / 60)
-    out = np.asarray(module.age[...])[min(int(bucket), module.num_buckets - 1)]
-    return out if module.position is None else out + np.asarray(module.position[...])[back]
+    of_age = 0.0 if module.age is None else np.asarray(module.age[...])[min(int(bucket), module.num_buckets - 1)]
+    return of_age if module.position is None else of_age + np.asarray(module.position[...])[back]
 
 
 FORMS = {

@@ -90,6 +90,13 @@ FORMS = [
     ("laser_plus", {"segment": 200}),
     ("laser_plus", {"layers": 2, "pool": True, "recency": "age"}),
     ("laser_plus", {"layers": 2, "pool": True, "recency": "age", "segment_ffn": 1, "recent": 2}),
+    *(("laser", {"recency": recency}) for recency in ("none", "age", "position")),
+    *(("laser", {"norm": norm}) for norm in ("none", "pre")),
+    ("laser", {"gate": "softmax", "mass_logit": True}),
+    ("laser", {"segment_ffn": 0, "gsta_ffn": 0}),
+    ("laser", {"layers": 0, "pool": False, "recent": 2}),
+    ("laser", {"horizons": (5, 9)}),
+    ("laser_plus", {"gate": "sigmoid"}),
     ("din", {"softmax": True}),
     ("din", {"softmax": False}),
 ]

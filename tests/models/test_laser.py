@@ -86,7 +86,8 @@ def test_every_form_of_attention_gives_the_same(name, monkeypatch):
 
 @pytest.mark.parametrize("name", ["laser", "laser_plus"])
 def test_loudness_tells_which_segment_holds_what_is_asked_for(name):
-    module = build(encoder_config(name, segment=4, gate_bias=0.0, key_width=harness.WIDTH, heads=1))
+    bias = 0.0 if name == "laser" else None
+    module = build(encoder_config(name, segment=4, gate_bias=bias, key_width=harness.WIDTH, heads=1))
     x, mask, age, q = harness.histories(b=2, c=1, length=12)
     x *= 0.01 / np.abs(x).mean()
     w_in = np.eye(harness.FEATURES, harness.WIDTH, dtype=np.float32)
@@ -141,11 +142,26 @@ def test_the_gates_of_a_segment_sum_to_about_one_at_init():
         ({"heads": 3}, "width=8 is not a multiple of heads=3"),
         ({"recent": 7}, "recent=7 is not within the 6 segments"),
         ({"recency": "time"}, "recency='time' is not one of"),
+        (dict(gate="softmax", gate_bias=-1.0), "gate_bias=-1.0: a softmax does not feel"),
+        (dict(layers=0, pool=False, recent=0, horizons=(2,)), "segment_ffn=4 refines segment tokens, which nobody"),
+        (
+            dict(layers=0, pool=False, recent=0, horizons=(2,), segment_ffn=0),
+            "recency='both' refines .*: set it to 'none'",
+        ),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(overrides, message):
     with pytest.raises(ValueError, match=message):
         build(laser(**{"segment": 4, **overrides}))
+
+
+def test_what_does_nothing_with_so_many_candidates_is_told():
+    module = build(laser(segment=4, kernel="pallas"))
+    assert module.unused(1) == [] and build(laser(segment=4)).unused(100) == []
+    (told,) = module.unused(100)
+    assert told.startswith("encoder.kernel='pallas' does nothing: of 100 candidates a request")
+    (told,) = build(laser(segment=4, chunk=8)).unused(100)
+    assert told.startswith("encoder.chunk=8 does nothing")
 
 
 def test_a_longer_history_than_built_for_is_refused():

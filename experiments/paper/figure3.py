@@ -43,6 +43,9 @@ def tabulate_lengths(study: Study, found: dict[str, dict[int, list[Outcome]]]) -
         means = [np.mean([o.test["auc"] for o in by_length[length]]) for length in known]
         axes.plot(known, means, "o-", label=name)
     axes.set(xscale="log", xlabel="L, events of history", ylabel="test AUC", title="Growth with length")
+    lengths = sorted({length for by_length in found.values() for length in by_length})
+    axes.set_xticks(lengths, [str(length) for length in lengths])
+    axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend()
     tables.save(figure, study.folder, "figure3-lengths")

@@ -29,7 +29,10 @@ def choices(base: Model) -> list[Model]:
             "norm": ("pre", "post"),
             "segment_ffn": (0, 1, 4),
             "gsta_ffn": (0, 1, 4),
+            "gsta_gate": ("softmax", "sigmoid"),
             "mass_logit": (False, True),
+            "fusion": ("tokens", "sum"),
+            "joined": ("concat",) if config.horizons else ("concat", "sum"),
         }
     else:  # nothing but horizons is read
         points["horizons"] = ((1000,), *points["horizons"][1:])
@@ -43,6 +46,8 @@ def choices(base: Model) -> list[Model]:
     head = {"products": (not base.settings["head.products"],), "mean": (False,), **RANKMIXER}
     for point, values in head.items():
         rows += [base.but(f"head.{point}={value}", **{f"head__{point}": value}) for value in values]
+    if config.layers:  # the segments' recency is then all that tells when
+        rows.append(base.but("no ages of events", features__age_buckets=1))
     return rows
 
 

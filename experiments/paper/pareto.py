@@ -10,10 +10,15 @@ a question mark says. Writes ROOT/DATA/pareto.{md,csv,png}.
 """
 
 import csv
+import itertools
 import os
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+from matplotlib.transforms import Bbox
 
 from experiments.paper import models, tables
 from experiments.paper.intervals import over_seeds
@@ -43,7 +48,7 @@ def read_times(path: str) -> dict[tuple[str, int], float]:
     return {(row["model"], int(row["candidates"])): float(row["forward_us_a_sample"]) for row in rows}
 
 
-def dominated_by(label: str, found: dict[str, list[Outcome]], cost: dict[str, float]) -> str:
+def dominated_by(label: str, found: dict[str, list[Outcome]], cost: dict[str, float]) -> list[str]:
     """Cheaper models whose AUC is higher beyond the interval over users and seeds; "?" after one of a single seed."""
     better = []
     for other, outcomes in found.items():
@@ -55,20 +60,59 @@ def dominated_by(label: str, found: dict[str, list[Outcome]], cost: dict[str, fl
             better.append(f"{other}?")
         if interval is not None and interval[0] > 0:
             better.append(other)
-    return ", ".join(better)
+    return better
 
 
-def picture(panels: dict[str, dict[str, float]], auc: dict[str, float]) -> Figure:
-    """A panel a cost: AUC over it, ours in red."""
-    figure = Figure(figsize=(6.2 * len(panels), 5))
-    for axes, (title, cost) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
+def picture(
+    panels: dict[str, dict[str, float]], auc: dict[str, float], dominated: dict[str, dict[str, list[str]]]
+) -> Figure:
+    """A panel a cost: AUC over it, ours in red; hollow what is dominated.
+
+    Args:
+      panels: title -> label -> cost. dominated: title -> label -> by whom; none where nothing is said of a panel.
+    """
+    figure = Figure(figsize=(15, 6 * (len(panels) // len(COUNTS))))
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(len(panels) // len(COUNTS), len(COUNTS), squeeze=False)
+    for axes, (title, cost) in zip(grid.flat, panels.items(), strict=True):
+        axes.set(xscale="log", xlabel=title, ylabel="test AUC")
+        axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+        axes.margins(x=0.15, y=0.08)
+        axes.grid(alpha=0.3)
         for label, value in cost.items():
             color = "tab:red" if label.startswith("laser_plus") else "tab:blue"
-            axes.plot([value], [auc[label]], "o", color=color)
-            axes.annotate(label, (value, auc[label]), xytext=(4, 3), textcoords="offset points", fontsize=7)
-        axes.set(xscale="log", xlabel=title, ylabel="test AUC")
-        axes.grid(alpha=0.3)
+            hollow = any(not other.endswith("?") for other in dominated.get(title, {}).get(label, []))
+            axes.plot([value], [auc[label]], "o", color=color, markerfacecolor="white" if hollow else color)
+    figure.tight_layout()
+    for axes, cost in zip(grid.flat, panels.values(), strict=True):
+        _label(axes, cost, auc)
     return figure
+
+
+def _label(axes: Axes, cost: dict[str, float], auc: dict[str, float]) -> None:
+    """Names of points, each at the nearest place where it covers neither another name nor a point."""
+    renderer = axes.figure.canvas.get_renderer()
+    points = {label: axes.transData.transform((cost[label], auc[label])) for label in cost}
+    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in points.values()]
+    for label in sorted(cost, key=lambda label: -auc[label]):
+        for dx, dy in itertools.product((6, -6), (0, -8, 8, -16, 16, -24, 24, -32, 32)):
+            text = axes.annotate(
+                label,
+                (cost[label], auc[label]),
+                xytext=(dx, dy),
+                textcoords="offset points",
+                fontsize=8,
+                va="center",
+                ha="left" if dx > 0 else "right",
+                arrowprops=dict(arrowstyle="-", color="gray", linewidth=0.5) if abs(dy) > 8 else None,
+            )
+            box, inside = text.get_window_extent(renderer), axes.get_window_extent(renderer)
+            if inside.x0 < box.x0 and box.x1 < inside.x1 and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+            text.remove()
+        else:
+            axes.annotate(label, (cost[label], auc[label]), xytext=(6, 0), textcoords="offset points", fontsize=8)
 
 
 def main() -> None:
@@ -97,16 +141,18 @@ def main() -> None:
         for count in COUNTS:
             measured = {label: times[label, count] for label in with_cost if (label, count) in times}
             panels[f"microseconds to score a sample, C={count} (experiments.bench.models)"] = measured
+    titles = list(panels)[: len(COUNTS)]
+    dominated = {title: {label: dominated_by(label, found, panels[title]) for label in with_cost} for title in titles}
     head, cells = ["model", "seeds", "AUC", *panels, *(f"dominated at C={count} by" for count in COUNTS)], []
     for label in sorted(with_cost, key=lambda label: -auc[label]):
         values = [f"{cost[label]:.4g}" if label in cost else "" for cost in panels.values()]
-        beaten = [dominated_by(label, found, panel) for panel in list(panels.values())[: len(COUNTS)]]
+        beaten = [", ".join(dominated[title][label]) for title in titles]
         cells.append([label, str(len(found[label])), f"{auc[label]:.4f}", *values, *beaten])
     missing = {name: unfinished(study, name, args.trials) for name in compared if name in found}
     notes = [f"{name} is not fully searched: {what}." for name, what in missing.items() if what]
     notes.append(tables.revisions(found.values()))
     print(tables.write(study.folder, "pareto", head, cells, notes))
-    path = tables.save(picture(panels, auc), study.folder, "pareto")
+    path = tables.save(picture(panels, auc, dominated), study.folder, "pareto")
     print(f"\n{args.data}: {len(cells)} models; picture {os.path.relpath(path)}")
 
 

@@ -30,6 +30,8 @@ from laser_jax.layers.target_attention import TargetAttention, masked_softmax
 from laser_jax.models.base import SeqOut, SequenceEncoder, TokenSource, at_least, residual_scale
 
 COMPUTE = ("float32", "bfloat16")
+JOINED = ("concat", "sum")
+FUSION = ("tokens", "sum")
 
 
 @dataclasses.dataclass
@@ -42,12 +44,15 @@ class LaserConfig:
       layers: M, GSTA layers (0: none). segment_ffn: hidden width of the segment feed-forward over d (0: none).
       gsta_ffn: the same for the target's feed-forward in GSTA.
       gate: "sigmoid" (may stay silent) or "softmax" inside a segment.
+      joined: how heads make a segment token: "concat", each a share of d, or "sum", each as wide as d.
       gate_bias: added to every sigmoid gate's score; None is -ln(w - 1): a full segment's gates sum to about 1 at init.
+      gsta_gate: "softmax" over the segments, or "sigmoid", a gate for each, with a bias a head that is learned.
       mass_logit: whether a segment's log gate mass is added to its GSTA score; with softmax gates the model then
         contains exact target attention over all events.
       norm: "post" (the paper: LN after every residual), "pre" or "none" (an ablation).
       recency: "age", "position", "both" or "none", added to segment tokens. age_buckets: log-spaced buckets.
       recent: r, newest segment tokens handed to the head. pool: whether the max over segment tokens is.
+      fusion: what the head gets of these and of horizons: "tokens", each by itself, or "sum", one token.
       horizons: numbers of newest events over which the head also gets the attention and its mass, besides the whole
         history; empty for none. Those longer than the history are left out. With any, no event is read beyond the
         history length that the encoder was built for.
@@ -69,13 +74,16 @@ class LaserConfig:
     segment_ffn: int = 4
     gsta_ffn: int = 1
     gate: str = "sigmoid"
+    joined: str = "concat"
     gate_bias: float | None = None
+    gsta_gate: str = "softmax"
     mass_logit: bool = False
     norm: str = "post"
     recency: str = "both"
     age_buckets: int = 32
     recent: int = 3
     pool: bool = True
+    fusion: str = "tokens"
     horizons: tuple[int, ...] = ()
     tied: bool = True
     compute: str = "float32"
@@ -114,12 +122,12 @@ class LaserEncoder(SequenceEncoder):
     """
 
     def __init__(self, config: LaserConfig, width_in: int, width: int, history_length: int, *, rngs: nnx.Rngs):
-        if config.gate not in GATES:
-            raise ValueError(f"gate={config.gate!r} is not one of {GATES}")
-        if config.compute not in COMPUTE:
-            raise ValueError(f"compute={config.compute!r} is not one of {COMPUTE}")
-        if config.kernel not in sta.KERNELS:
-            raise ValueError(f"kernel={config.kernel!r} is not one of {sta.KERNELS}")
+        choices = dict(compute=COMPUTE, kernel=sta.KERNELS, gate=GATES, joined=JOINED, gsta_gate=GATES, fusion=FUSION)
+        for name, known in choices.items():
+            if getattr(config, name) not in known:
+                raise ValueError(f"{name}={getattr(config, name)!r} is not one of {known}")
+        if config.joined == "sum" and config.horizons:
+            raise ValueError(f"joined='sum': horizons={config.horizons} read heads one by one, use joined='concat'")
         if config.chunk and config.kernel != "xla":
             raise ValueError(f"kernel={config.kernel!r} sums whole batches: set chunk=0 (it is {config.chunk})")
         if config.chunk < 0:
@@ -144,9 +152,11 @@ class LaserEncoder(SequenceEncoder):
         self.num_tokens += self.horizons.num_tokens if self.horizons is not None else 0
         if not self.num_tokens:
             raise ValueError("layers=0, pool=False, recent=0 and no horizons leave no token for the head")
+        if config.fusion == "sum":
+            self.num_tokens = 1
         # Horizons read the sums as they are; what refines segment tokens is there for those who read tokens.
         reads_tokens = config.layers or config.pool or config.recent
-        for name, off in (("segment_ffn", 0), ("recency", "none")):
+        for name, off in (("segment_ffn", 0), ("recency", "none"), ("joined", "concat")):
             if not reads_tokens and getattr(config, name) != off:
                 raise ValueError(
                     f"{name}={getattr(config, name)!r} refines segment tokens, which nobody reads with layers=0, "
@@ -157,14 +167,19 @@ class LaserEncoder(SequenceEncoder):
                 f"gate_bias={config.gate_bias}: a softmax does not feel what is added to all of its scores; leave it "
                 "None, or take gate='sigmoid'"
             )
+        if config.gsta_gate != "softmax" and not config.layers:
+            raise ValueError(f"gsta_gate={config.gsta_gate!r} is of GSTA layers, of which there are none: layers=0")
         shape = (width, config.heads, config.key_width)
         self.wq = weight(rngs, shape)
         self.wk = nnx.Param(self.wq[...]) if config.tied else weight(rngs, shape)
-        values = (width, config.heads, width // config.heads)
-        self.wv = nnx.Param(jnp.eye(width).reshape(values)) if config.tied else weight(rngs, values)
+        if config.joined == "concat":
+            values, same = (width, config.heads, width // config.heads), jnp.eye(width)
+        else:
+            values, same = (width, config.heads, width), jnp.tile(jnp.eye(width) / config.heads, config.heads)
+        self.wv = nnx.Param(same.reshape(values)) if config.tied else weight(rngs, values)
         bias = -math.log(max(config.segment - 1, 1)) if config.gate_bias is None else config.gate_bias
         self.gate_bias = nnx.Param(jnp.full((config.heads,), bias, jnp.float32)) if config.gate == "sigmoid" else None
-        self.gsta = nnx.List([GlobalLayer(config, width, rngs=rngs) for _ in range(config.layers)])
+        self.gsta = nnx.List([GlobalLayer(config, width, self.num_segments, rngs=rngs) for _ in range(config.layers)])
         scale = residual_scale(1) if config.norm == "pre" else 1.0
         self.ffn = (
             FeedForward(width, config.segment_ffn * width, rngs=rngs, out_scale=scale)
@@ -204,6 +219,8 @@ class LaserEncoder(SequenceEncoder):
         bias = jnp.zeros((config.heads,)) if self.gate_bias is None else self.gate_bias[...]
         segments, masses = zip(*self._attend(q, events, mask, (self.wq[...], wk, wv, bias)), strict=True)
         s, log_mass = jnp.concatenate(segments, axis=2), jnp.concatenate(masses, axis=3)
+        if config.joined == "sum":
+            s = s.reshape(*s.shape[:3], config.heads, -1).sum(axis=3)
         sums, s, tokens = s, self._refine(s, recency), []
         if config.layers:
             t = q
@@ -221,7 +238,10 @@ class LaserEncoder(SequenceEncoder):
             tokens.append(newest[:, :, : -1 - config.recent : -1])
         if self.horizons is not None:
             tokens.append(self.horizons(sums, log_mass, alive, num_events))
-        return SeqOut(tokens=jnp.concatenate(tokens, axis=2), diag={"loudness": self._loudness(log_mass, num_events)})
+        tokens = jnp.concatenate(tokens, axis=2)
+        if config.fusion == "sum":
+            tokens = tokens.sum(axis=2, keepdims=True)
+        return SeqOut(tokens=tokens, diag={"loudness": self._loudness(log_mass, num_events)})
 
     def _attend(self, q, events, mask, weights):
         """Gated sums and log mass of the segments of each run."""
@@ -280,13 +300,14 @@ class LaserEncoder(SequenceEncoder):
     def macs(self, candidates: int, length: int) -> tuple[int, int]:
         config = self.config
         d, heads, key = self.wk.shape
+        values = heads * self.wv.shape[2]
         segments = num_segments(config.runs(length))
         if self._fold(candidates):
             once = 0
-            each = d * heads * key + self.width_in * heads * (key + 2 * length) + segments * self.width_in * d
+            each = d * heads * key + self.width_in * heads * (key + 2 * length) + segments * self.width_in * values
         else:
-            once = length * self.width_in * (heads * key + d)
-            each = d * heads * key + length * (heads * key + d)
+            once = length * self.width_in * (heads * key + values)
+            each = d * heads * key + length * (heads * key + values)
         if self.ffn is not None:
             each += segments * FeedForward.macs(d, config.segment_ffn * d)
         if self.horizons is not None:
@@ -298,9 +319,11 @@ class LaserEncoder(SequenceEncoder):
 class GlobalLayer(nnx.Module):
     """One GSTA layer: the target attends over the segment tokens; only the target is updated."""
 
-    def __init__(self, config: LaserConfig, width: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: LaserConfig, width: int, num_segments: int, *, rngs: nnx.Rngs):
         self.norm = config.norm
-        self.attention = TargetAttention(width, config.heads, tied=config.tied, rngs=rngs)
+        # As in STA: the gates of all segments sum to about 1 at init.
+        bias = -math.log(max(num_segments - 1, 1)) if config.gsta_gate == "sigmoid" else None
+        self.attention = TargetAttention(width, config.heads, tied=config.tied, gate_bias=bias, rngs=rngs)
         scale = residual_scale(config.layers) if self.norm == "pre" else 1.0
         self.ffn = FeedForward(width, config.gsta_ffn * width, rngs=rngs, out_scale=scale) if config.gsta_ffn else None
         self.norm_attention = nnx.LayerNorm(width, rngs=rngs) if self.norm != "none" else None

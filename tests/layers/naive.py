@@ -5,8 +5,11 @@ import math
 import numpy as np
 
 
-def target_attention(q, x, mask, wq, wk, wv, offset=None):
-    """Softmax attention of every candidate over the real events: heads [B, C, H, dv] and log mass [B, C, H]."""
+def target_attention(q, x, mask, wq, wk, wv, offset=None, gate_bias=None):
+    """Attention of every candidate over the real events: heads [B, C, H, dv] and log mass [B, C, H].
+
+    Softmax attention; with a bias a head, gates are sigmoids.
+    """
     q, x, wq, wk, wv = (np.asarray(a, np.float64) for a in (q, x, wq, wk, wv))
     heads = wq.shape[1]
     out = np.zeros((*q.shape[:2], heads, wv.shape[2]))
@@ -20,7 +23,9 @@ def target_attention(q, x, mask, wq, wk, wv, offset=None):
                     if offset is not None:
                         score += float(offset[b, c, h, i])
                     terms.append((score, x[b, i] @ wv[:, h]))
-                if terms:
+                if terms and gate_bias is not None:
+                    out[b, c, h] = sum(v / (1 + math.exp(-s - float(gate_bias[h]))) for s, v in terms)
+                elif terms:
                     weights = np.exp(np.array([s for s, _ in terms]) - max(s for s, _ in terms))
                     out[b, c, h] = sum(w * v for w, (_, v) in zip(weights / weights.sum(), terms, strict=True))
                     mass[b, c, h] = math.log(sum(math.exp(s) for s, _ in terms))

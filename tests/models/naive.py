@@ -34,7 +34,9 @@ def _ta(module, h, mask, age, q):
 
 
 def _attend(attention, q, h, mask, offset=None):
-    heads, _ = naive.target_attention(q, h, mask, attention.wq[...], attention.wk[...], attention.wv[...], offset)
+    weights = (attention.wq[...], attention.wk[...], attention.wv[...])
+    bias = None if attention.gate_bias is None else attention.gate_bias[...]
+    heads, _ = naive.target_attention(q, h, mask, *weights, offset, bias)
     return heads.reshape(*q.shape[:2], -1) @ np.asarray(attention.wo[...], np.float64)
 
 
@@ -68,6 +70,8 @@ def _laser(module, h, mask, age, q):
         config.gate,
         config.horizons,
     )
+    if config.joined == "sum":
+        s = s.reshape(*s.shape[:3], config.heads, -1).sum(axis=3)
     alive = np.array([[any(mask[b, i] for i in places) for places in cut] for b in range(len(h))])
     s = s + _feed_forward(module.ffn, s if post else _norm(module.norm, s))
     s = _norm(module.norm, s) if post else s
@@ -94,7 +98,8 @@ def _laser(module, h, mask, age, q):
             for back in range(config.recent):
                 n = len(cut) - 1 - back
                 tokens.append(s[b, c, n] if n >= 0 and alive[b, n] else np.zeros(q.shape[2]))
-            out[b, c] = [*tokens, *_horizons(module, h[b], mask[b], q[b, c])]
+            tokens = [*tokens, *_horizons(module, h[b], mask[b], q[b, c])]
+            out[b, c] = np.sum(tokens, axis=0) if config.fusion == "sum" else tokens
     return out
 
 

@@ -96,6 +96,10 @@ FORMS = [
     ("laser", {"segment_ffn": 0, "gsta_ffn": 0}),
     ("laser", {"layers": 0, "pool": False, "recent": 2}),
     ("laser", {"horizons": (5, 9)}),
+    ("laser", {"joined": "sum"}),
+    ("laser", {"gsta_gate": "sigmoid"}),
+    ("laser", {"gsta_gate": "sigmoid", "gate": "softmax", "mass_logit": True}),
+    ("laser", {"fusion": "sum"}),
     ("laser_plus", {"gate": "sigmoid"}),
     ("din", {"softmax": True}),
     ("din", {"softmax": False}),
@@ -251,14 +255,17 @@ def test_din_gives_the_same_with_and_without_tokens(monkeypatch):
 
 
 @pytest.mark.parametrize("candidates", [1, 64])
-@every_model
-def test_macs_are_those_xla_counts(name, candidates, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [*((name, {}) for name in NAMES), ("laser", {"joined": "sum", "gsta_gate": "sigmoid", "fusion": "sum"})],
+)
+def test_macs_are_those_xla_counts(name, overrides, candidates, monkeypatch):
     # As matrix products: with sums that are written out XLA also counts what it computes once more inside them.
     monkeypatch.setattr(segment_products, "MOST_TERMS", 0)
     length, width_in, width = 1000, 160, 128
     # XLA books a Fourier transform by a formula of its own: MIRRN's is kept short here. It counts the body of a loop
     # once: SDIM's is over tables.
-    config = encoder_config(name, **{"mirrn": dict(top=4), "sdim": dict(tables=1)}.get(name, {}))
+    config = encoder_config(name, **{"mirrn": dict(top=4), "sdim": dict(tables=1)}.get(name, overrides))
     if hasattr(config, "block"):  # the body of a loop again: a block a stage, all users together
         config = dataclasses.replace(config, block=length // (blockwise_attention.STAGES if name == "hstu" else 1))
         monkeypatch.setattr(blockwise_attention, "CACHED", 2**40)

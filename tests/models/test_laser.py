@@ -142,6 +142,9 @@ def test_the_gates_of_a_segment_sum_to_about_one_at_init():
         ({"heads": 3}, "width=8 is not a multiple of heads=3"),
         ({"recent": 7}, "recent=7 is not within the 6 segments"),
         ({"recency": "time"}, "recency='time' is not one of"),
+        ({"fusion": "mean"}, "fusion='mean' is not one of"),
+        (dict(joined="sum", horizons=(2,)), r"joined='sum': horizons=\(2,\) read heads one by one"),
+        (dict(layers=0, gsta_gate="sigmoid"), "gsta_gate='sigmoid' is of GSTA layers"),
         (dict(gate="softmax", gate_bias=-1.0), "gate_bias=-1.0: a softmax does not feel"),
         (dict(layers=0, pool=False, recent=0, horizons=(2,)), "segment_ffn=4 refines segment tokens, which nobody"),
         (

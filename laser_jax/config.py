@@ -106,6 +106,21 @@ def to_dict(config: Any) -> Any:
     return config
 
 
+def set_values(config: Any) -> Any:
+    """A config as plain values, of each dataclass only those that are not its class's defaults."""
+    if dataclasses.is_dataclass(config):
+        values = {"class": type(config).__name__}
+        for field in dataclasses.fields(config):
+            value = getattr(config, field.name)
+            given = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            if given is dataclasses.MISSING or value != given:
+                values[field.name] = set_values(value)
+        return values
+    if isinstance(config, (tuple, list)):
+        return [set_values(value) for value in config]
+    return config
+
+
 # What may change between a run and its continuation: none of it changes what is learned.
 FREE_TO_CHANGE = (
     "train.log_every",
@@ -215,6 +230,8 @@ def remember(
 ) -> None:
     """Writes workdir/config.json, or checks it where a run is being continued.
 
+    A field that an older version did not have is no difference where it has its default: that is what the version did.
+
     Args:
       data, strings: of the data set (laser_jax.fingerprint), kept beside the config. Strings may be added meanwhile.
       write: whether this process writes it if it is not there.
@@ -235,12 +252,14 @@ def remember(
     with open(path, encoding="utf-8") as file:
         before = flatten(json.load(file))
     after = flatten(now)
+    given = flatten(set_values(config))
     changed = [
         f"{key}: {before.get(key, 'absent')!r} -> {after.get(key, 'absent')!r}"
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
         and key not in FREE_TO_CHANGE
         and not key.startswith("strings.")
+        and not (key in after and key not in before and not key.startswith("fingerprint.") and key not in given)
         and not (key.endswith(_COLUMNS) and not (key in before and key in after))
     ]
     if changed and all(entry.startswith(_VAULT) for entry in changed):

@@ -131,6 +131,18 @@ def test_another_config_in_the_same_workdir_is_refused_by_name(finished, known_d
     assert sorted(os.listdir(workdir)) == before
 
 
+def test_a_run_of_a_version_without_a_field_goes_on_where_the_field_has_its_default(finished, known_data, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    told = json.loads(path.read_text(encoding="utf-8"))
+    del told["encoder"]["fusion"], told["train"]["gate_maps"]
+    path.write_text(json.dumps(told), encoding="utf-8")
+    again = train.run(config_for(known_data), str(tmp_path / "run"))
+    np.testing.assert_array_equal(again.logits, finished[1].logits)
+    with pytest.raises(ValueError, match="another config \\(encoder.fusion: 'absent' -> 'sum'\\)"):
+        train.run(config_for(known_data, encoder__fusion="sum"), str(tmp_path / "run"))
+
+
 class Interrupted:
     """Sends this process SIGTERM after a given step, or during the validation of one."""
 

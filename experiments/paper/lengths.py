@@ -7,10 +7,12 @@ empty where a model has parameters for no more places than it was trained at, or
 by_length-MODEL.{md,csv}: AUC by how many events a user has, of the model trained at the longest length.
 """
 
+import dataclasses
 import os
 
 import jax
 import numpy as np
+from flax import nnx
 
 from experiments.paper import models, tables
 from experiments.paper.figure3 import at_length
@@ -18,6 +20,9 @@ from experiments.paper.study import GBDT, Model, Outcome, Study, parse
 from laser_jax import metrics
 from laser_jax.checkpoint import Checkpoints
 from laser_jax.evaluate import predict
+from laser_jax.layers.segment_runs import newest_segments
+from laser_jax.models.base import Ranker
+from laser_jax.models.laser import LaserEncoder
 from laser_jax.pipeline import BatchSource
 from laser_jax.sharding import device_share, make_mesh
 from laser_jax.state import StateFactory
@@ -33,29 +38,47 @@ def has_places(study: Study, model: Model) -> bool:
     return model.encoder in WITH_PLACES or recency in ("position", "both")
 
 
+def stretched(ranker: Ranker, trained: int, length: int) -> Ranker:
+    """A ranker that was built for `trained` events, and where it reads the whole history, reads up to `length`.
+
+    Shorter horizons stay what they are, and so does what masses and counts are divided by: a user who has no older
+    events gets the same logits.
+    """
+    if length <= trained:
+        return ranker
+    encoder = ranker.encoder
+    if isinstance(encoder, LaserEncoder) and encoder.horizons is not None:
+        reaches = (*encoder.horizons.reaches[:-1], length)
+        encoder.config = dataclasses.replace(encoder.config, horizons=reaches)
+        encoder.horizons.newest = newest_segments(reaches, encoder.config.segment)
+        encoder.history_length, encoder.num_segments = length, encoder.horizons.newest[-1]
+    if ranker.matches is not None and ranker.matches.reaches:
+        ranker.matches.reaches = (*ranker.matches.reaches[:-1], length)
+    return ranker
+
+
 def serve(study: Study, outcome: Outcome, length: int, only_report: bool) -> float | None:
     """Test AUC of a finished run when its users' newest `length` events are served; kept beside the run.
 
     None if that has not been done and only a report is wanted.
     """
-    path = os.path.join(outcome.folder, f"served-{length}.npz")
+    path = os.path.join(outcome.folder, f"served-at-{length}.npz")
     if not os.path.exists(path):
         if only_report:
             return None
         config = study.config(outcome.model, outcome.seed)
-        trained = config.data.history_length
-        config.data.history_length = longest = max(length, trained)
-        # Where the whole history was read, all of a longer one is; shorter horizons stay what they are.
-        for part, name in ((config.encoder, "horizons"), (config.head, "match_horizons")):
-            if horizons := getattr(part, name, ()):
-                setattr(part, name, (*(n for n in horizons if n < trained), longest))
         mesh = make_mesh(config.mesh, config.data.batch_size, config.data.eval_batch_size)
-        factory = StateFactory(config.build_model, config.features, config.optim, mesh)
+
+        def build(rngs: nnx.Rngs) -> Ranker:
+            return stretched(config.build_model(rngs), trained, length)
+
+        trained = config.data.history_length
+        factory = StateFactory(build, config.features, config.optim, mesh)
         checkpoints = Checkpoints(outcome.folder, read_only=True)
         state = checkpoints.restore(outcome.results["step"], factory.abstract())
         checkpoints.close()
-        config.data.history_length = length
-        source = BatchSource(config.data, config.features, "test", device_share(mesh))
+        data = dataclasses.replace(config.data, history_length=length)
+        source = BatchSource(data, config.features, "test", device_share(mesh))
         with jax.set_mesh(mesh):
             predictions = predict(make_eval_step(factory), state, source, mesh, f"{outcome.model.label} at {length}")
         predictions.save(path)

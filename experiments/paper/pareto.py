@@ -69,7 +69,7 @@ def picture(
     """A panel a cost: AUC over it, ours in red; hollow what is dominated.
 
     Args:
-      panels: title -> label -> cost. dominated: title -> label -> by whom; none where nothing is said of a panel.
+      panels: title -> label -> cost. dominated: title -> label -> by whom.
     """
     figure = Figure(figsize=(15, 6 * (len(panels) // len(COUNTS))))
     FigureCanvasAgg(figure)
@@ -77,12 +77,13 @@ def picture(
     for axes, (title, cost) in zip(grid.flat, panels.items(), strict=True):
         axes.set(xscale="log", xlabel=title, ylabel="test AUC")
         axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
-        axes.margins(x=0.15, y=0.08)
+        axes.margins(x=0.25, y=0.08)
         axes.grid(alpha=0.3)
         for label, value in cost.items():
             color = "tab:red" if label.startswith("laser_plus") else "tab:blue"
-            hollow = any(not other.endswith("?") for other in dominated.get(title, {}).get(label, []))
+            hollow = any(not other.endswith("?") for other in dominated[title][label])
             axes.plot([value], [auc[label]], "o", color=color, markerfacecolor="white" if hollow else color)
+    figure.suptitle("hollow: a model of less cost is better, beyond the interval over users and seeds")
     figure.tight_layout()
     for axes, cost in zip(grid.flat, panels.values(), strict=True):
         _label(axes, cost, auc)
@@ -95,9 +96,10 @@ def _label(axes: Axes, cost: dict[str, float], auc: dict[str, float]) -> None:
     points = {label: axes.transData.transform((cost[label], auc[label])) for label in cost}
     taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in points.values()]
     for label in sorted(cost, key=lambda label: -auc[label]):
-        for dx, dy in itertools.product((6, -6), (0, -8, 8, -16, 16, -24, 24, -32, 32)):
+        places = sorted(itertools.product((6, -6), range(-48, 49, 8)), key=lambda place: (abs(place[1]), -place[0]))
+        for dx, dy in places:
             text = axes.annotate(
-                label,
+                label.replace(", ", ",\n"),
                 (cost[label], auc[label]),
                 xytext=(dx, dy),
                 textcoords="offset points",
@@ -141,12 +143,11 @@ def main() -> None:
         for count in COUNTS:
             measured = {label: times[label, count] for label in with_cost if (label, count) in times}
             panels[f"microseconds to score a sample, C={count} (experiments.bench.models)"] = measured
-    titles = list(panels)[: len(COUNTS)]
-    dominated = {title: {label: dominated_by(label, found, panels[title]) for label in with_cost} for title in titles}
+    dominated = {title: {label: dominated_by(label, found, cost) for label in cost} for title, cost in panels.items()}
     head, cells = ["model", "seeds", "AUC", *panels, *(f"dominated at C={count} by" for count in COUNTS)], []
     for label in sorted(with_cost, key=lambda label: -auc[label]):
         values = [f"{cost[label]:.4g}" if label in cost else "" for cost in panels.values()]
-        beaten = [", ".join(dominated[title][label]) for title in titles]
+        beaten = [", ".join(dominated[title][label]) for title in list(panels)[: len(COUNTS)]]
         cells.append([label, str(len(found[label])), f"{auc[label]:.4f}", *values, *beaten])
     missing = {name: unfinished(study, name, args.trials) for name in compared if name in found}
     notes = [f"{name} is not fully searched: {what}." for name, what in missing.items() if what]

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from laser_jax.config import FREE_TO_CHANGE, Config, flatten, to_dict
+from laser_jax.config import FREE_TO_CHANGE, Config, flatten, set_values, to_dict
 from laser_jax.fingerprint import fingerprint
 from laser_jax.models import ENCODERS
 from laser_jax.whole_files import replacing
@@ -146,7 +146,7 @@ class Study:
         """
         if undone := sorted(self._flagged & {"train.seed", "data.seed", *model.settings}):
             raise ValueError(f"--config.{undone[0]} is set by the study itself, for {model.label}: leave the flag out")
-        values = {name: value for name, value in flatten(_set_values(self._config(model, 0))).items() if _counts(name)}
+        values = {name: value for name, value in flatten(set_values(self._config(model, 0))).items() if _counts(name)}
         if model.encoder == GBDT:  # whatever encoder the experiment has by default
             values = {name: value for name, value in values.items() if not name.startswith("encoder.")}
         text = json.dumps([values, list(self.flags)], sort_keys=True)
@@ -295,7 +295,7 @@ def read_config(path: str, *arguments: str) -> Config:
 
 def _counts(name: str) -> bool:
     """Whether a config field, by its dotted name, makes another run and not another seed of one."""
-    return name not in (*FREE_TO_CHANGE, "train.seed", "data.seed")
+    return not f"{name}.".startswith(tuple(f"{free}." for free in (*FREE_TO_CHANGE, "train.seed", "data.seed")))
 
 
 def _by_place(value: Any) -> Any:
@@ -305,21 +305,6 @@ def _by_place(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _by_place(entry) for name, entry in value.items()}
     return value
-
-
-def _set_values(config: Any) -> Any:
-    """A config as plain values, of each dataclass only those that are not its class's defaults."""
-    if dataclasses.is_dataclass(config):
-        values = {"class": type(config).__name__}
-        for field in dataclasses.fields(config):
-            value = getattr(config, field.name)
-            given = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-            if given is dataclasses.MISSING or value != given:
-                values[field.name] = _set_values(value)
-        return values
-    if isinstance(config, (tuple, list)):
-        return [_set_values(value) for value in config]
-    return config
 
 
 def change(config: Config, settings: dict[str, Any]) -> None:

@@ -70,7 +70,7 @@ class DinEncoder(SequenceEncoder):
             if fold:
                 per_request = w_in @ per_request
             hidden = jax.nn.relu(jnp.einsum("bld,bdk->blk", h, per_request) + (q_c @ (wa + wc) + b1)[:, None])
-            a = (hidden @ w2)[..., 0] + b2
+            a = jnp.matmul(hidden, w2, preferred_element_type=jnp.float32)[..., 0] + b2
             a = masked_softmax(a, mask) if self.softmax else jnp.where(mask, a, 0.0)
             return jnp.einsum("bl,bld->bd", a, h)
 

@@ -132,7 +132,8 @@ class HstuLayer(nnx.Module):
         bias = relative_bias(by_distance, by_gap, distance, age)[:, None, None]
         scores = jnp.einsum("bchk,blhk->bchl", q, k, preferred_element_type=jnp.float32) + bias
         weights = jnp.where(mask[:, None, None], jax.nn.silu(scores), 0.0).astype(v.dtype)
-        own = jax.nn.silu(jnp.sum(q * own_k, axis=-1, keepdims=True) + by_distance[0] + by_gap[0])
+        own = jnp.sum((q * own_k).astype(jnp.float32), axis=-1, keepdims=True) + by_distance[0] + by_gap[0]
+        own = jax.nn.silu(own).astype(v.dtype)
         return self._update(x, jnp.einsum("bchl,blhv->bchv", weights, v) + own * own_v)
 
     def _update(self, x, attended):

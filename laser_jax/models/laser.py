@@ -156,7 +156,7 @@ class LaserEncoder(SequenceEncoder):
             self.num_tokens = 1
         # Horizons read the sums as they are; what refines segment tokens is there for those who read tokens.
         reads_tokens = config.layers or config.pool or config.recent
-        for name, off in (("segment_ffn", 0), ("recency", "none"), ("joined", "concat")):
+        for name, off in (("segment_ffn", 0), ("recency", "none")):
             if not reads_tokens and getattr(config, name) != off:
                 raise ValueError(
                     f"{name}={getattr(config, name)!r} refines segment tokens, which nobody reads with layers=0, "

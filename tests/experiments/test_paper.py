@@ -327,6 +327,9 @@ def test_table_2_runs_resumes_and_reports(small, monkeypatch, capsys, tmp_path):
     # The outsider has no encoder, whatever the experiment's is by default.
     other = study.Study(study.STANDARD["small"][0], run.settings | {"encoder.heads": 8}, folder)
     assert other.outcome(models.model("gbdt", "tricks"), 0)
+    # What may change between a run and its continuation makes no other run.
+    other = study.Study(study.STANDARD["small"][0], run.settings | {"train.length_edges": (0, 3, 5)}, folder)
+    assert other.outcome(outcome.model, 0)
     # Served as it was trained it says what it said; at another length it is another ranker.
     assert lengths.serve(run, outcome, 16, only_report=True) is None
     assert lengths.serve(run, outcome, 16, only_report=False) == pytest.approx(outcome.test["auc"])
@@ -355,11 +358,23 @@ def test_a_run_that_fails_names_its_log(small, monkeypatch):
         call(monkeypatch, table2, *flags)
 
 
-def test_what_was_trained_on_short_histories_reads_all_of_longer_ones(small):
+@pytest.mark.parametrize(
+    ("name", "own"), [("laser_plus", {"encoder__horizons": (2, 9)}), ("ta", {"encoder__mass": True})]
+)
+def test_what_was_trained_on_short_histories_reads_all_of_longer_ones(name, own, small):
     run = study.Study(*study.STANDARD["small"], small)
-    fields = dict(encoder__horizons=(2, 9), head__matches=("item",), head__match_horizons=(2, 9))
-    model = models.model("laser_plus", "plain").but("short", data__history_length=4, **fields)
+    fields = dict(own, data__epochs=1, head__matches=("item",), head__match_horizons=(2, 9))
+    model = models.model(name, "plain").but("short", data__history_length=4, **fields)
     run.run([(model, 0)])
     (outcome,) = run.finished(model, 1)
-    aucs = [lengths.serve(run, outcome, length, only_report=False) for length in (4, 16)]
-    assert aucs[0] == pytest.approx(outcome.test["auc"]) and aucs[1] != pytest.approx(aucs[0])
+    logits = {}
+    for length in (4, 16):
+        lengths.serve(run, outcome, length, only_report=False)
+        with np.load(os.path.join(outcome.folder, f"served-at-{length}.npz")) as stored:
+            logits[length], held = stored["logits"], stored["lengths"]
+    with np.load(outcome.predictions) as stored:
+        np.testing.assert_allclose(logits[4], stored["logits"], rtol=1e-5, atol=1e-6)
+        short = stored["lengths"] < 4  # who has no older events; the last one's 4 may be of more
+    assert short.any() and (held[~short] > 4).any()
+    np.testing.assert_allclose(logits[16][short], logits[4][short], rtol=1e-4, atol=1e-5)
+    assert (np.abs(logits[16] - logits[4])[held > 8] > 1e-4).mean() > 0.9

@@ -17,6 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import EngFormatter
 from matplotlib.transforms import Bbox
 
@@ -96,10 +97,11 @@ def _label(axes: Axes, cost: dict[str, float], auc: dict[str, float]) -> None:
     points = {label: axes.transData.transform((cost[label], auc[label])) for label in cost}
     taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in points.values()]
     for label in sorted(cost, key=lambda label: -auc[label]):
+        name = label.replace(", ", ",\n")
         places = sorted(itertools.product((6, -6), range(-48, 49, 8)), key=lambda place: (abs(place[1]), -place[0]))
         for dx, dy in places:
             text = axes.annotate(
-                label.replace(", ", ",\n"),
+                name,
                 (cost[label], auc[label]),
                 xytext=(dx, dy),
                 textcoords="offset points",
@@ -108,13 +110,15 @@ def _label(axes: Axes, cost: dict[str, float], auc: dict[str, float]) -> None:
                 ha="left" if dx > 0 else "right",
                 arrowprops=dict(arrowstyle="-", color="gray", linewidth=0.5) if abs(dy) > 8 else None,
             )
-            box, inside = text.get_window_extent(renderer), axes.get_window_extent(renderer)
+            text.update_positions(renderer)
+            # Of the text alone: that of an annotation has its line in it, which ends at the point.
+            box, inside = Text.get_window_extent(text, renderer), axes.get_window_extent(renderer)
             if inside.x0 < box.x0 and box.x1 < inside.x1 and not any(box.overlaps(other) for other in taken):
                 taken.append(box)
                 break
             text.remove()
         else:
-            axes.annotate(label, (cost[label], auc[label]), xytext=(6, 0), textcoords="offset points", fontsize=8)
+            axes.annotate(name, (cost[label], auc[label]), xytext=(6, 0), textcoords="offset points", fontsize=8)
 
 
 def main() -> None:

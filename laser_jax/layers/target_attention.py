@@ -111,7 +111,6 @@ class TargetAttention(nnx.Module):
             self.wo = nnx.Param(jnp.eye(width))
         else:
             self.wk, self.wv, self.wo = weight(rngs, shape), weight(rngs, shape), weight(rngs, (width, width))
-
         self.gate_bias = None if gate_bias is None else nnx.Param(jnp.full((heads,), gate_bias, jnp.float32))
 
     def __call__(self, q, x, mask, w_in=None, offset=None):
@@ -119,7 +118,7 @@ class TargetAttention(nnx.Module):
         return self.with_mass(q, x, mask, w_in, offset)[0]
 
     def with_mass(self, q, x, mask, w_in=None, offset=None):
-        """The same and the log mass [B, C, H]: how much there is to attend to."""
+        """The same and the log mass [B, C, H]: how much there is to attend to, of softmax attention."""
         wq, wk, wv = self.wq[...], self.wk[...], self.wv[...]
         if w_in is not None:
             wk = jnp.einsum("fd,dhk->fhk", w_in, wk)

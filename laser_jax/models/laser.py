@@ -118,7 +118,7 @@ def laser_plus(**overrides) -> LaserConfig:
 class LaserEncoder(SequenceEncoder):
     """History -> segment tokens per candidate (STA) -> refined target (GSTA) -> tokens for the head.
 
-    In this order: global, loudest, recent, horizons; each where the config asks for it.
+    In this order: global, loudest, recent, horizons; each where the config asks for it. With fusion="sum", their sum.
     """
 
     def __init__(self, config: LaserConfig, width_in: int, width: int, history_length: int, *, rngs: nnx.Rngs):

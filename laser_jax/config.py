@@ -64,11 +64,14 @@ class Config:
           ValueError: it describes none.
         """
         comparable = {field.name for field in self.features.item if not field.bagged and field.ids != "vector"}
-        for name in self.head.matches:
+        compared = [(name, f"head.matches={self.head.matches}") for name in self.head.matches]
+        if hasattr(self.encoder, "field"):  # of sim_hard
+            compared.append((self.encoder.field, "encoder.field"))
+        for name, setting in compared:
             if name not in comparable:
                 raise ValueError(
-                    f"head.matches={self.head.matches}: {name!r} is no field of the items that has one value, which "
-                    f"are {', '.join(sorted(comparable)) or 'none'}"
+                    f"{setting}: {name!r} is no field of the items that has one value, which are "
+                    f"{', '.join(sorted(comparable)) or 'none'}"
                 )
 
         def entries(fields):

@@ -5,11 +5,14 @@ import os
 
 import numpy as np
 import pytest
+from flax import nnx
 
 from laser_jax import train
 from laser_jax import vault as seqvault
 from laser_jax.features import FeatureConfig, FieldConfig, rows_of
 from laser_jax.layers.embedding import pool_rows
+from laser_jax.models import encoder_config
+from laser_jax.models.base import HeadConfig
 from laser_jax.pipeline import BatchSource, DataConfig
 from laser_jax.requests import RequestsError, RequestsWriter
 from laser_jax.row_placement import DeviceShare, distinct_lines, padded_rows, places, rows_per_device
@@ -150,6 +153,24 @@ def test_a_run_learns_from_them(data, tmp_path):
     config.features = FEATURES
     before = train.run(config, str(tmp_path / "run"))
     assert before.figures().auc > 0.8  # the test split is the training split: it can be learned by heart
+
+
+@pytest.mark.parametrize("name", ["tags", "numbers"])
+def test_what_has_several_values_is_not_compared(name):
+    config = get_config("sim_hard")
+    config.features = FEATURES
+    for settings, message in (
+        (
+            dict(encoder=encoder_config("sim_hard", field=name)),
+            f"encoder.field: '{name}' is no field of the items that",
+        ),
+        (
+            dict(encoder=encoder_config("ta"), head=HeadConfig(matches=(name,))),
+            f"head.matches=.*: '{name}' is no field",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(config, **settings).build_model(nnx.Rngs(0))
 
 
 def test_distinct_lines_give_the_arrays_back():

@@ -10,6 +10,7 @@ import threading
 import time
 from dataclasses import replace
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -23,6 +24,9 @@ from laser_jax.fingerprint import fingerprint
 from laser_jax.pipeline import BatchSource
 from laser_jax.requests import Requests, RequestsWriter
 from laser_jax.runlog import RunLog
+from laser_jax.sharding import device_share, make_mesh, place_batch
+from laser_jax.state import StateFactory
+from laser_jax.step import make_eval_step, make_train_step
 from laser_jax.vault import VaultError
 from tests import dictionary_config
 from tests.conftest import LENGTHS, SPAN, USERS
@@ -397,6 +401,26 @@ def test_dead_gates_are_told_at_every_validation_where_there_are_segments_to_com
     short = config_for(known_data, "laser", **changes, data__history_length=4, encoder__tied=False)
     train.run(short, str(tmp_path / "short"))
     assert results(tmp_path / "short")["gate_contrast"] is None and "dead gates" not in caplog.text
+
+
+def test_gate_contrast_is_the_spread_of_loudness_over_its_mean(known_data):
+    config = config_for(known_data, "laser")
+    mesh = make_mesh(config.mesh, config.data.batch_size)
+    factory = StateFactory(config.build_model, config.features, config.optim, mesh)
+    state = factory.create(seed=0)
+    batch = BatchSource(config.data, config.features, "train", device_share(mesh)).batch(0)
+    with jax.set_mesh(mesh):
+        placed = place_batch(batch.step, mesh)
+        loudness = np.asarray(make_eval_step(factory)(state, placed)[1]["loudness"], np.float64)
+        _, counts = make_train_step(factory)(state, placed)
+    width, spreads = config.encoder.segment, []
+    for request, candidate in zip(*np.nonzero(batch.step["mask"]), strict=True):
+        segments = -(-batch.step["length"][request] // width)
+        if segments > 1:
+            held = loudness[request, candidate, loudness.shape[2] - segments :]
+            spreads.append(np.sqrt(np.mean((held - held.mean()) ** 2)) / held.mean())
+    assert 0 < len(spreads) == counts.compared
+    np.testing.assert_allclose(counts.contrast, sum(spreads), rtol=1e-5)
 
 
 def test_a_run_on_a_vault_that_changes_says_so_and_how_to_pin_it(known_data, tmp_path):

@@ -15,10 +15,11 @@ What is timed:
 What is not: the head and how q is made, the loss on labels, the tables' Adagrad on the rows met, making batches. They
 cost the same for all models, but for the head's input, which is as wide as the encoder has tokens.
 
-Settings are the zoo's defaults, except a Transformer with a 1x feed-forward (the cost that LASER's paper quotes). All
-models take their requests in parts, as a training step does: on a CPU of about 4000 events each, two requests at least,
-else all at once (`--parts`: so many). Those with attention between events hold it block by block. LONGER's groups have
-a width of their own, whatever d is.
+Settings are the zoo's defaults, except a Transformer with a 1x feed-forward (the cost that LASER's paper quotes) and
+LONGER with groups of 8 events of width 32 each, whatever d is: by default they are as wide as d, at five times the
+multiply-accumulates. All models take their requests in parts, as a training step does: on a CPU of about 4000 events
+each, two requests at least, else all at once (`--parts`: so many). Those with attention between events hold it block by
+block.
 
 MACs are forward, what the encoder counts, without the gather; parameters those of the encoder; temporaries what the
 compiler asks for one step, without inputs and results. A model whose step would take more than `--most_seconds` or
@@ -68,6 +69,7 @@ HEAD = (
     "parameters",
     "temporaries MB, forward",
     "temporaries MB, train",
+    "rounds, forward / train",
 )
 
 
@@ -114,6 +116,7 @@ def table(rows: list[Row], histories: str) -> str:
         times = [_time_cell(row, kind, per) for per in (1, size.candidates) for kind in KINDS]
         temporaries = [_size_cell(row.timings[kind].temporaries) for kind in KINDS]
         cells = [row.model, *times, *(f"{macs:.3g}" for macs in row.macs), str(row.parameters), *temporaries]
+        cells.append(" / ".join(str(row.timings[kind].rounds) for kind in KINDS))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -2,8 +2,9 @@
 
   python -m experiments.paper.keep --root=runs/paper
 
-Copies of every finished run its config, results, settings and revision, and its AUC under resampled users (which
-intervals are made of) into experiments/paper/kept: some 10 kB a run, against some MB of checkpoint and predictions.
+Copies of every finished run its config, results, settings and revision, its AUC under resampled users (which
+intervals are made of) and its AUCs when it was served at other lengths into experiments/paper/kept: some 10 kB a run,
+against some MB of checkpoint and predictions.
 Tables then take the run from there, on any machine.
 """
 
@@ -17,6 +18,7 @@ from experiments.paper.intervals import aucs_of
 from experiments.paper.study import KEPT
 
 FILES = ("run.json", "config.json", "results.json", "predictions.aucs.npy")
+SERVED = "served-at-*.json"  # see lengths.py
 
 
 def keep(root: str, kept: str = KEPT) -> list[str]:
@@ -29,12 +31,17 @@ def keep(root: str, kept: str = KEPT) -> list[str]:
     for results in sorted(glob.glob(os.path.join(root, "*", "*", "*", "results.json"))):
         folder = os.path.dirname(results)
         target = os.path.join(kept, os.path.relpath(folder, root))
+        names = [os.path.basename(path) for path in sorted(glob.glob(os.path.join(folder, SERVED)))]
         if os.path.exists(old := os.path.join(target, "results.json")) and filecmp.cmp(old, results, shallow=False):
-            continue
-        aucs_of(os.path.join(folder, "predictions.npz"))
-        shutil.rmtree(target, ignore_errors=True)
-        os.makedirs(target)
-        for name in sorted(FILES, key="results.json".__eq__):  # last, for it says that the run is finished
+            names = [name for name in names if not os.path.exists(os.path.join(target, name))]
+            if not names:
+                continue
+        else:
+            aucs_of(os.path.join(folder, "predictions.npz"))
+            shutil.rmtree(target, ignore_errors=True)
+            os.makedirs(target)
+            names = [*names, *FILES]
+        for name in sorted(names, key="results.json".__eq__):  # last, for it says that the run is finished
             if os.path.exists(os.path.join(folder, name)):  # older runs of the outsider have no config
                 shutil.copyfile(os.path.join(folder, name), os.path.join(target, name))
         written.append(target)

@@ -3,11 +3,13 @@
   python -m experiments.paper.lengths --data=completejourney --seeds=3 --model=laser_plus
 
 Writes ROOT/DATA/lengths-MODEL.{md,csv}: test AUC of every training length (rows) at every serving length (columns);
-empty where a model has parameters for no more places than it was trained at, or has not been served. And
+empty where a model has parameters for no more places than it was trained at, or has not been served on all seeds. And
 by_length-MODEL.{md,csv}: AUC by how many events a user has, of the model trained at the longest length.
 """
 
+import copy
 import dataclasses
+import json
 import os
 
 import jax
@@ -27,6 +29,7 @@ from laser_jax.pipeline import BatchSource
 from laser_jax.sharding import device_share, make_mesh
 from laser_jax.state import StateFactory
 from laser_jax.step import make_eval_step
+from laser_jax.whole_files import replacing
 
 #: See has_places.
 WITH_PLACES = ("transformer", "hstu", "longer", "mirrn")
@@ -57,33 +60,36 @@ def stretched(ranker: Ranker, trained: int, length: int) -> Ranker:
     return ranker
 
 
-def serve(study: Study, outcome: Outcome, length: int, only_report: bool) -> float | None:
-    """Test AUC of a finished run when its users' newest `length` events are served; kept beside the run.
+def served(study: Study, model: Model, seed: int, length: int) -> float | None:
+    """Test AUC of a run that was served with its users' newest `length` events; None if it has not been."""
+    path = study.left(model, seed, f"served-at-{length}.json")
+    if path is None:
+        return None
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)["auc"]
 
-    None if that has not been done and only a report is wanted.
-    """
-    path = os.path.join(outcome.folder, f"served-at-{length}.npz")
-    if not os.path.exists(path):
-        if only_report:
-            return None
-        config = study.config(outcome.model, outcome.seed)
-        mesh = make_mesh(config.mesh, config.data.batch_size, config.data.eval_batch_size)
 
-        def build(rngs: nnx.Rngs) -> Ranker:
-            return stretched(config.build_model(rngs), trained, length)
+def serve(study: Study, outcome: Outcome, length: int) -> None:
+    """Serves a finished run that has its checkpoints: predictions and AUC are left in its folder."""
+    config = study.config(outcome.model, outcome.seed)
+    mesh = make_mesh(config.mesh, config.data.batch_size, config.data.eval_batch_size)
 
-        trained = config.data.history_length
-        factory = StateFactory(build, config.features, config.optim, mesh)
-        checkpoints = Checkpoints(outcome.folder, read_only=True)
-        state = checkpoints.restore(outcome.results["step"], factory.abstract())
-        checkpoints.close()
-        data = dataclasses.replace(config.data, history_length=length)
-        source = BatchSource(data, config.features, "test", device_share(mesh))
-        with jax.set_mesh(mesh):
-            predictions = predict(make_eval_step(factory), state, source, mesh, f"{outcome.model.label} at {length}")
-        predictions.save(path)
-    with np.load(path) as stored:
-        return metrics.auc(stored["labels"], stored["logits"])
+    def build(rngs: nnx.Rngs) -> Ranker:
+        return stretched(config.build_model(rngs), trained, length)
+
+    trained = config.data.history_length
+    factory = StateFactory(build, config.features, config.optim, mesh)
+    checkpoints = Checkpoints(outcome.folder, read_only=True)
+    state = checkpoints.restore(outcome.results["step"], factory.abstract())
+    checkpoints.close()
+    data = dataclasses.replace(config.data, history_length=length)
+    source = BatchSource(data, config.features, "test", device_share(mesh))
+    with jax.set_mesh(mesh):
+        predictions = predict(make_eval_step(factory), state, source, mesh, f"{outcome.model.label} at {length}")
+    path = os.path.join(outcome.folder, f"served-at-{length}")
+    predictions.save(f"{path}.npz")
+    with replacing(f"{path}.json") as file:
+        file.write(json.dumps({"auc": metrics.auc(predictions.labels, predictions.logits)}).encode())
 
 
 def by_length(outcomes: list[Outcome]) -> list[list[str]]:
@@ -108,15 +114,24 @@ def main() -> None:
     lengths = [int(length) for length in args.lengths.split(",")]
     run = not args.only_report
     trained = {length: at_length(study, args.model, length, run) for length in lengths}
-    study.kept = None  # of runs, the checkpoints are needed
+    most = {length: length if has_places(study, model) else max(lengths) for length, model in trained.items()}
     if run:
-        study.run([(model, seed) for seed in range(args.seeds) for model in trained.values()])
+        missing = [
+            (model, seed, n)
+            for seed in range(args.seeds)
+            for length, model in trained.items()
+            for n in lengths
+            if n <= most[length] and served(study, model, seed, n) is None
+        ]
+        whole = copy.copy(study)  # without those of which only results are kept: checkpoints are needed
+        whole.kept = None
+        whole.run([(model, seed) for model, seed, _ in missing])
+        for model, seed, n in missing:
+            serve(whole, whole.outcome(model, seed), n)
     rows = []
     for length, model in trained.items():
-        outcomes = study.finished(model, args.seeds)
-        most = length if has_places(study, model) else max(lengths)
-        served = [[serve(study, o, n, args.only_report) for o in outcomes if n <= most] for n in lengths]
-        rows.append([str(length), *(f"{np.mean(aucs):.4f}" if aucs and None not in aucs else "" for aucs in served)])
+        found = [[served(study, model, seed, n) for seed in range(args.seeds) if n <= most[length]] for n in lengths]
+        rows.append([str(length), *(f"{np.mean(aucs):.4f}" if aucs and None not in aucs else "" for aucs in found)])
     head = ["trained at L", *(f"served at {n}" for n in lengths)]
     texts = [tables.write(study.folder, f"lengths-{args.model}", head, rows)]
     outcomes = study.finished(trained[max(lengths)], args.seeds)

@@ -148,11 +148,13 @@ def main() -> None:
             measured = {label: times[label, count] for label in with_cost if (label, count) in times}
             panels[f"microseconds to score a sample, C={count} (experiments.bench.models)"] = measured
     dominated = {title: {label: dominated_by(label, found, cost) for label in cost} for title, cost in panels.items()}
-    head, cells = ["model", "seeds", "AUC", *panels, *(f"dominated at C={count} by" for count in COUNTS)], []
+    head = ["model", "seeds", "AUC", "AUC - laser_plus", *tables.INTERVALS, *panels]
+    head, cells = [*head, *(f"dominated at C={count} by" for count in COUNTS)], []
     for label in sorted(with_cost, key=lambda label: -auc[label]):
         values = [f"{cost[label]:.4g}" if label in cost else "" for cost in panels.values()]
         beaten = [", ".join(dominated[title][label]) for title in list(panels)[: len(COUNTS)]]
-        cells.append([label, str(len(found[label])), f"{auc[label]:.4f}", *values, *beaten])
+        gap = tables.difference(found[label], found.get("laser_plus", []))
+        cells.append([label, str(len(found[label])), f"{auc[label]:.4f}", *gap, *values, *beaten])
     missing = {name: unfinished(study, name, args.trials) for name in compared if name in found}
     notes = [f"{name} is not fully searched: {what}." for name, what in missing.items() if what]
     notes.append(tables.revisions(found.values()))

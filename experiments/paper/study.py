@@ -154,13 +154,17 @@ class Study:
 
     def outcome(self, model: Model, seed: int) -> Outcome | None:
         """What the run left; None if it is not finished."""
-        for root in (self.folder, self.kept):
-            folder = os.path.join(root, self.name(model, seed)) if root else ""
-            if os.path.exists(os.path.join(folder, "results.json")):
-                self._check(model, folder)
-                with open(os.path.join(folder, "results.json"), encoding="utf-8") as file:
-                    return Outcome(model, seed, folder, json.load(file))
-        return None
+        path = self.left(model, seed, "results.json")
+        if path is None:
+            return None
+        self._check(model, os.path.dirname(path))
+        with open(path, encoding="utf-8") as file:
+            return Outcome(model, seed, os.path.dirname(path), json.load(file))
+
+    def left(self, model: Model, seed: int, name: str) -> str | None:
+        """Path of the file NAME that the run left, in its folder or where runs are kept; None where there is none."""
+        folders = [os.path.join(root, self.name(model, seed)) for root in (self.folder, self.kept) if root]
+        return next((path for folder in folders if os.path.exists(path := os.path.join(folder, name))), None)
 
     def _check(self, model: Model, folder: str) -> None:
         """Raises ValueError if the finished run in `folder` had other data, or another config.
@@ -341,11 +345,17 @@ def parse(description: str, add: Callable[[argparse.ArgumentParser], None]) -> t
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with its share of the cores")
     parser.add_argument("--root", default="runs/paper", help="where runs and tables go")
     parser.add_argument("--only-report", action="store_true", help="run nothing: tabulate what is finished")
+    parser.add_argument(
+        "--kept",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="whether runs whose results come with the code count as finished; --no-kept runs them anew",
+    )
     add(parser)
     args, flags = parser.parse_known_args()
     unknown = [flag for flag in flags if not flag.startswith("--config.")]
     if unknown:
         parser.error(f"unknown arguments: {' '.join(unknown)}")
     experiment, settings = STANDARD[args.data]
-    kept = os.path.join(KEPT, args.data)
+    kept = os.path.join(KEPT, args.data) if args.kept else None
     return args, Study(experiment, settings, os.path.join(args.root, args.data), args.jobs, tuple(flags), kept)

@@ -44,6 +44,11 @@ class TokenSource:
     w_in: jax.Array  # [f, d], f = sum of D
     # Names of the log's fields, in order of `indices`; what comes after them (the age) is not of the log.
     fields: tuple[str, ...] = dataclasses.field(default=(), metadata=dict(static=True))
+    gathered: jax.Array | None = None  # features [B, L, f]; None: gathered by everyone who asks for them
+
+    def gathered_once(self) -> "TokenSource":
+        """The same for many readers: their gradients are added up before they go to the rows, and not a row each."""
+        return dataclasses.replace(self, gathered=self.features())
 
     def field(self, name: str) -> jax.Array:
         """Indices [B, L] of the field called `name`, for encoders that compare values."""
@@ -53,7 +58,7 @@ class TokenSource:
 
     def features(self) -> HistoryFeatures:
         """Concatenated embeddings at unit RMS."""
-        return features_of(gather_fields(self.rows, self.indices))
+        return features_of(gather_fields(self.rows, self.indices)) if self.gathered is None else self.gathered
 
     def dense(self) -> HistoryTokens:
         return self.features() @ self.w_in
@@ -250,6 +255,8 @@ class Ranker(nnx.Module):
             w_in=self.w_in[...],
             fields=tuple(name for name, _, _ in fields),
         )
+        if self.mean or self.matches is not None:  # the encoder is not the only one that reads it
+            history = history.gathered_once()
         fields = self.layout.candidate
         candidates = TokenSource(
             rows=tuple(rows[table] for _, table, _ in fields),

@@ -47,7 +47,7 @@ class DinEncoder(SequenceEncoder):
         self.w1 = weight(rngs, (4 * width, config.hidden))
         self.b1 = nnx.Param(jnp.zeros((config.hidden,)))
         self.w2 = weight(rngs, (config.hidden, 1))
-        self.b2 = nnx.Param(jnp.zeros(()))
+        self.b2 = None if config.softmax else nnx.Param(jnp.zeros(()))  # what all events share, a softmax does not feel
         if config.tied:  # q . h = relu(q . h) - relu(-q . h)
             up_and_down = jnp.array([1.0, -1.0])
             self.w1[...] = self.w1[...].at[:, :2].set(0.0).at[3 * width :, :2].set(up_and_down)
@@ -61,7 +61,8 @@ class DinEncoder(SequenceEncoder):
         fold = self._fold(q.shape[1], x.shape[1])
         h = x if fold else x @ w_in
         wa, wb, wc, wd = jnp.split(self.w1[...], 4)
-        b1, w2, b2 = self.b1[...], self.w2[...], self.b2[...]
+        b1, w2 = self.b1[...], self.w2[...]
+        b2 = 0.0 if self.b2 is None else self.b2[...]
 
         # One candidate at a time and recomputed for the gradient: [B, C, L, hidden] would not fit.
         @functools.partial(jax.checkpoint, prevent_cse=False)

@@ -289,13 +289,21 @@ class LaserEncoder(SequenceEncoder):
         return sta.use_fold(candidates, self.width_in, heads, key, self.wv.shape[2], max(events, 1))
 
     def unused(self, candidates: int) -> list[str]:
-        config = self.config
-        if self._fold(candidates):
-            return []
-        found = [f"kernel={config.kernel!r}"] if config.kernel != "xla" else []
-        found += [f"chunk={config.chunk}"] if config.chunk else []
-        why = f"of {candidates} candidates a request, keys and values built once for all cost less than folding"
-        return [f"encoder.{setting} does nothing: {why}" for setting in found]
+        config, told = self.config, {}
+        if not self._fold(candidates):
+            why = f"of {candidates} candidates a request, keys and values built once for all cost less than folding"
+            told |= {f"kernel={config.kernel!r}": why} if config.kernel != "xla" else {}
+            told |= {f"chunk={config.chunk}": why} if config.chunk else {}
+        if not config.layers:
+            why = "it is of GSTA layers, of which there are none"
+            told |= {f"gsta_ffn={config.gsta_ffn}": why} if config.gsta_ffn > 1 else {}
+            if self.horizons is not None and not config.mass_logit:
+                told["mass_logit=False"] = f"{why}, and horizons have their log mass whatever it says"
+            if not config.pool and not config.recent and config.norm != "pre":
+                told[f"norm={config.norm!r}"] = "horizons read segments as they are"
+        if config.recency in ("none", "position") and config.age_buckets != LaserConfig.age_buckets:
+            told[f"age_buckets={config.age_buckets}"] = f"recency={config.recency!r} knows no age"
+        return [f"encoder.{setting} does nothing: {why}" for setting, why in told.items()]
 
     def macs(self, candidates: int, length: int) -> tuple[int, int]:
         config = self.config

@@ -63,8 +63,16 @@ class LongerEncoder(SequenceEncoder):
     def __init__(self, config: LongerConfig, width_in: int, width: int, history_length: int, *, rngs: nnx.Rngs):
         at_least(1, config, "group", "newest", "layers", "heads", "ffn")
         self.config, self.width_in = config, width_in
-        event = config.width_token or width
+        if config.width_token is not None:
+            at_least(1, config, "width_token")
+        event = width if config.width_token is None else config.width_token
         merged = config.group * event
+        for setting, size in (("group * width_token", merged), *([("width_token", event)] if config.inner else [])):
+            if size % config.heads:
+                raise ValueError(
+                    f"{setting}={size} is not a multiple of heads={config.heads} (a token's width is "
+                    f"width_token={config.width_token}, which None makes the model's, {width})"
+                )
         init = nnx.initializers.normal(0.02)
         self.w_event = weight(rngs, (width, event))
         self.b_event = nnx.Param(jnp.zeros((event,)))

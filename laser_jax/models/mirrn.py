@@ -5,6 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from laser_jax.layers.target_attention import TargetAttention
@@ -89,6 +90,12 @@ class MirrnEncoder(LongShortEncoder):
         tokens = jnp.concatenate([own[:, :, None], shared], axis=2)  # [B, C, 3, d]
         return [attend_each(self.long, q, tokens, jnp.ones(tokens.shape[:3], bool))]
 
+    def unused(self, candidates: int) -> list[str]:
+        blocks = self.config.blocks
+        if self.config.filter == "block" or blocks == MirrnConfig.blocks:
+            return []
+        return [f"encoder.blocks={blocks} does nothing: it is of filter='block', and this is {self.config.filter!r}"]
+
     def _search(self, codes, mask, queries):
         """Places of the events near each query [B, C, d], oldest first, and which are real: [B, C, K]."""
         number = self.config.top
@@ -122,7 +129,11 @@ class MirrnEncoder(LongShortEncoder):
 
 
 class TimeMixer(nnx.Module):
-    """Events in time order -> LN(x + filter(x)), then their mean. The filter multiplies the spectrum over K slots."""
+    """Events in time order -> LN(x + filter(x)), then their mean. The filter multiplies the spectrum over K slots.
+
+    By one complex number a channel, a + ib: that is a x + b Hilbert(x), and one product with a matrix that depends on K
+    alone takes half the time of two transforms.
+    """
 
     def __init__(self, config: MirrnConfig, width: int, *, rngs: nnx.Rngs):
         self.blocked = config.filter == "block"
@@ -136,21 +147,30 @@ class TimeMixer(nnx.Module):
     def __call__(self, x: jax.Array, found: jax.Array) -> jax.Array:
         """x [..., K, d], zero where not found [..., K] -> [..., d]."""
         x = x.astype(summed_in(x))  # there are no transforms in bfloat16
-        spectrum = jnp.fft.rfft(x, axis=-2, norm="ortho")
-        by = jax.lax.complex(self.real[...].astype(x.dtype), self.imaginary[...].astype(x.dtype))
+        real, imaginary = self.real[...].astype(x.dtype), self.imaginary[...].astype(x.dtype)
         if self.blocked:
+            spectrum, by = jnp.fft.rfft(x, axis=-2, norm="ortho"), jax.lax.complex(real, imaginary)
             parts = spectrum.reshape(*spectrum.shape[:-1], *by.shape[:2])
             spectrum = jnp.einsum("...ni,nio->...no", parts, by).reshape(spectrum.shape)
+            filtered = jnp.fft.irfft(spectrum, n=x.shape[-2], axis=-2, norm="ortho")
         else:
-            spectrum = spectrum * by
-        return masked_mean(self.norm(x + jnp.fft.irfft(spectrum, n=x.shape[-2], axis=-2, norm="ortho")), found)
+            filtered = real * x + imaginary * jnp.matmul(hilbert(x.shape[-2]).astype(x.dtype), x)
+        return masked_mean(self.norm(x + filtered), found)
 
     def macs(self, number: int) -> int:
-        """Two transforms of each channel at (5/2) K log2 K real operations, and the filter between them."""
+        """Two transforms of each channel at (5/2) K log2 K real operations, and the filter between them.
+
+        Also where a matrix takes less time: transforms are the fewest multiply-accumulates.
+        """
         width = self.norm.num_features
         transforms = 2 * width * round(1.25 * number * math.log2(number))
         products = 4 * (number // 2 + 1) * width * (self.real.shape[-1] if self.blocked else 1)
         return transforms + products
+
+
+def hilbert(number: int) -> np.ndarray:
+    """The matrix [K, K] that turns every frequency of K slots by a quarter: i times their spectrum."""
+    return np.fft.irfft(1j * np.fft.rfft(np.eye(number), axis=0), n=number, axis=0)
 
 
 def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:

@@ -59,15 +59,18 @@ def sum_by_matches(x: jax.Array, buckets: jax.Array, query_buckets: jax.Array) -
 
 
 def sum_by_tables(x: jax.Array, buckets: jax.Array, query_buckets: jax.Array, bits: int, change=lambda u: u):
-    """The same, every bucket summed once a request and looked up per candidate; `change` is applied to each sum."""
+    """The same, every bucket summed once a request and looked up per candidate; `change` is applied to each sum.
 
-    summed = summed_in(x)
+    To those of all buckets or to what candidates looked up, whichever are fewer.
+    """
+    summed, few = summed_in(x), query_buckets.shape[1] < 2**bits
 
     # A table at a time: [B, L, T, f] would not fit.
     def add(total, table):
         ids, query_ids = table
         sums = jax.vmap(lambda rows, places: jax.ops.segment_sum(rows, places, 2**bits))(x.astype(summed), ids)
-        return total + pick(change(sums.astype(x.dtype)), query_ids), None
+        sums = sums.astype(x.dtype)
+        return total + (change(pick(sums, query_ids)) if few else pick(change(sums), query_ids)), None
 
     tables = (jnp.moveaxis(buckets, 2, 0), jnp.moveaxis(query_buckets, 2, 0))
     width = jax.eval_shape(change, jax.ShapeDtypeStruct((x.shape[0], 2**bits, x.shape[2]), x.dtype)).shape[-1]
@@ -118,7 +121,10 @@ class SdimEncoder(LongShortEncoder):
         planes = config.tables * config.bits
         once, each = length * f * planes, d * planes
         if config.normalise == "l2":
-            return once + config.tables * (length * f + 2**config.bits * f * d), each + config.tables * d
+            once, changed = once + config.tables * length * f, config.tables * f * d
+            each += config.tables * d
+            few = candidates < 2**config.bits
+            return (once, each + changed) if few else (once + 2**config.bits * changed, each)
         if self._use_tables(candidates):
             return once + config.tables * length * f, each + config.tables * f + f * d
         return once, each + length * f + f * d

@@ -20,7 +20,7 @@ class TransformerConfig:
 
     Attributes:
       layers: M (0: target attention alone). heads: H. ffn: hidden width of the feed-forwards over d.
-      causal: whether an event sees only events at or before itself, for states that are kept and appended to.
+      causal: whether an event sees only events at or before itself.
       tied: Wk := Wq, Wv Wo := I of the target attention at init.
       block: events that attend at a time; only memory depends on it.
     """

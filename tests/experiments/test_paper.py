@@ -331,9 +331,23 @@ def test_table_2_runs_resumes_and_reports(small, monkeypatch, capsys, tmp_path):
     other = study.Study(study.STANDARD["small"][0], run.settings | {"train.length_edges": (0, 3, 5)}, folder)
     assert other.outcome(outcome.model, 0)
     # Served as it was trained it says what it said; at another length it is another ranker.
-    assert lengths.serve(run, outcome, 16, only_report=True) is None
-    assert lengths.serve(run, outcome, 16, only_report=False) == pytest.approx(outcome.test["auc"])
-    assert lengths.serve(run, outcome, 4, only_report=False) != pytest.approx(outcome.test["auc"])
+    assert lengths.served(run, outcome.model, 0, 16) is None
+    for length in (4, 16):
+        lengths.serve(run, outcome, length)
+    assert lengths.served(run, outcome.model, 0, 16) == pytest.approx(outcome.test["auc"])
+    assert lengths.served(run, outcome.model, 0, 4) != pytest.approx(outcome.test["auc"])
+    # That is kept too, of runs that are kept already.
+    assert [os.path.basename(os.path.dirname(path)) for path in keep.keep(small, kept)] == [
+        os.path.basename(os.path.dirname(outcome.folder))
+    ]
+    assert keep.keep(small, kept) == []
+    there = study.Study(*study.STANDARD["small"], elsewhere, kept=os.path.join(kept, "small"))
+    for length in (4, 16):
+        assert lengths.served(there, outcome.model, 0, length) == lengths.served(run, outcome.model, 0, length)
+    # Unless what is kept does not count.
+    call(monkeypatch, table2, f"--root={elsewhere}", *flags[1:], "--only-report", "--no-kept")
+    with open(os.path.join(elsewhere, "small", "table2-tricks.csv"), encoding="utf-8", newline="") as file:
+        assert list(csv.DictReader(file)) == []
 
     # Quality over cost, with times as the models' benchmark writes them: at the study's length, of what was measured.
     times = {("mean", 1000, 1): 2e-4, ("laser_plus", 1000, 1): 5e-4, ("mean", 200, 1): 1e-5, ("mean", 1000, 100): None}
@@ -369,7 +383,7 @@ def test_what_was_trained_on_short_histories_reads_all_of_longer_ones(name, own,
     (outcome,) = run.finished(model, 1)
     logits = {}
     for length in (4, 16):
-        lengths.serve(run, outcome, length, only_report=False)
+        lengths.serve(run, outcome, length)
         with np.load(os.path.join(outcome.folder, f"served-at-{length}.npz")) as stored:
             logits[length], held = stored["logits"], stored["lengths"]
     with np.load(outcome.predictions) as stored:

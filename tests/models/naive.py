@@ -42,12 +42,13 @@ def _attend(attention, q, h, mask, offset=None):
 
 def _din(module, h, mask, age, q):
     w1, b1, w2 = (np.asarray(p[...], np.float64) for p in (module.w1, module.b1, module.w2))
+    b2 = 0.0 if module.b2 is None else float(module.b2[...])
     out = np.zeros((*q.shape[:2], 1, q.shape[2]))
     for b in range(len(h)):
         for c in range(q.shape[1]):
             t, real = q[b, c], h[b][mask[b]]
             x = [np.concatenate([t, e, t - e, t * e]) for e in real]
-            a = np.array([(np.maximum(v @ w1 + b1, 0) @ w2).item() + float(module.b2[...]) for v in x])
+            a = np.array([(np.maximum(v @ w1 + b1, 0) @ w2).item() + b2 for v in x])
             if module.softmax and len(a):
                 a = np.exp(a - a.max()) / np.exp(a - a.max()).sum()
             out[b, c, 0] = sum((weight * e for weight, e in zip(a, real, strict=True)), np.zeros(q.shape[2]))

@@ -167,6 +167,29 @@ def test_what_does_nothing_with_so_many_candidates_is_told():
     assert told.startswith("encoder.chunk=8 does nothing")
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("laser_plus", dict(mass_logit=False)),
+        ("laser_plus", dict(norm="post")),
+        ("laser_plus", dict(norm="none")),
+        ("laser_plus", dict(gsta_ffn=4)),
+        ("laser_plus", dict(age_buckets=8)),
+        ("laser", dict(recency="position", age_buckets=8)),
+        ("mirrn", dict(blocks=8)),
+    ],
+)
+def test_settings_that_do_nothing_are_told(name, settings):
+    x, mask, age, q = harness.histories()
+    want, changed = harness.encoder(name), harness.Encoder(name, **settings)
+    if name != "laser":
+        np.testing.assert_array_equal(changed(x, mask, age, q), want(x, mask, age, q))
+    ((field, value),) = [(k, v) for k, v in settings.items() if k != "recency"]
+    (told,) = changed.module.unused(1)
+    assert told.startswith(f"encoder.{field}={value!r} does nothing: ")
+    assert build(encoder_config(name)).unused(1) == []
+
+
 def test_a_longer_history_than_built_for_is_refused():
     module = build(laser(segment=4, recent=1), history_length=8)
     x, mask, age, q = harness.histories(length=12)

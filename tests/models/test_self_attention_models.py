@@ -285,6 +285,13 @@ def test_a_longer_history_than_built_for_is_refused(name):
     [
         ("transformer", dict(heads=3), "width=8 is not a multiple of heads=3"),
         ("hstu", dict(heads=3), "width=8 is not a multiple of heads=3"),
+        (
+            "longer",
+            dict(width_token=3),
+            r"width_token=3 is not a multiple of heads=2 \(a token's width is width_token=3,",
+        ),
+        ("longer", dict(width_token=0), "width_token=0 must be at least 1"),
+        ("longer", dict(heads=5, inner=False, width_token=None), r"group \* width_token=32 .* makes the model's, 8\)"),
         ("stca", dict(hidden=1), "hidden=1 must be at least 2"),
     ],
 )

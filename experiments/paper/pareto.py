@@ -1,12 +1,12 @@
 """Quality against cost: test AUC over encoder multiply-accumulates, at one and at a hundred candidates a request.
 
-  python -m experiments.paper.pareto --data=completejourney --seeds=3 --times=runs/bench_models/models.csv
+  python -m experiments.paper.pareto --data=completejourney --seeds=3
 
-Reads what table2 has finished and adds the cheaper and dearer forms of laser_plus. --times: where
-experiments.bench.models wrote; then the scoring time that it measured is drawn as well: of models of its own width, by
-their default settings, which need not be those of the AUC. A model is on the front unless a cheaper one has a higher
-AUC and the interval of the difference, over users and seeds, excludes zero; with a single seed that is not known, which
-a question mark says. Writes ROOT/DATA/pareto.{md,csv,png}.
+Reads what table2 has finished and adds the cheaper and dearer forms of laser_plus. The scoring time that
+experiments.bench.models measured is drawn as well, of models of its own width and settings, which need not be those of
+the AUC: by a table that comes with the code (two CPU cores), or your own, --times=runs/bench_models/models.csv. A
+model is on the front unless a cheaper one has a higher AUC and the interval of the difference, over users and seeds,
+excludes zero; with a single seed that is not known, which a question mark says. Writes ROOT/DATA/pareto.{md,csv,png}.
 """
 
 import csv
@@ -24,7 +24,7 @@ from matplotlib.transforms import Bbox
 from experiments.paper import models, tables
 from experiments.paper.intervals import over_seeds
 from experiments.paper.search import choose, unfinished
-from experiments.paper.study import GBDT, Model, Outcome, parse
+from experiments.paper.study import GBDT, KEPT, Model, Outcome, parse
 
 COUNTS = (1, 100)  # candidates a request
 
@@ -124,7 +124,8 @@ def _label(axes: Axes, cost: dict[str, float], auc: dict[str, float]) -> None:
 def main() -> None:
     def add(parser):
         parser.add_argument("--trials", type=int, default=4, help="as given to table2")
-        parser.add_argument("--times", default="", help="a models.csv of experiments.bench.models")
+        times = os.path.join(KEPT, "models.csv")
+        parser.add_argument("--times", default=times, help="a models.csv of experiments.bench.models; empty for none")
 
     args, study = parse(__doc__, add)
     compared = choose(study, "tricks", list(models.ORDER), args.trials, run=False)

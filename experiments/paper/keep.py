@@ -4,8 +4,7 @@
 
 Copies of every finished run its config, results, settings and revision, its AUC under resampled users (which
 intervals are made of) and its AUCs when it was served at other lengths into experiments/paper/kept: some 10 kB a run,
-against some MB of checkpoint and predictions.
-Tables then take the run from there, on any machine.
+against some MB of checkpoint and predictions. Tables then take the run from there, on any machine.
 """
 
 import argparse

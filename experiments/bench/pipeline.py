@@ -17,11 +17,11 @@ import numpy as np
 
 from data.xhs_synthetic import XhsSynthetic
 from experiments import xhs
+from experiments.bench.steps import training
 from experiments.bench.timing import interleave
 from laser_jax.pipeline import BatchSource, prepare
 from laser_jax.sharding import make_mesh, place_batch
 from laser_jax.state import StateFactory
-from laser_jax.step import make_train_step
 
 
 def main() -> None:
@@ -49,16 +49,8 @@ def main() -> None:
     for name in args.encoders.split(","):
         config = dataclasses.replace(xhs.get_config(name), data=data)
         factory = StateFactory(config.build_model, config.features, config.optim, mesh, steps=source.num_batches)
-        train_step = make_train_step(factory)
-        state = [factory.create(0)]
-        placed = place_batch(made[0].step, mesh)
-
-        def step(state=state, train_step=train_step, placed=placed):
-            state[0], counts = train_step(state[0], placed)
-            jax.block_until_ready((state[0], counts))
-
         with jax.set_mesh(mesh):
-            steps[name] = interleave({"step": step}, 5)["step"]
+            steps[name] = interleave({"step": training(factory, [place_batch(made[0].step, mesh)])}, 5)["step"]
         rows.append((f"training step, {name}", steps[name]))
     print("| | ms | events/s |\n|---|---|---|")
     for label, seconds in rows:

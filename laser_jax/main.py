@@ -8,13 +8,14 @@ is wrong with a command is said in one line, with exit status 2; what goes wrong
 
 import contextlib
 import logging
-import sys
 
-import absl.logging
 from absl import app, flags
 from ml_collections import config_flags
 
 from laser_jax import command_line, hosts, train
+from laser_jax.progress import show_progress
+
+logger = logging.getLogger("laser_jax")  # here __name__ is "__main__"
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file, e.g. experiments/xhs.py:laser_plus.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and the report go.")
@@ -25,16 +26,7 @@ _HEARTBEAT = flags.DEFINE_integer("heartbeat_s", 30, "Seconds of silence after w
 
 
 def main(argv: list[str]) -> None:
-    absl.logging.set_verbosity(absl.logging.WARNING)  # orbax tells much
-    # Saving between two evaluations is meant, and so is reading one part of a checkpoint.
-    meant = ("did not provide metrics", "Metadata file does not exist")
-    absl.logging.get_absl_logger().addFilter(lambda record: not any(text in record.getMessage() for text in meant))
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    logger = logging.getLogger("laser_jax")
-    logger.setLevel(logging.INFO)
-    logger.addHandler(handler)
-    logger.propagate = False  # the libraries' own chatter stays at warnings
+    show_progress()
     with contextlib.ExitStack() as stack:
         with command_line.refusals():
             hosts.connect(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _HEARTBEAT.value)

@@ -7,10 +7,11 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import matplotlib
 import numpy as np
 from jax.sharding import Mesh
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 from laser_jax import hosts, metrics
 from laser_jax.evaluate import Predictions, table
@@ -18,9 +19,6 @@ from laser_jax.gate_figures import AGE_NAMES, SILENT, GateFigures
 from laser_jax.pipeline import BatchSource, Peers
 from laser_jax.sharding import place_batch
 from laser_jax.state import TrainState
-
-matplotlib.use("Agg")
-matplotlib.rcParams["text.parse_math"] = False  # a user's id may hold a dollar sign
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +74,11 @@ def _save(figure: Figure, folder: str, name: str) -> str:
     return name
 
 
+def _legend(axes: Axes, **settings: Any) -> None:
+    for text in axes.legend(**settings).get_texts():
+        text.set_parse_math(False)  # a name that somebody chose may hold dollar signs
+
+
 def _known(entries: list[dict[str, Any]], name: str) -> np.ndarray:
     """A figure of every entry, nan where it is undefined."""
     return np.array([entry[name] for entry in entries], np.float64)
@@ -93,7 +96,7 @@ def _loss_curve(history: list[dict[str, Any]]) -> Figure:
     right.plot([e["step"] for e in valid], _known(valid, "valid_auc"), "o-", label="valid (exact)")
     right.set(xlabel="step", ylabel="AUC", title="AUC")
     for axes in (left, right):
-        axes.legend()
+        _legend(axes)
         axes.grid(alpha=0.3)
     return figure
 
@@ -118,7 +121,7 @@ def _roc(name: str, predictions: Predictions) -> Figure:
         axes.plot(false_rate[keep], true_rate[keep], label=f"{label} ({area:.4f})")
     axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
     axes.set(xlabel="false positive rate", ylabel="true positive rate", title="ROC, test")
-    axes.legend(loc="lower right")
+    _legend(axes, loc="lower right")
     return figure
 
 
@@ -156,27 +159,33 @@ def _gate_map(gate_map: GateMap) -> Figure:
         [f"{'clicked  ' if gate_map.labels[i] > 0.5 else ''}{gate_map.logits[i]:+.2f}" for i in order],
         fontsize=6,
     )
-    axes.set(
-        xlabel="segment, oldest to newest",
-        ylabel="candidate (logit)",
-        title=f"user {gate_map.user}, {gate_map.events} events",
-    )
+    axes.set(xlabel="segment, oldest to newest", ylabel="candidate (logit)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title(f"user {gate_map.user}, {gate_map.events} events", parse_math=False)  # an id may hold dollar signs
     figure.colorbar(picture, ax=axes, label="loudness")
     return figure
+
+
+_LOUDNESS_TICKS = (0, 0.5, 1, 1.5, *(digit * 10**power for power in range(6) for digit in (2, 5, 10)))
 
 
 def _gates_by_age(gates: GateFigures) -> Figure:
     figure = Figure(figsize=(7, 3.6))
     axes = figure.subplots()
+    axes.set_yscale("symlog", linthresh=1, linscale=0.4)  # smooth at 1; silence, 0, is to be seen too
     places = np.arange(len(AGE_NAMES))
     for name, values in gates.by_age.items():
         known = [i for i, value in enumerate(values) if value is not None]
         axes.plot(places[known], [values[i] for i in known], "o-", label=f"{name} ({100 * gates.shares[name]:.1f} %)")
     axes.axhline(1.0, color="grey", linewidth=0.8)
-    axes.set_xticks(places, AGE_NAMES)
-    axes.set(xlabel="age of the segment's newest event", ylabel="loudness / mean", yscale="symlog")
-    axes.set_title("Gates by age and by what matches the candidate (share of segments)")
-    axes.legend(fontsize=8)
+    axes.set_xticks(places, AGE_NAMES, fontsize=8)
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_locator(FixedLocator(_LOUDNESS_TICKS))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.set(xlabel="age of the segment's newest event", ylabel="loudness / mean")
+    axes.set_title("Gates by age and by what matches the candidate (share of segments)", fontsize=10)
+    _legend(axes, fontsize=8)
     return figure
 
 

@@ -7,15 +7,11 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.paper.intervals import aucs_of, over_seeds, paired
 from experiments.paper.study import Outcome
-
-matplotlib.use("Agg")
-matplotlib.rcParams["text.parse_math"] = False
 
 HEAD = ["model", "seeds", "AUC", "sd", "GAUC", "logloss", "ECE"]
 INTERVALS = ["over users", "over users and seeds"]  # 95 % each
